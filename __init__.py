@@ -1,0 +1,28 @@
+"""Paceline: lossless speculative decoding for Hugging Face causal language models.
+
+The public names load on first use, so that importing the package is instant and
+`paceline --help` does not wait for torch.
+"""
+
+from importlib import import_module
+
+_PUBLIC = {
+    "generate": ".spec.generate",
+    "load_target": ".spec.models",
+    "load_drafter": ".drafters",
+    "TreeShape": ".spec.tree",
+    "Trace": ".spec.trace",
+}
+
+__all__ = list(_PUBLIC)  # noqa: PLE0604
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_PUBLIC[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,105 @@
+"""Prompt lookup: what followed the last tokens where they stood before. No weights.
+
+Every earlier place in the row's own text that ends in the same tokens votes for its continuation, a
+longer match exponentially more (prompt lookup decoding, Saxena 2023; several matches merged into a
+tree as in a suffix trie). The votes are a distribution q over next tokens at every node: greedy
+decoding takes its top-k, sampling races log q with the target's noise (Gumbel coupling). All on the
+device with static shapes. Knows nothing of models or verification.
+"""
+
+import torch
+from torch import Tensor
+
+from ..spec.proposal import NO_TOKEN, DraftRequest, Proposal
+from ..spec.state import DecodeState
+from ..spec.tree import TokenTree, TreeShape
+from ..spec.verify import Verdict
+
+
+class NgramDrafter:
+    """`longest` tokens are compared at most; the best `matches` places are followed."""
+
+    name = "ngram"
+    vocab_size = None
+    default_shape = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))  # two continuations, the better one longer
+
+    def __init__(self, longest: int = 4, matches: int = 8):
+        if longest < 1 or matches < 1:
+            raise ValueError(f"ngram: longest={longest} and matches={matches} must be at least 1")
+        self.longest = longest
+        self.matches = matches
+
+    def open(self, request: DraftRequest) -> "NgramSession":
+        return NgramSession(self, request)
+
+
+class NgramSession:
+    """One run; the row's text in the decode state is all it remembers."""
+
+    def __init__(self, drafter: NgramDrafter, request: DraftRequest):
+        self.longest = drafter.longest
+        self.matches = min(drafter.matches, request.capacity)
+        self.shape = request.shape
+        self.sampling = request.sampling
+        self.tree = TokenTree.of(request.shape, request.device)
+
+    def prefill(self, state: DecodeState) -> None:
+        pass
+
+    def commit(self, state: DecodeState, verdict: Verdict) -> None:
+        pass
+
+    def propose(self, state: DecodeState) -> Proposal:
+        continuations, weights = self._look_up(state)  # (B, K, D), (B, K)
+        columns: list[Tensor] = [state.roots()[:, 0]]
+        following = [torch.zeros_like(weights)]  # [node]: 0 where a match agrees with the path, else -inf
+        for node, children in enumerate(self.shape.children):
+            if not children:
+                continue
+            depth = self.shape.depths[node]
+            candidates = continuations[:, :, depth]  # (B, K)
+            alive = weights + following[node]
+            alive = torch.where(candidates == NO_TOKEN, -torch.inf, alive)
+            race = self._race(candidates, alive, state, depth)
+            for _ in children:
+                best, place = race.max(-1, keepdim=True)
+                token = candidates.gather(1, place)  # (B, 1)
+                token = torch.where(best > -torch.inf, token, NO_TOKEN)
+                columns.append(token[:, 0])
+                agrees = (candidates == token) & (token != NO_TOKEN)
+                following.append(torch.where(agrees, following[node], -torch.inf))
+                race = torch.where(agrees, -torch.inf, race)
+        tokens = torch.stack(columns, dim=1)
+        source = "shared" if self.sampling.noise == "shared" else "own"
+        return Proposal(tokens, self.tree, "deterministic", source)
+
+    def _race(self, candidates: Tensor, alive: Tensor, state: DecodeState, depth: int) -> Tensor:
+        """log q of each match's next token (votes for the same token add up), with noise: (B, K)."""
+        same = candidates[:, :, None] == candidates[:, None, :]
+        votes = torch.where(same, alive[:, None, :], -torch.inf).logsumexp(-1)
+        votes = torch.where(alive > -torch.inf, votes, -torch.inf)
+        positions = state.lengths[:, None] + depth
+        return self.sampling.perturb(votes[:, None], state.keys, positions, candidates.clamp(min=0)[:, None])[:, 0]
+
+    def _look_up(self, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """The best K earlier places: their next D tokens (NO_TOKEN past the text), and log weights.
+
+        A place j matches with length m when the m tokens up to j equal the last m of the text. Matches
+        weigh e**(2m); among equals the latest place is taken, and weighs a little more."""
+        text, last = state.tokens, state.lengths[:, None] - 1
+        place = torch.arange(text.shape[1], device=text.device)  # (T,)
+        running = place < last  # (B, T)
+        length = torch.zeros_like(text)
+        for back in range(self.longest):
+            suffix = text.gather(1, (last - back).clamp(min=0))
+            shifted = text.roll(back, dims=1)
+            running = running & (shifted == suffix) & (place >= back) & (last >= back)
+            length = length + running
+        recency = place / text.shape[1]  # below 1
+        score = torch.where(length > 0, 2.0 * length + recency, -torch.inf)
+        weights, places = score.topk(self.matches, dim=1)  # (B, K)
+        steps = places[:, :, None] + 1 + torch.arange(max(self.shape.max_depth, 1), device=text.device)
+        inside = steps <= last[:, :, None]
+        rows = text[:, None].expand(-1, self.matches, -1)
+        continuations = rows.gather(2, steps.clamp(max=text.shape[1] - 1))
+        return torch.where(inside, continuations, NO_TOKEN), weights

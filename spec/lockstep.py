@@ -1,0 +1,67 @@
+"""Stopping criteria and streamers, served as if tokens had come one by one.
+
+Rows run ahead at different speeds; a virtual clock follows the slowest unfinished row and shows every
+criterion the same batch, padded the same way, as transformers' own loop would. What a row has beyond
+the point at which a criterion stops it is cut. Also collects scores per token where they are wanted.
+"""
+
+import torch
+from torch import Tensor
+from transformers.generation.stopping_criteria import StoppingCriteriaList
+
+
+class ScoreBook:
+    """The scores (V,) of every generated token of every row, kept row by row."""
+
+    def __init__(self, rows: int):
+        self.rows: list[list[Tensor]] = [[] for _ in range(rows)]
+
+    def add(self, scores: Tensor, path: Tensor, counts: list[int]) -> None:
+        """Keep the scores (B, N, V) at the first `counts[row]` nodes of each row's `path` (B, D+1)."""
+        for row, count in enumerate(counts):
+            self.rows[row] += scores[row, path[row, :count]].unbind()
+
+    def token(self, index: int) -> Tensor:
+        """(B, V) scores of the index-th token of each row; zeros for a row that ended before it."""
+        blank = torch.zeros_like(next(row[0] for row in self.rows if row))
+        return torch.stack([row[index] if index < len(row) else blank for row in self.rows])
+
+
+class Lockstep:
+    """`prompt` (B, P) as the user gave it; `pad` None means that nothing ends rows one by one."""
+
+    def __init__(
+        self, prompt: Tensor, criteria: StoppingCriteriaList, streamer, pad: int | None, book: ScoreBook | None
+    ):
+        self.ids = prompt
+        self.criteria = criteria
+        self.streamer = streamer
+        self.pad = pad
+        self.book = book
+        self.scores: tuple[Tensor, ...] | None = None if book is None else ()
+        self.counts = [0] * len(prompt)  # tokens of each row that stand
+        self.finished = [False] * len(prompt)
+
+    @property
+    def stopped(self) -> bool:
+        return all(self.finished)
+
+    def advance(self, texts: list[list[int]]) -> None:
+        """Let the clock run as far as the generated `texts` of the rows allow."""
+        while not self.stopped:
+            clock = max(self.counts)
+            waiting = [not done or self.pad is None for done in self.finished]
+            if any(wait and len(text) <= clock for wait, text in zip(waiting, texts)):
+                return
+            tokens = [text[clock] if wait else self.pad for wait, text in zip(waiting, texts)]
+            self._show(self.ids.new_tensor(tokens), clock)
+            self.counts = [clock + 1 if wait else count for wait, count in zip(waiting, self.counts)]
+
+    def _show(self, tokens: Tensor, clock: int) -> None:
+        self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
+        if self.book is not None:
+            self.scores += (self.book.token(clock),)
+        stops = self.criteria(self.ids, self.scores)
+        if self.streamer is not None:
+            self.streamer.put(tokens.cpu())
+        self.finished = [done or stop for done, stop in zip(self.finished, stops.tolist())]

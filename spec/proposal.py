@@ -1,0 +1,115 @@
+"""What passes between a drafter and a verification rule: the proposal, and the drafter protocol.
+
+A drafter knows nothing of verification and a rule knows nothing of drafters; the proposal says by
+which law the tokens were drawn and with whose noise, and the rule decides whether it can treat that
+losslessly.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from . import noise
+from .tree import TokenTree, TreeShape
+
+if TYPE_CHECKING:
+    from .state import DecodeState
+    from .verify import Verdict
+
+Law = Literal["deterministic", "iid", "without_replacement"]
+NO_TOKEN = -1  # a node for which the drafter has nothing to propose; no rule accepts it
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Proposal:
+    """A filled tree. Node 0 of `tokens` is the root, the last committed token.
+
+    `draft_logits[:, i]` is the law, at the temperature drawn with, from which the children of node i
+    come; only inner nodes' rows are read, and only the laws that draw have them.
+    """
+
+    tokens: Tensor  # (B, N), NO_TOKEN where nothing is proposed
+    tree: TokenTree
+    law: Law
+    noise: Literal["own", "shared"]
+    draft_logits: Tensor | None = None  # (B, N, V)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftSampling:
+    """How a drafter draws: not at all (greedy), coupled to the target's noise, or with its own."""
+
+    temperature: float = 1.0
+    noise: Literal["none", "own", "shared"] = "none"
+
+    def perturb(self, logits: Tensor, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+        """Add the noise of each position: logits (B, P, K) at positions (B, P) of tokens (K,) or (B, P, K).
+
+        The top-k of the result are k tokens drawn without replacement (Gumbel top-k)."""
+        if self.noise == "none":
+            return logits
+        stream = noise.TARGET if self.noise == "shared" else noise.DRAFT
+        return logits / self.temperature + noise.gumbel(keys, positions, stream, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftRequest:
+    """What a drafter needs to know to open a session: sizes, the shape to fill, how to draw."""
+
+    batch: int
+    capacity: int  # slots a cache of the text needs, drafted nodes and the padding slot included
+    vocab_size: int
+    device: torch.device
+    shape: TreeShape
+    sampling: DraftSampling
+
+
+class DraftSession(Protocol):
+    """One decoding run of a drafter: persistent buffers, each with the batch row as its first axis."""
+
+    def prefill(self, state: "DecodeState") -> None:
+        """See the prompt, once, before the first step."""
+
+    def propose(self, state: "DecodeState") -> Proposal:
+        """Fill the tree behind the last committed token. Static shapes, no host reads."""
+
+    def commit(self, state: "DecodeState", verdict: "Verdict") -> None:
+        """Follow the accepted path. Called before the state's lengths move on."""
+
+
+class Drafter(Protocol):
+    """A family of proposals. `vocab_size` is None for a drafter that takes any vocabulary."""
+
+    name: str
+    vocab_size: int | None
+    default_shape: TreeShape
+
+    def open(self, request: DraftRequest) -> DraftSession:
+        """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
+
+
+class NoDrafter:
+    """Proposes nothing: plain autoregressive decoding by the same loop, step and rules."""
+
+    name = "none"
+    vocab_size = None
+    default_shape = TreeShape.chain(0)
+
+    def __init__(self):
+        self.tree: TokenTree | None = None
+
+    def open(self, request: DraftRequest) -> "NoDrafter":
+        session = NoDrafter()
+        session.tree = TokenTree.of(self.default_shape, request.device)
+        return session
+
+    def prefill(self, state: "DecodeState") -> None:
+        pass
+
+    def propose(self, state: "DecodeState") -> Proposal:
+        return Proposal(state.roots(), self.tree, "deterministic", "own")
+
+    def commit(self, state: "DecodeState", verdict: "Verdict") -> None:
+        pass

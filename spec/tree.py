@@ -1,0 +1,145 @@
+"""Token trees: the shape that a drafter fills and a target verifies.
+
+Node 0 is the root, the last committed token; `parents[0] = -1` and every parent precedes its
+children. `TreeShape` is the static description on the host, `TokenTree` what follows from it as
+tensors. Neither knows tokens, models or rules. A chain is a tree. (Trees of drafted tokens:
+SpecInfer, Medusa, Sequoia.)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TreeShape:
+    """The parents of a tree's nodes, in breadth-first order, root first.
+
+    `TreeShape(parents)` takes any order in which parents precede children and sorts it by depth.
+    Raises ValueError for a list that is not such a tree.
+    """
+
+    parents: tuple[int, ...]
+
+    def __post_init__(self):
+        parents = tuple(self.parents)
+        if not parents or parents[0] != -1:
+            raise ValueError(f"tree {list(parents)[:8]}: the first node is the root, its parent must be -1")
+        depths = [0]
+        for node, parent in enumerate(parents[1:], 1):
+            if not isinstance(parent, int) or not 0 <= parent < node:
+                raise ValueError(f"tree: node {node} has parent {parent}, but a parent must be an earlier node")
+            depths.append(depths[parent] + 1)
+        order = sorted(range(len(parents)), key=depths.__getitem__)
+        place = {node: index for index, node in enumerate(order)}
+        object.__setattr__(self, "parents", tuple(place.get(parents[node], -1) for node in order))
+
+    @classmethod
+    def chain(cls, length: int) -> "TreeShape":
+        """A chain of `length` drafted tokens behind the root."""
+        return cls(tuple(range(-1, length)))
+
+    @classmethod
+    def per_level(cls, children: Sequence[int]) -> "TreeShape":
+        """`(4, 2, 1)`: four children of the root, two of each of those, one of each of those."""
+        parents, level = [-1], [0]
+        for count in children:
+            start = len(parents)
+            parents += [node for node in level for _ in range(count)]
+            level = list(range(start, len(parents)))
+        return cls(tuple(parents))
+
+    @classmethod
+    def parse(cls, text: "str | Sequence[int] | TreeShape") -> "TreeShape":
+        """Read `"chain:5"`, `"4x2x1"` (children per level) or a list of parents."""
+        if isinstance(text, TreeShape):
+            return text
+        if not isinstance(text, str):
+            return cls(tuple(text))
+        kind, _, length = text.partition(":")
+        if kind == "chain" and length.isdecimal():
+            return cls.chain(int(length))
+        counts = text.split("x")
+        if all(count.isdecimal() and int(count) > 0 for count in counts):
+            return cls.per_level([int(count) for count in counts])
+        raise ValueError(f"tree {text!r} is neither 'chain:5' nor children per level like '4x2x1'")
+
+    def __len__(self) -> int:
+        return len(self.parents)
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        depths = [0]
+        for parent in self.parents[1:]:
+            depths.append(depths[parent] + 1)
+        return tuple(depths)
+
+    @property
+    def max_depth(self) -> int:
+        return self.depths[-1]
+
+    @cached_property
+    def children(self) -> tuple[tuple[int, ...], ...]:
+        children: list[list[int]] = [[] for _ in self.parents]
+        for node, parent in enumerate(self.parents[1:], 1):
+            children[parent].append(node)
+        return tuple(tuple(nodes) for nodes in children)
+
+    @property
+    def max_children(self) -> int:
+        return max(len(nodes) for nodes in self.children)
+
+    @cached_property
+    def levels(self) -> tuple[tuple[int, ...], ...]:
+        """The nodes of each depth, 0 to `max_depth`."""
+        levels: list[list[int]] = [[] for _ in range(self.max_depth + 1)]
+        for node, depth in enumerate(self.depths):
+            levels[depth].append(node)
+        return tuple(tuple(nodes) for nodes in levels)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTree:
+    """A tree as tensors. R is 1 (one tree for all rows) or the batch size; D is `max_depth`."""
+
+    parents: Tensor  # (R, N)
+    depths: Tensor  # (R, N)
+    ancestors: Tensor  # (R, N, N) bool: [i, j] says that j is i or an ancestor of i
+    paths: Tensor  # (R, N, D+1): the node at each depth on the way to i, then i repeated
+    ranks: Tensor  # (R, N): how many siblings precede the node
+    max_depth: int
+    max_children: int
+
+    @property
+    def size(self) -> int:
+        return self.parents.shape[-1]
+
+    @classmethod
+    def of(cls, shape: TreeShape, device: torch.device | str) -> "TokenTree":
+        parents = torch.tensor([shape.parents], device=device)  # (1, N)
+        return cls.from_parents(parents, shape.max_depth, shape.max_children)
+
+    @classmethod
+    def from_parents(cls, parents: Tensor, max_depth: int, max_children: int) -> "TokenTree":
+        """Derive everything from `parents` (R, N), which may be data; no value is read on the host."""
+        nodes = torch.arange(parents.shape[-1], device=parents.device)
+        climb = [nodes.expand_as(parents)]  # the ancestor d edges up, or -1
+        for _ in range(max_depth):
+            above = parents.gather(-1, climb[-1].clamp(min=0))
+            climb.append(torch.where(climb[-1] >= 0, above, -1))
+        ancestry = torch.stack(climb, dim=-1)  # (R, N, D+1)
+        depths = (ancestry >= 0).sum(-1) - 1
+        levels = torch.arange(max_depth + 1, device=parents.device)
+        siblings = parents[:, :, None] == parents[:, None, :]
+        return cls(
+            parents=parents,
+            depths=depths,
+            ancestors=(ancestry[:, :, :, None] == nodes).any(2),
+            paths=ancestry.gather(-1, (depths[:, :, None] - levels).clamp(min=0)),
+            ranks=(siblings & (nodes < nodes[:, None])).sum(-1),
+            max_depth=max_depth,
+            max_children=max_children,
+        )

@@ -1,0 +1,1 @@
+"""The training of drafters: data, losses, trainer, evaluation. Nothing is here yet."""
