@@ -1,0 +1,96 @@
+"""The commands `generate` and `models`, and what they share with `demo`."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from .console import Streamer, colours, summary_line, table
+from .generate import generate as generate_tokens
+from .models import NAMED, cache_folder, load_target
+
+
+def load(args):
+    """The model, tokenizer and drafter that the options name."""
+    names = ("float32", "bfloat16", "float16", "auto")
+    if args.dtype not in names:
+        raise ValueError(f"--dtype {args.dtype!r} is not one of {', '.join(names)}")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    model, tokenizer = load_target(args.model, args.dtype, device, args.trust_remote_code)
+    drafter = None
+    if args.drafter != "none":
+        from .. import load_drafter
+
+        drafter = load_drafter(args.drafter, model)
+    return model, tokenizer, drafter
+
+
+def encode(tokenizer, text: str, chat: bool, device) -> dict:
+    """Token ids and mask of a prompt, through the chat template where `chat`."""
+    if not chat:
+        return dict(tokenizer(text, return_tensors="pt").to(device))
+    if not tokenizer.chat_template:
+        raise ValueError("--chat needs a model with a chat template and this one has none; use --prompt")
+    messages = [{"role": "user", "content": text}]
+    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def generate(args) -> None:
+    text = args.prompt if args.prompt is not None else args.chat if args.chat is not None else _read(args.prompt_file)
+    if not text:
+        raise ValueError("the prompt is empty; give it at least one character")
+    if args.temperature < 0:
+        raise ValueError(f"--temperature {args.temperature} is negative; 0 is greedy, 1 the model's own law")
+    model, tokenizer, drafter = load(args)
+    sampling = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    prompt = encode(tokenizer, text, args.chat is not None, model.device)
+    streamer = Streamer(tokenizer, colours())
+    started = time.perf_counter()
+    out = generate_tokens(
+        model,
+        **prompt,
+        drafter=drafter,
+        tree=args.tree,
+        verify=args.verify,
+        seed=args.seed,
+        trace_file=args.trace,
+        max_new_tokens=args.max_new_tokens,
+        return_dict_in_generate=True,
+        on_step=None if args.json else streamer.on_step,
+        **sampling,
+    )
+    seconds = time.perf_counter() - started
+    tokens = out.sequences[0, prompt["input_ids"].shape[1] :].tolist()
+    summary = out.trace.summary()
+    if args.json:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        print(json.dumps({"text": text, "tokens": tokens, "total_seconds": seconds, **summary}))
+        return
+    streamer.end()
+    print(summary_line(summary, len(tokens), seconds), file=sys.stderr)
+
+
+def _read(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file {path} cannot be read ({error})") from error
+
+
+def models(args) -> None:
+    rows = []
+    for name, model in NAMED.items():
+        cached = cache_folder() / name
+        where = str(cached) if (cached / "config.json").is_file() else "not fetched yet"
+        rows.append([name, model.hub_id, where])
+    print(table(["name", "hub id", "in the cache"], rows))
+    print("\nAny folder or hub id of a causal LM works too; a numerical self-test decides when it is first used.")

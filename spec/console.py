@@ -1,0 +1,67 @@
+"""What the terminal shows: streamed text, coloured by where each token came from, and tables."""
+
+import os
+import sys
+
+from .trace import Event
+
+GREEN, BLUE, BOLD, PLAIN = "\033[32m", "\033[34m", "\033[1m", "\033[0m"
+
+
+def colours(stream=None) -> bool:
+    """Whether to colour: a terminal, and NO_COLOR (no-color.org) not set."""
+    return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR")
+
+
+class Streamer:
+    """Prints a row's tokens as they are committed: accepted drafts green, the target's own tokens plain.
+
+    Text that may still change with the next token (half a character) waits.
+    """
+
+    def __init__(self, tokenizer, coloured: bool):
+        self.tokenizer = tokenizer
+        self.coloured = coloured
+        self.tokens: list[int] = []
+        self.shown = ""
+
+    def on_step(self, events: list[Event]) -> None:
+        for event in events:
+            for place, token in enumerate(event.committed):
+                self._put(token, accepted=place < len(event.accepted))
+        sys.stdout.flush()
+
+    def _put(self, token: int, accepted: bool) -> None:
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        if text.endswith("�"):
+            return
+        new, self.shown = text[len(self.shown) :], text
+        if text.endswith("\n"):  # nothing before a line break changes any more
+            self.tokens, self.shown = [], ""
+        print(f"{GREEN}{new}{PLAIN}" if self.coloured and accepted and new else new, end="")
+
+    def end(self) -> None:
+        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+        print(text[len(self.shown) :])
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Aligned columns, the first on the left, the others on the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for row in [header, ["-" * width for width in widths], *rows]:
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def summary_line(summary: dict, tokens: int, seconds: float) -> str:
+    """Tokens per second, tokens per step and acceptance, with their denominators."""
+    parts = [f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"]
+    if summary["num_spec_steps"]:
+        parts.append(f"{summary['tokens_per_step']:.2f} tokens per step ({summary['num_spec_steps']} steps)")
+    if summary["num_draft_tokens"]:
+        accepted, drafted = summary["num_accepted_draft_tokens"], summary["num_draft_tokens"]
+        parts.append(f"{summary['draft_acceptance_rate']:.1%} of drafted tokens accepted ({accepted} of {drafted})")
+    return "; ".join(parts)

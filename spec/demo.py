@@ -1,0 +1,91 @@
+"""`paceline demo`: a few real prompts on a real model, with and without speculation, side by side."""
+
+import sys
+import time
+
+import torch
+
+from .commands import encode, load
+from .console import BOLD, GREEN, PLAIN, Streamer, colours, table
+from .generate import generate
+
+PROMPTS = {
+    "rewrite code": (
+        "Rename the variable `x` to `count` in this code and print the whole code again:\n\n"
+        "def total(items):\n    x = 0\n    for item in items:\n        if item.price > 0:\n"
+        "            x = x + item.price\n        else:\n            x = x - item.discount\n    return x\n"
+    ),
+    "correct a text": (
+        "Copy this text and correct its spelling mistakes: The river Rhone rises in the Swiss Alps and flows "
+        "trough Lake Geneva and southeastern France before it reaches the Mediteranean Sea. Near its mouth at "
+        "Arles, the river Rhone divides into two branches, the Great Rhone and the Little Rhone."
+    ),
+    "answer a question": "Why is the sky blue during the day and red in the evening?",
+}
+
+
+def demo(args) -> None:
+    model, tokenizer, drafter = load(args)
+    if drafter is None:
+        raise ValueError("--drafter none leaves nothing to show; choose a drafter, for instance ngram")
+    coloured = colours()
+    paint = (lambda text, colour: f"{colour}{text}{PLAIN}") if coloured else (lambda text, colour: text)
+    _generate(args, model, encode(tokenizer, "Hello", False, model.device), drafter, 4)  # warm-up
+    rows, totals, notes = [], [0, 0.0, 0.0, 0], []
+    for title, text in PROMPTS.items():
+        print(f"\n{paint(title, BOLD)}: {text.splitlines()[0][:90]}\n")
+        prompt = encode(tokenizer, text, bool(tokenizer.chat_template), model.device)
+        plain, plain_seconds = _timed(args, model, prompt, None)
+        streamer = Streamer(tokenizer, coloured)
+        fast, seconds = _timed(args, model, prompt, drafter, streamer.on_step)
+        streamer.end()
+        width = prompt["input_ids"].shape[1]
+        same = torch.equal(plain.sequences, fast.sequences)
+        if not same:
+            notes.append(f"{title}: {_difference(model, plain.sequences[0], fast.sequences[0], width)}")
+        counts = plain.sequences.shape[1] - width, fast.sequences.shape[1] - width
+        summary = fast.trace.summary()
+        rates = counts[0] / plain_seconds, counts[1] / seconds
+        rows.append([title, *_figures(*rates, summary["tokens_per_step"]), "yes" if same else "no"])
+        step_tokens = (counts[1], plain_seconds * counts[1] / counts[0], seconds, summary["num_spec_steps"])
+        totals = [total + new for total, new in zip(totals, step_tokens)]
+    tokens, plain_seconds, seconds, steps = totals
+    together = _figures(tokens / plain_seconds, tokens / seconds, tokens / steps)
+    rows.append(["together", *together, "no" if notes else "yes"])
+    key = f" ({paint('green', GREEN)}: drafted and accepted)" if coloured else ""
+    print(f"\n{args.model}, {str(model.dtype).removeprefix('torch.')}, drafter {drafter.name}, greedy{key}\n")
+    header = ["prompt", "plain tokens/s", "with drafter", "speed-up", "tokens per step", "identical"]
+    print(table(header, rows))
+    for note in notes:
+        print(note)
+    sys.stdout.flush()
+
+
+def _figures(plain: float, fast: float, per_step: float) -> list[str]:
+    return [f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}x", f"{per_step:.2f}"]
+
+
+def _generate(args, model, prompt, drafter, tokens, on_step=None):
+    tree = args.tree if drafter is not None else None
+    options = {"do_sample": False, "max_new_tokens": tokens, "return_dict_in_generate": True}
+    return generate(model, **prompt, drafter=drafter, tree=tree, on_step=on_step, **options)
+
+
+def _timed(args, model, prompt, drafter, on_step=None):
+    started = time.perf_counter()
+    out = _generate(args, model, prompt, drafter, args.max_new_tokens, on_step)
+    return out, time.perf_counter() - started
+
+
+@torch.no_grad()
+def _difference(model, plain: torch.Tensor, fast: torch.Tensor, width: int) -> str:
+    """Where two greedy texts part, and how close the two best logits are there."""
+    length = min(len(plain), len(fast))
+    apart = (plain[:length] != fast[:length]).int()
+    place = int(apart.argmax()) if apart.any() else length
+    best = model(input_ids=plain[None, :place], use_cache=False).logits[0, -1].float().topk(2).values
+    spacing = torch.finfo(model.dtype).eps * float(best[0].abs())
+    return (
+        f"differs from token {place - width + 1} on, where the two best logits are {float(best[0] - best[1]):.3g} apart "
+        f"and neighbouring {str(model.dtype).removeprefix('torch.')} numbers {spacing:.2g}"
+    )
