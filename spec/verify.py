@@ -112,7 +112,7 @@ def _match(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampl
     best, draws = _target_draws(scores, proposal, keys, base, sampling)
     parents = proposal.tree.parents.clamp(min=0).expand_as(draws)
     stands = draws.gather(1, parents) == proposal.tokens
-    stands[:, 0] = True
+    stands[:, 0].fill_(True)
     node = _deepest(stands, proposal)
     pick = node[:, None]
     return Verdict.at(node, draws.gather(1, pick)[:, 0], best.gather(1, pick)[:, 0], proposal)
@@ -127,8 +127,8 @@ def _typical(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) -> 
     rows = torch.arange(len(base), device=base.device)[:, None]
     log_prob = log_probs[rows, parents, proposal.tokens.clamp(min=0)]  # (B, N)
     stands = (log_prob.exp() > threshold.gather(1, parents)) & (proposal.tokens >= 0)
-    stands[:, 0] = True
-    log_prob[:, 0] = 0
+    stands[:, 0].fill_(True)
+    log_prob[:, 0].fill_(0)
     finite = log_prob.clamp(min=torch.finfo(log_prob.dtype).min)
     path_log_prob = (finite[:, None, :] * proposal.tree.ancestors).sum(-1)
     node = _deepest(stands, proposal, path_log_prob)

@@ -1,0 +1,94 @@
+"""Slow and obvious verification, one row at a time in double precision. The oracle of the fast rules."""
+
+import math
+
+import torch
+
+from paceline.spec import noise
+
+EPSILON, DELTA = 0.09, 0.3
+
+
+def walk_match(parents, tokens, draws):
+    """Follow the target's own draws from the root; returns the path of accepted nodes."""
+    path = [0]
+    while True:
+        hit = [n for n, p in enumerate(parents) if p == path[-1] and tokens[n] == draws[path[-1]]]
+        if not hit:
+            return path
+        if len(hit) == 1:
+            path.append(hit[0])
+            continue
+        # Duplicate siblings: the one below which most is accepted.
+        tails = [walk_match_from(parents, tokens, draws, n) for n in hit]
+        return path + max(tails, key=len)
+
+
+def walk_match_from(parents, tokens, draws, node):
+    hits = [n for n, p in enumerate(parents) if p == node and tokens[n] == draws[node]]
+    return [node] + max((walk_match_from(parents, tokens, draws, n) for n in hits), key=len, default=[])
+
+
+def walk_residual(parents, tokens, target, draft, coins):
+    """Recursive rejection over children in draft order (Sequoia, Algorithm 2): the path, and what is left
+    of the target's law at its end. `target[n]`, `draft[n]` are lists of probabilities, `coins[depth][rank]`."""
+    path, law = [0], list(target[0])
+    while True:
+        node = path[-1]
+        q = list(draft[node])
+        accepted = None
+        for rank, child in enumerate(n for n, p in enumerate(parents) if p == node):
+            token = tokens[child]
+            if coins[len(path) - 1][rank] * q[token] < law[token]:
+                accepted = child
+                break
+            left = [max(a - b, 0.0) for a, b in zip(law, q)]
+            law = [x / sum(left) for x in left] if sum(left) > 0 else law
+            q[token] = 0.0
+            total = sum(q)
+            q = [x / total for x in q] if total > 0 else q
+        if accepted is None:
+            return path, law
+        path.append(accepted)
+        law = list(target[accepted])
+
+
+def walk_typical(parents, tokens, target):
+    """The longest path of typical tokens, the likeliest of equals (Medusa, section 2.3.1)."""
+    best, best_key = [0], (0, 0.0)
+    for node in range(len(parents)):
+        path = [node]
+        while parents[path[0]] >= 0:
+            path.insert(0, parents[path[0]])
+        total, fine = 0.0, True
+        for above, below in zip(path, path[1:]):
+            law = target[above]
+            entropy = -sum(p * math.log(p) for p in law if p > 0)
+            p = law[tokens[below]] if tokens[below] >= 0 else 0.0
+            fine = fine and p > min(EPSILON, DELTA * math.exp(-entropy))
+            total += math.log(p) if p > 0 else -math.inf
+        if fine and (len(path) - 1, total) > best_key:
+            best, best_key = path, (len(path) - 1, total)
+    return best
+
+
+def plain_draw(log_probs, key, position, stream=noise.TARGET):
+    """One row's draw at one position: argmax of log p + g."""
+    vocab = torch.arange(len(log_probs))
+    g = noise.gumbel(key[None], torch.tensor([[position]]), stream, vocab)[0, 0]
+    return int((log_probs + g).argmax())
+
+
+@torch.no_grad()
+def plain_text(model, prompt, count, processors=(), key=None):
+    """Autoregressive decoding without cache, batch or tree: one row's next `count` tokens.
+
+    With `key`, the row's noise stream, it samples; the position of a token is its index in the text."""
+    text = torch.tensor([prompt])
+    for _ in range(count):
+        scores = model(input_ids=text, use_cache=False).logits[:, -1].float()
+        for processor in processors:
+            scores = processor(text, scores)
+        token = int(scores.argmax()) if key is None else plain_draw(scores[0], key, text.shape[1])
+        text = torch.cat([text, torch.tensor([[token]])], dim=1)
+    return text[0, len(prompt) :].tolist()
