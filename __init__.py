@@ -14,7 +14,7 @@ _PUBLIC = {
     "Trace": ".spec.trace",
 }
 
-__all__ = list(_PUBLIC)  # noqa: PLE0604
+__all__ = list(_PUBLIC)
 __version__ = "0.1.0"
 
 

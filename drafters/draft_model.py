@@ -33,7 +33,9 @@ class ModelDrafter:
 
     def open(self, request: DraftRequest) -> "ModelDraftSession":
         if self.model.device != request.device:
-            raise ValueError(f"drafter {self.name} is on {self.model.device} and the target on {request.device}; move it")
+            raise ValueError(
+                f"drafter {self.name} is on {self.model.device} and the target on {request.device}; move it"
+            )
         return ModelDraftSession(self.model, request)
 
 
@@ -60,7 +62,9 @@ class ModelDraftSession:
         base = state.lengths - 1
         tokens = state.roots().repeat(1, len(self.shape))  # (B, N): filled level by level
         draws = self.sampling.noise == "own"
-        draft_logits = state.tokens.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32) if draws else None
+        draft_logits = (
+            state.tokens.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32) if draws else None
+        )
         for depth, (inner, children, parent_place, ranks, width) in enumerate(self.levels):
             if depth == 0:
                 logits = self._root_logits(state, base)  # (B, 1, V)

@@ -79,7 +79,9 @@ class NgramSession:
         votes = torch.where(same, alive[:, None, :], -torch.inf).logsumexp(-1)
         votes = torch.where(alive > -torch.inf, votes, -torch.inf)
         positions = state.lengths[:, None] + depth
-        return self.sampling.perturb(votes[:, None], state.keys, positions, candidates.clamp(min=0)[:, None])[:, 0]
+        return self.sampling.perturb(votes[:, None], state.keys, positions, candidates.clamp(min=0)[:, None])[
+            :, 0
+        ]
 
     def _look_up(self, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The best K earlier places: their next D tokens (NO_TOKEN past the text), and log weights.

@@ -83,7 +83,8 @@ def _errors(model) -> list[float]:
     paths = ((0, 1, 4, 6), (0, 2, 5, 5)), ((0, 1, 3, 3), (0, 1, 4, 6))  # [step][row]
     for number, chosen in enumerate(paths):
         drafted = torch.tensor(
-            [[text[-1], *_some_tokens(config.vocab_size, len(_SHAPE) - 1, 5 + number)] for text in texts], device=device
+            [[text[-1], *_some_tokens(config.vocab_size, len(_SHAPE) - 1, 5 + number)] for text in texts],
+            device=device,
         )
         logits = slots.forward_nodes(drafted, base, tree)
         path = torch.tensor(chosen, device=device)

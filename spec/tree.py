@@ -31,7 +31,9 @@ class TreeShape:
         depths = [0]
         for node, parent in enumerate(parents[1:], 1):
             if not isinstance(parent, int) or not 0 <= parent < node:
-                raise ValueError(f"tree: node {node} has parent {parent}, but a parent must be an earlier node")
+                raise ValueError(
+                    f"tree: node {node} has parent {parent}, but a parent must be an earlier node"
+                )
             depths.append(depths[parent] + 1)
         order = sorted(range(len(parents)), key=depths.__getitem__)
         place = {node: index for index, node in enumerate(order)}

@@ -46,7 +46,9 @@ class Verdict:
         return cls(accepted, path, tokens, bonus, ~(best > -torch.inf))
 
 
-def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool) -> Verdict:
+def verify(
+    rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool
+) -> Verdict:
     """Apply `rule` to processed scores (B, N, V) of a proposal whose root is at position `base` (B,).
 
     `keys` (B, 2) are the rows' noise streams; without `sampling` every draw is an argmax. Raises

@@ -1,6 +1,9 @@
 """Fixtures: tiny random models that run in milliseconds, and SmolLM2 where it can be fetched."""
 
 import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,6 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(2)
 settings.register_profile("paceline", deadline=None, derandomize=True)
 settings.load_profile("paceline")
@@ -78,7 +80,9 @@ def tokenizer():
     core = Tokenizer(models.WordLevel(vocab, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     core.decoder = decoders.Fuse()
-    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
     made.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}A"
     return made
 

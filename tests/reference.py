@@ -1,9 +1,9 @@
 """Slow and obvious verification, one row at a time in double precision. The oracle of the fast rules."""
 
+import itertools
 import math
 
 import torch
-
 from paceline.spec import noise
 
 EPSILON, DELTA = 0.09, 0.3
@@ -61,7 +61,7 @@ def walk_typical(parents, tokens, target):
         while parents[path[0]] >= 0:
             path.insert(0, parents[path[0]])
         total, fine = 0.0, True
-        for above, below in zip(path, path[1:]):
+        for above, below in itertools.pairwise(path):
             law = target[above]
             entropy = -sum(p * math.log(p) for p in law if p > 0)
             p = law[tokens[below]] if tokens[below] >= 0 else 0.0

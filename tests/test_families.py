@@ -6,11 +6,10 @@ explicit positions and masks must be refused with a sentence.
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
-
 from paceline.spec.attach import attach
 from paceline.spec.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SIZES = dict(
     vocab_size=64,
@@ -125,7 +124,11 @@ def test_families_that_cannot_are_refused_in_a_sentence(name):
         attach(model)
     sentence = str(caught.value)
     assert "\n" not in sentence and type(model).__name__ in sentence and "; use a model" in sentence, sentence
-    reason = "recurrent state" if name in ("mamba", "mamba2", "falcon_h1", "qwen3_next") else "cannot be decoded with trees"
+    reason = (
+        "recurrent state"
+        if name in ("mamba", "mamba2", "falcon_h1", "qwen3_next")
+        else "cannot be decoded with trees"
+    )
     assert reason in sentence
 
 

@@ -1,17 +1,17 @@
 """`generate` as a drop-in: greedy text equals transformers' own, sampled text equals the seed's own, every
 argument means what it means there, and what cannot be done is refused in one sentence."""
 
+import paceline
 import pytest
 import torch
-from conftest import noisy_copy, tiny_llama
-from reference import plain_text
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
-from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
-
-import paceline
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.noise import row_keys
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
+
+from conftest import noisy_copy, tiny_llama
+from reference import plain_text
 
 NEW = 24
 
@@ -32,7 +32,11 @@ class Seen(StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         self.shown.append(input_ids.tolist())
-        hit = input_ids[:, -1] == self.stop_at if self.stop_at else torch.zeros(len(input_ids), dtype=torch.bool)
+        hit = (
+            input_ids[:, -1] == self.stop_at
+            if self.stop_at
+            else torch.zeros(len(input_ids), dtype=torch.bool)
+        )
         return hit
 
 
@@ -68,9 +72,13 @@ CASES = {
     "forced eos": dict(eos_token_id=2, forced_eos_token_id=2),
     "sequence bias": dict(sequence_bias=[[[17], 4.0], [[23, 5], -9.0]]),
     "length decay": dict(exponential_decay_length_penalty=(5, 1.4), eos_token_id=17),
-    "prefix function": dict(prefix_allowed_tokens_fn=lambda row, ids: [row + 3, 10, 20, 30 + int(ids[-1]) % 7]),
+    "prefix function": dict(
+        prefix_allowed_tokens_fn=lambda row, ids: [row + 3, 10, 20, 30 + int(ids[-1]) % 7]
+    ),
     "user processor": dict(logits_processor=LogitsProcessorList([Upwards()])),
-    "config object": dict(generation_config=GenerationConfig(max_new_tokens=11, pad_token_id=0, do_sample=False)),
+    "config object": dict(
+        generation_config=GenerationConfig(max_new_tokens=11, pad_token_id=0, do_sample=False)
+    ),
     "remove invalid values": dict(remove_invalid_values=True, renormalize_logits=True),
 }
 
@@ -84,7 +92,14 @@ def test_greedy_text_equals_transformers(target, draft, ragged, case, which):
         options = CASES[case]
     truth = target.generate(ids, attention_mask=mask, **options)
     for tree in ("chain:3", "3x2x1"):
-        got = paceline.generate(target, ids, mask, drafter=drafters(draft)[which], tree=tree if which != "none" else None, **options)
+        got = paceline.generate(
+            target,
+            ids,
+            mask,
+            drafter=drafters(draft)[which],
+            tree=tree if which != "none" else None,
+            **options,
+        )
         assert torch.equal(got, truth), tree
 
 
@@ -110,7 +125,12 @@ def test_sampled_text_is_the_seed_s_whatever_the_drafter(target, draft, ragged, 
     options = dict(do_sample=True, max_new_tokens=NEW) | SAMPLING[case]
     for seed in (0, 5):
         truth = paceline.generate(target, ids, mask, seed=seed, **options)
-        for drafter, tree in (("ngram", None), (draft, "chain:4"), (draft, "4x2x1"), (draft, [-1, 0, 0, 1, 3])):
+        for drafter, tree in (
+            ("ngram", None),
+            (draft, "chain:4"),
+            (draft, "4x2x1"),
+            (draft, [-1, 0, 0, 1, 3]),
+        ):
             got = paceline.generate(target, ids, mask, drafter=drafter, tree=tree, seed=seed, **options)
             assert torch.equal(got, truth), (drafter, tree)
 
@@ -151,11 +171,21 @@ def test_residual_and_typical_decode_and_agree_at_temperature_zero(target, draft
     ids, mask = ragged
     truth = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
     for rule in ("residual", "typical"):
-        got = paceline.generate(target, ids, mask, drafter=draft, tree="3x2", verify=rule, do_sample=False, max_new_tokens=NEW)
+        got = paceline.generate(
+            target, ids, mask, drafter=draft, tree="3x2", verify=rule, do_sample=False, max_new_tokens=NEW
+        )
         assert torch.equal(got, truth)
         texts = [
             paceline.generate(
-                target, ids, mask, drafter=draft, tree="3x2", verify=rule, seed=1, do_sample=True, max_new_tokens=NEW
+                target,
+                ids,
+                mask,
+                drafter=draft,
+                tree="3x2",
+                verify=rule,
+                seed=1,
+                do_sample=True,
+                max_new_tokens=NEW,
             )
             for _ in range(2)
         ]
@@ -190,7 +220,9 @@ def test_criteria_and_streamers_see_one_token_at_a_time(target, draft, ragged, e
         shown = []
         for run in (
             lambda **more: target.generate(ids, attention_mask=mask, **options, **more),
-            lambda **more: paceline.generate(target, ids, mask, drafter=draft, tree="3x1x1", **options, **more),
+            lambda **more: paceline.generate(
+                target, ids, mask, drafter=draft, tree="3x1x1", **options, **more
+            ),
         ):
             seen, streamer = Seen(stop_at), Recorder()
             sequences = run(stopping_criteria=[seen], streamer=streamer)
@@ -202,25 +234,35 @@ def test_stop_strings(target, draft, ragged, tokenizer):
     ids, mask = ragged
     plain = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
     word = tokenizer.decode(plain[1, 14:16])
-    options = dict(do_sample=False, max_new_tokens=NEW, stop_strings=[word], tokenizer=tokenizer, eos_token_id=2, pad_token_id=0)
+    options = dict(
+        do_sample=False,
+        max_new_tokens=NEW,
+        stop_strings=[word],
+        tokenizer=tokenizer,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     truth = target.generate(ids, attention_mask=mask, **options)
-    out = paceline.generate(target, ids, mask, drafter=draft, tree="chain:5", return_dict_in_generate=True, **options)
+    out = paceline.generate(
+        target, ids, mask, drafter=draft, tree="chain:5", return_dict_in_generate=True, **options
+    )
     assert torch.equal(out.sequences, truth)
     assert (truth != plain[:, : truth.shape[1]]).any(), "the string did stop a row"
     config = GenerationConfig(stop_strings=word, max_new_tokens=NEW, eos_token_id=2, pad_token_id=0)
-    again = paceline.generate(target, ids, mask, drafter=draft, tree="chain:5", generation_config=config, tokenizer=tokenizer)
+    again = paceline.generate(
+        target, ids, mask, drafter=draft, tree="chain:5", generation_config=config, tokenizer=tokenizer
+    )
     assert torch.equal(again, truth)
     for row, events in out.trace.rows():
         text = [token for event in events for token in event.committed]
-        assert text == [t for t in truth[row, 9:].tolist()][: len(text)]
+        assert text == truth[row, 9 : 9 + len(text)].tolist()
         assert all(t == 0 for t in truth[row, 9 + len(text) :].tolist()), "the trace ends where the text ends"
 
 
 def test_the_cache_is_allocated_once_and_steps_do_not_grow(target, draft, ragged, monkeypatch):
     """Buffers keep their addresses, and no tensor that a step makes is larger late in a text than early."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from paceline.spec import loop
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     largest, addresses = [], set()
 
@@ -248,22 +290,36 @@ def test_the_cache_is_allocated_once_and_steps_do_not_grow(target, draft, ragged
     assert largest[0] == largest[-1]
 
 
-FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "multinomial", "lift_fresh", "item")
+FORBIDDEN = (
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "equal",
+    "multinomial",
+    "lift_fresh",
+    "item",
+)
 
 
 @pytest.mark.parametrize("rule", ["match", "residual", "typical"])
 @pytest.mark.parametrize("which", ["none", "ngram", "model"])
 def test_nothing_in_the_step_reads_on_the_host(target, draft, ragged, monkeypatch, which, rule):
-    from torch.utils._python_dispatch import TorchDispatchMode
-
     from paceline.spec import loop
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     offences = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             name = function.__name__.split(".")[0]
-            flags = [i for arg in args if isinstance(arg, (list, tuple)) for i in arg if isinstance(i, torch.Tensor)]
+            flags = [
+                i
+                for arg in args
+                if isinstance(arg, (list, tuple))
+                for i in arg
+                if isinstance(i, torch.Tensor)
+            ]
             if name in FORBIDDEN or (name.startswith("index") and any(i.dtype == torch.bool for i in flags)):
                 offences.append(name)
             return function(*args, **(kwargs or {}))
@@ -301,7 +357,10 @@ REFUSALS = {
     "seeds": (dict(seed=[1, 2]), "2 entries for 3 rows"),
     "tree": (dict(drafter="ngram", tree="4y2"), "'chain:5'"),
     "stop strings": (dict(stop_strings=["x"]), "tokenizer"),
-    "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "attentions are not collected"),
+    "attentions": (
+        dict(output_attentions=True, return_dict_in_generate=True),
+        "attentions are not collected",
+    ),
     "static cache": (dict(cache_implementation="static"), "slot cache"),
     "no cache": (dict(use_cache=False), "without a cache"),
 }
@@ -342,7 +401,9 @@ def test_other_vocabularies_and_encoder_decoders_are_refused(target, ragged):
     from transformers import T5Config, T5ForConditionalGeneration
 
     t5 = T5ForConditionalGeneration(
-        T5Config(vocab_size=61, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+        T5Config(
+            vocab_size=61, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0
+        )
     ).eval()
     with pytest.raises(ValueError, match="encoder-decoder"):
         paceline.generate(t5, ids, max_new_tokens=4)
@@ -354,12 +415,12 @@ def test_nan_logits_end_in_a_sentence(ragged):
     with torch.no_grad():
         broken.model.norm.weight[3] = torch.nan
     for drafter in (None, "ngram"):
-        with pytest.raises(ValueError, match="row 0: the scores .* are NaN"):
+        with pytest.raises(ValueError, match=r"row 0: the scores .* are NaN"):
             paceline.generate(broken, ragged[0], ragged[1], drafter=drafter, max_new_tokens=4)
     fresh = tiny_llama(seed=4)
     with torch.no_grad():
         fresh.model.norm.weight[3] = torch.nan
-    with pytest.raises(ValueError, match="NaN|nan"):
+    with pytest.raises(ValueError, match=r"NaN|nan"):
         paceline.generate(fresh, ragged[0], ragged[1], max_new_tokens=4)
 
 
@@ -368,12 +429,19 @@ def test_drafts_beyond_the_context_do_no_harm():
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, eos_token_id=None))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, n_positions=32, eos_token_id=None)
+    )
     model = model.eval()
     ids = torch.randint(1, 61, (2, 8))
     truth = model.generate(ids, do_sample=False, max_new_tokens=24, pad_token_id=0)
     got = paceline.generate(
-        model, ids, drafter=ModelDrafter(noisy_copy(model)), tree="2x2x1x1x1", do_sample=False, max_new_tokens=24
+        model,
+        ids,
+        drafter=ModelDrafter(noisy_copy(model)),
+        tree="2x2x1x1x1",
+        do_sample=False,
+        max_new_tokens=24,
     )
     assert torch.equal(got, truth)
 
@@ -394,7 +462,14 @@ def test_a_draft_model_recomputes_nothing(target, ragged, monkeypatch):
     monkeypatch.setattr(loop, "step", watched)
     ids, mask = ragged
     out = paceline.generate(
-        target, ids, mask, drafter=drafter, tree="2x2x1", do_sample=False, max_new_tokens=40, return_dict_in_generate=True
+        target,
+        ids,
+        mask,
+        drafter=drafter,
+        tree="2x2x1",
+        do_sample=False,
+        max_new_tokens=40,
+        return_dict_in_generate=True,
     )
     assert out.trace.summary()["tokens_per_step"] > 1.5
     engine = engines[-1]
@@ -416,6 +491,8 @@ def test_drafters_by_name_and_folder(target, ragged, tmp_path, tokenizer):
     assert drafter.name == "draft"
     truth = target.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW)
     for named in (drafter, str(tmp_path / "draft"), "ngram"):
-        assert torch.equal(paceline.generate(target, ids, mask, drafter=named, do_sample=False, max_new_tokens=NEW), truth)
+        assert torch.equal(
+            paceline.generate(target, ids, mask, drafter=named, do_sample=False, max_new_tokens=NEW), truth
+        )
     with pytest.raises(ValueError, match="vocabulary of 61 tokens and the target one of 50"):
         paceline.load_drafter(tmp_path / "draft", tiny_llama(vocab=50))

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from paceline.spec.tree import TokenTree, TreeShape
 
 
@@ -33,7 +32,9 @@ def test_tensors_equal_the_slow_derivation(shape):
         assert tree.paths[0, node].tolist() == path + [node] * (shape.max_depth - len(path) + 1)
         assert tree.ranks[0, node] == sum(parents[other] == parents[node] for other in range(node))
     assert list(shape.depths) == sorted(shape.depths), "nodes stand level by level"
-    assert [len(level) for level in shape.levels] == [list(shape.depths).count(d) for d in range(shape.max_depth + 1)]
+    assert [len(level) for level in shape.levels] == [
+        list(shape.depths).count(d) for d in range(shape.max_depth + 1)
+    ]
     assert tree.max_children == max(parents.count(node) for node in range(len(shape)))
 
 

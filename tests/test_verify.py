@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import plain_draw, walk_match, walk_residual, walk_typical
-from test_tree import shapes
-
 from paceline.spec import noise
 from paceline.spec.proposal import NO_TOKEN, DraftSampling, Proposal
 from paceline.spec.tree import TokenTree, TreeShape
 from paceline.spec.verify import check, verify
+
+from reference import plain_draw, walk_match, walk_residual, walk_typical
+from test_tree import shapes
 
 VOCAB, DRAWS, BOUND = 6, 200_000, 0.008
 
@@ -57,7 +57,9 @@ def test_match_equals_the_reference(shape, seed, sampling):
     for row in range(5):
         depths = shape.depths
         draws = [
-            plain_draw(scores[row, n], keys[row], int(base[row]) + 1 + depths[n]) if sampling else int(scores[row, n].argmax())
+            plain_draw(scores[row, n], keys[row], int(base[row]) + 1 + depths[n])
+            if sampling
+            else int(scores[row, n].argmax())
             for n in range(tree.size)
         ]
         path = walk_match(shape.parents, tokens[row].tolist(), draws)
@@ -82,7 +84,9 @@ def test_residual_equals_the_reference(shape, seed):
         path, law = walk_residual(shape.parents, tokens[row].tolist(), target, draft, coins[row])
         assert got.path[row, : len(path)].tolist() == path and got.accepted[row] == len(path) - 1
         log_law = torch.tensor(law).log()
-        assert got.bonus[row] == plain_draw(log_law, keys[row], int(positions[row, len(path) - 1]), noise.BONUS)
+        assert got.bonus[row] == plain_draw(
+            log_law, keys[row], int(positions[row, len(path) - 1]), noise.BONUS
+        )
 
 
 @given(shapes(most=8), st.integers(0, 10_000))
@@ -122,7 +126,9 @@ class Toy:
                 position = (self.base + 1 + shape.depths[node])[:, None]
                 logits = self.draft[tokens[:, node]]
                 race = sampling.perturb(logits[:, None], self.keys, position, torch.arange(VOCAB))[:, 0]
-                chosen = race.topk(len(children)).indices if pick is None else pick(race, logits, len(children))
+                chosen = (
+                    race.topk(len(children)).indices if pick is None else pick(race, logits, len(children))
+                )
                 tokens[:, list(children)] = chosen
         return tokens, tree, self.draft[tokens]
 
