@@ -5,17 +5,17 @@ for its own loop; then our loop decodes. What cannot be done is refused in one s
 token is decoded.
 """
 
-import difflib
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from .arguments import check_arguments, check_length, check_prompt, check_writable, setting
 from .attach import attach
 from .lockstep import Lockstep, ScoreBook
 from .loop import decode
@@ -27,26 +27,6 @@ from .state import DecodeState
 from .step import Engine
 from .trace import Trace
 from .tree import TreeShape
-from .verify import LOSSLESS
-
-EXECUTORS = ("eager",)
-_PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
-_REFUSED = {
-    "num_beams": ({None, 1}, "beam search keeps several texts per row; use model.generate for it"),
-    "penalty_alpha": ({None, 0}, "contrastive search is not supported; use model.generate for it"),
-    "guidance_scale": ({None, 1}, "guidance (CFG) runs a second model state per token; use model.generate"),
-    "dola_layers": ({None}, "DoLa decoding is not supported; use model.generate for it"),
-    "prompt_lookup_num_tokens": ({None}, "pass drafter='ngram' instead"),
-    "speculation_type": ({None}, "pass drafter= instead"),
-    "use_mtp": ({None, False}, "pass drafter= instead"),
-    "cache_implementation": ({None}, "the slot cache is always used; leave it out"),
-    "token_healing": ({None, False}, "token healing is not supported; use model.generate for it"),
-    "output_attentions": ({None, False}, "attentions are not collected; use model.generate for them"),
-    "output_hidden_states": ({None, False}, "hidden states are not collected; use model.generate for them"),
-    "constraints": ({None}, "constrained beam search is not supported; use model.generate for it"),
-    "force_words_ids": ({None}, "constrained beam search is not supported; use model.generate for it"),
-    "use_cache": ({None, True}, "decoding without a cache is not supported; leave it out"),
-}
 
 
 @dataclass
@@ -90,22 +70,22 @@ def generate(
 
     Raises ValueError, in one sentence, for input that cannot be decoded as asked.
     """
-    _check_arguments(model, kwargs, verify, executor)
-    _check_prompt(input_ids, attention_mask)
+    check_arguments(model, kwargs, verify, executor)
+    check_prompt(input_ids, attention_mask)
     if isinstance(drafter, (str, Path)):
         from .. import load_drafter
 
         drafter = load_drafter(drafter, model)
     drafter = NoDrafter() if drafter is None else drafter
     if trace_file is not None:
-        _check_writable(trace_file)
+        check_writable(trace_file)
     shape = drafter.default_shape if tree is None else TreeShape.parse(tree)
     attach(model)
     run = _Run(drafter, shape, verify, seed, trace_file, streamer, tokenizer, on_step)
     if streamer is not None:
         kwargs["streamer"] = streamer  # transformers hands it the prompt
-    if tokenizer is not None and _setting(model, kwargs, "stop_strings"):
-        run.stop_strings = _setting(model, kwargs, "stop_strings")
+    if tokenizer is not None and setting(model, kwargs, "stop_strings"):
+        run.stop_strings = setting(model, kwargs, "stop_strings")
         kwargs = _without_stop_strings(model, kwargs)
     return type(model).generate(
         model, input_ids, attention_mask=attention_mask, custom_generate=run.decode, **kwargs
@@ -116,7 +96,8 @@ class _Run:
     """One call of generate, between transformers' preparation and our loop."""
 
     def __init__(self, drafter, shape, rule, seed, trace_file, streamer, tokenizer, on_step):
-        self.drafter, self.shape, self.rule, self.seed = drafter, shape, rule, seed
+        self.drafter, self.shape, self.rule = drafter, shape, rule
+        self.seed = [int(own) for own in seed] if isinstance(seed, (list, tuple)) else int(seed)
         self.trace_file, self.streamer, self.tokenizer, self.on_step = (
             trace_file,
             streamer,
@@ -132,7 +113,7 @@ class _Run:
         prompt = input_ids.to(model.device)
         pads = _left_padding(prompt, model_kwargs.get("attention_mask"))
         new_tokens = stopping_criteria.max_length - prompt.shape[1]
-        _check_length(model, prompt, pads, new_tokens)
+        check_length(model, prompt, pads, new_tokens)
         if self.stop_strings:
             stopping_criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         engine = self._engine(model, prompt, pads, new_tokens, logits_processor, stopping_criteria, config)
@@ -171,7 +152,7 @@ class _Run:
                 f"drafter {self.drafter.name!r} has a vocabulary of {self.drafter.vocab_size} tokens and the target "
                 f"one of {vocab}; use a drafter made for this target's tokenizer"
             )
-        if not isinstance(self.seed, int) and len(self.seed) != batch:
+        if isinstance(self.seed, list) and len(self.seed) != batch:
             raise ValueError(
                 f"seed has {len(self.seed)} entries for {batch} rows; give one integer or one per row"
             )
@@ -194,96 +175,19 @@ class _Run:
         return Engine(state, SlotModel(model, capacity), session, sampler, self.rule)
 
 
-def _setting(model, kwargs: dict, name: str):
-    """An argument's value: as passed, else from the generation config passed, else from the model's."""
-    if kwargs.get(name) is not None:
-        return kwargs[name]
-    configs = (kwargs.get("generation_config"), model.generation_config)
-    return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
-
-
 def _without_stop_strings(model, kwargs: dict) -> dict:
     """transformers does not pass the tokenizer on to a custom loop, so the strings are kept from it."""
-    import copy
-
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.stop_strings = None
     return {**kwargs, "generation_config": config, "stop_strings": None}
-
-
-def _check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(
-            f"{type(model).__name__} is an encoder-decoder model; Paceline decodes causal models only"
-        )
-    if verify not in LOSSLESS:
-        raise ValueError(f"verify={verify!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
-    if executor not in EXECUTORS:
-        raise ValueError(f"executor={executor!r} is not available; choose one of {', '.join(EXECUTORS)}")
-    if kwargs.pop("assistant_model", None) is not None:
-        raise ValueError(
-            "assistant_model= is transformers' own speculation; pass the draft model as drafter="
-        )
-    known = set(GenerationConfig().to_dict()) | set(_REFUSED) | _PASSED_ON
-    for name in kwargs:
-        if name not in known:
-            near = difflib.get_close_matches(name, [*known, "drafter", "tree", "verify", "seed"], 1)
-            hint = f"did you mean {near[0]!r}" if near else "remove it"
-            raise ValueError(f"generate() does not take {name!r}; {hint}")
-    for name, (allowed, reason) in _REFUSED.items():
-        value = _setting(model, kwargs, name)
-        if value is not None and not any(value == good for good in allowed):
-            raise ValueError(f"{name}={value!r} is refused: {reason}")
-    if kwargs.get("max_new_tokens") is not None and kwargs["max_new_tokens"] < 1:
-        raise ValueError(f"max_new_tokens={kwargs['max_new_tokens']}: ask for at least 1 token")
-
-
-def _check_prompt(input_ids: Tensor | None, mask: Tensor | None) -> None:
-    if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
-        shape = None if input_ids is None else tuple(input_ids.shape)
-        raise ValueError(
-            f"input_ids of shape {shape}: a prompt of shape (batch, tokens) with at least 1 token is needed"
-        )
-    if mask is None:
-        return
-    if mask.shape != input_ids.shape:
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
-        )
-    keep = mask.bool()
-    if not keep.any(1).all():
-        raise ValueError(
-            f"row {int((~keep.any(1)).nonzero()[0])} of attention_mask hides the whole prompt; unmask a token"
-        )
-    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
-        raise ValueError(
-            "attention_mask hides tokens behind the first visible one; pad the prompts on the left only"
-        )
-
-
-def _check_writable(path: str | Path) -> None:
-    try:
-        open(path, "a").close()
-    except OSError as error:
-        raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
 
 
 def _left_padding(prompt: Tensor, mask: Tensor | None) -> Tensor:
     """How many tokens of each row are left padding, (B,)."""
     if mask is None:
         return prompt.new_zeros(len(prompt))
-    _check_prompt(prompt, mask)  # also the mask that transformers made from pad tokens
+    check_prompt(prompt, mask)  # also the mask that transformers made from pad tokens
     return mask.to(prompt.device).bool().to(torch.int8).argmax(1)
-
-
-def _check_length(model, prompt: Tensor, pads: Tensor, new_tokens: int) -> None:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    longest = int(prompt.shape[1] - pads.min())
-    if limit is not None and longest + new_tokens > limit:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {new_tokens} new ones exceed the model's context of {limit}; "
-            "shorten the prompt or lower max_new_tokens"
-        )
 
 
 def _asks_more(criteria) -> bool:

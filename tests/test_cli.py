@@ -7,9 +7,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import tiny_llama
-
 from paceline.spec import cli
+
+from conftest import tiny_llama
 
 
 @pytest.fixture(scope="module")
@@ -24,12 +24,26 @@ def test_generate_streams_text_and_sums_up(folder, capsys):
     assert cli.main(["generate", "--model", folder, "--prompt", "ABCABCAB", "--max-new-tokens", "9"]) == 0
     out = capsys.readouterr()
     assert len(out.out.strip()) == 9 and "\033" not in out.out
-    assert "9 tokens in" in out.err and "tokens per step" in out.err and "of drafted tokens accepted" in out.err
+    assert (
+        "9 tokens in" in out.err and "tokens per step" in out.err and "of drafted tokens accepted" in out.err
+    )
 
 
 def test_json_holds_text_tokens_and_the_summary(folder, capsys, tmp_path):
     trace = tmp_path / "t.jsonl"
-    arguments = ["--prompt", "ABC", "--max-new-tokens", "7", "--json", "--temperature", "0.9", "--seed", "4", "--trace", str(trace)]
+    arguments = [
+        "--prompt",
+        "ABC",
+        "--max-new-tokens",
+        "7",
+        "--json",
+        "--temperature",
+        "0.9",
+        "--seed",
+        "4",
+        "--trace",
+        str(trace),
+    ]
     texts = []
     for drafter in ("ngram", "none", folder):
         assert cli.main(["generate", "--model", folder, "--drafter", drafter, *arguments]) == 0
@@ -108,12 +122,22 @@ def test_user_errors_are_one_line_and_exit_code_2(folder, capsys, arguments, wor
 def test_ctrl_c_in_the_middle_keeps_what_was_written(folder, tmp_path):
     """A real process and a real signal, sent once text is streaming."""
     trace = tmp_path / "t.jsonl"
-    command = [sys.executable, "-u", "-m", "paceline.spec.cli", "generate", "--model", folder, "--drafter", "none"]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "paceline.spec.cli",
+        "generate",
+        "--model",
+        folder,
+        "--drafter",
+        "none",
+    ]
     command += ["--prompt", "A", "--max-new-tokens", "500", "--trace", str(trace)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.read(3)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip().endswith("stopped") and "Traceback" not in err
     assert len(trace.read_text().splitlines()) >= 3
@@ -134,4 +158,7 @@ def test_colours_only_on_a_terminal_without_no_color(monkeypatch, tokenizer, cap
     streamer = console.Streamer(tokenizer, coloured=True)
     streamer.on_step([Event(0, 0, [3, 4, 5], [-1, 0, 1], [1], 6)])
     streamer.end()
-    assert capsys.readouterr().out == f"{console.GREEN}{tokenizer.decode([4])}{console.PLAIN}{tokenizer.decode([6])}\n"
+    assert (
+        capsys.readouterr().out
+        == f"{console.GREEN}{tokenizer.decode([4])}{console.PLAIN}{tokenizer.decode([6])}\n"
+    )

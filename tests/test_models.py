@@ -10,9 +10,9 @@ import zipfile
 
 import pytest
 import torch
-from conftest import tiny_llama
-
 from paceline.spec import models
+
+from conftest import tiny_llama
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_read_only_cache_ends_in_a_sentence(cache, wheel):
 
 def test_a_cache_that_is_no_folder_ends_in_a_sentence(cache, wheel):
     cache.write_text("a file")
-    with pytest.raises(ValueError, match="cannot be written .*; set PACELINE_CACHE"):
+    with pytest.raises(ValueError, match=r"cannot be written .*; set PACELINE_CACHE"):
         models.load_target("tiny")
 
 

@@ -5,13 +5,14 @@ The ordinary run takes 6 prompts, 32 tokens and one seed; PACELINE_FULL=1 takes 
 
 import json
 import os
-
-import pytest
-import torch
-from conftest import noisy_copy
+from functools import partial
 
 import paceline
+import pytest
+import torch
 from paceline.drafters.draft_model import ModelDrafter
+
+from conftest import noisy_copy
 
 pytestmark = pytest.mark.smollm2
 
@@ -28,13 +29,12 @@ SETTINGS = {
 @pytest.fixture(scope="module")
 def prompts(smollm2, root):
     """Token ids of each prompt in the chat template, (1, P) each, cut at 300 tokens."""
-    model, tokenizer = smollm2
     lines = (root / "tests" / "spec_bench_24.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     texts = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in lines]
-    return [
-        tokenizer.apply_chat_template(text, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids[:, -300:]
-        for text in texts
-    ]
+    encode = partial(
+        smollm2[1].apply_chat_template, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    return [encode(text).input_ids[:, -300:] for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,13 @@ def test_sampled_text_is_the_seeds_own(smollm2, prompts, drafters):
             for start, ids, mask in batches([prompts[i] for i in order]):
                 rows = order[start : start + len(ids)]
                 sequences = paceline.generate(
-                    model, ids, mask, drafter=drafters[name], tree=tree, seed=[seed * 100 + i for i in rows], **options
+                    model,
+                    ids,
+                    mask,
+                    drafter=drafters[name],
+                    tree=tree,
+                    seed=[seed * 100 + i for i in rows],
+                    **options,
                 )
                 for row, index in enumerate(rows):
                     assert new(sequences[row : row + 1], ids) == truth[index], (setting, seed, index)

@@ -1,0 +1,106 @@
+"""What `generate` refuses, in one sentence each, before any token is decoded."""
+
+import difflib
+from pathlib import Path
+
+from torch import Tensor
+from transformers import GenerationConfig
+
+from .verify import LOSSLESS
+
+EXECUTORS = ("eager",)
+_PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
+_REFUSED = {
+    "num_beams": ({None, 1}, "beam search keeps several texts per row; use model.generate for it"),
+    "penalty_alpha": ({None, 0}, "contrastive search is not supported; use model.generate for it"),
+    "guidance_scale": ({None, 1}, "guidance (CFG) runs a second model state per token; use model.generate"),
+    "dola_layers": ({None}, "DoLa decoding is not supported; use model.generate for it"),
+    "prompt_lookup_num_tokens": ({None}, "pass drafter='ngram' instead"),
+    "speculation_type": ({None}, "pass drafter= instead"),
+    "use_mtp": ({None, False}, "pass drafter= instead"),
+    "cache_implementation": ({None}, "the slot cache is always used; leave it out"),
+    "token_healing": ({None, False}, "token healing is not supported; use model.generate for it"),
+    "output_attentions": ({None, False}, "attentions are not collected; use model.generate for them"),
+    "output_hidden_states": ({None, False}, "hidden states are not collected; use model.generate for them"),
+    "constraints": ({None}, "constrained beam search is not supported; use model.generate for it"),
+    "force_words_ids": ({None}, "constrained beam search is not supported; use model.generate for it"),
+    "use_cache": ({None, True}, "decoding without a cache is not supported; leave it out"),
+}
+
+
+def setting(model, kwargs: dict, name: str):
+    """An argument's value: as passed, else from the generation config passed, else from the model's."""
+    if kwargs.get(name) is not None:
+        return kwargs[name]
+    configs = (kwargs.get("generation_config"), model.generation_config)
+    return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
+
+
+def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder model; Paceline decodes causal models only"
+        )
+    if verify not in LOSSLESS:
+        raise ValueError(f"verify={verify!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
+    if executor not in EXECUTORS:
+        raise ValueError(f"executor={executor!r} is not available; choose one of {', '.join(EXECUTORS)}")
+    if kwargs.pop("assistant_model", None) is not None:
+        raise ValueError(
+            "assistant_model= is transformers' own speculation; pass the draft model as drafter="
+        )
+    known = set(GenerationConfig().to_dict()) | set(_REFUSED) | _PASSED_ON
+    for name in kwargs:
+        if name not in known:
+            near = difflib.get_close_matches(name, [*known, "drafter", "tree", "verify", "seed"], 1)
+            hint = f"did you mean {near[0]!r}" if near else "remove it"
+            raise ValueError(f"generate() does not take {name!r}; {hint}")
+    for name, (allowed, reason) in _REFUSED.items():
+        # A checkpoint's own wish for a cache is no request of the user's.
+        value = kwargs.get(name) if "cache" in name else setting(model, kwargs, name)
+        if value is not None and not any(value == good for good in allowed):
+            raise ValueError(f"{name}={value!r} is refused: {reason}")
+    if kwargs.get("max_new_tokens") is not None and kwargs["max_new_tokens"] < 1:
+        raise ValueError(f"max_new_tokens={kwargs['max_new_tokens']}: ask for at least 1 token")
+
+
+def check_prompt(input_ids: Tensor | None, mask: Tensor | None) -> None:
+    if input_ids is None or input_ids.ndim != 2 or input_ids.numel() == 0:
+        shape = None if input_ids is None else tuple(input_ids.shape)
+        raise ValueError(
+            f"input_ids of shape {shape}: a prompt of shape (batch, tokens) with at least 1 token is needed"
+        )
+    if mask is None:
+        return
+    if mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
+        )
+    keep = mask.bool()
+    if not keep.any(1).all():
+        raise ValueError(
+            f"row {int((~keep.any(1)).nonzero()[0])} of attention_mask hides the whole prompt; unmask a token"
+        )
+    if not keep[:, -1].all() or (keep[:, :-1] & ~keep[:, 1:]).any():
+        raise ValueError(
+            "attention_mask hides tokens behind the first visible one; pad the prompts on the left only"
+        )
+
+
+def check_writable(path: str | Path) -> None:
+    try:
+        open(path, "a").close()
+    except OSError as error:
+        raise ValueError(
+            f"trace_file {path} cannot be written ({error.strerror}); choose another place"
+        ) from error
+
+
+def check_length(model, prompt: Tensor, pads: Tensor, new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    longest = int(prompt.shape[1] - pads.min())
+    if limit is not None and longest + new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {longest} tokens and {new_tokens} new ones exceed the model's context of {limit}; "
+            "shorten the prompt or lower max_new_tokens"
+        )
