@@ -20,7 +20,7 @@ def load_drafter(name_or_path: str | Path, target):
     from ..spec.models import load_target
     from .draft_model import ModelDrafter
 
-    model, _ = load_target(name_or_path, dtype=target.dtype)
+    model, _ = load_target(name_or_path, dtype=target.dtype, with_tokenizer=False)
     drafter = ModelDrafter(model.to(target.device), name=Path(str(name_or_path)).name)
     vocab = target.config.get_text_config().vocab_size
     if drafter.vocab_size != vocab:

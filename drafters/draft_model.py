@@ -36,6 +36,10 @@ class ModelDrafter:
             raise ValueError(
                 f"drafter {self.name} is on {self.model.device} and the target on {request.device}; move it"
             )
+        if request.shape.max_children > request.vocab_size:
+            raise ValueError(
+                f"tree: a node has {request.shape.max_children} children and the vocabulary {request.vocab_size} tokens"
+            )
         return ModelDraftSession(self.model, request)
 
 
@@ -51,30 +55,24 @@ class ModelDraftSession:
         self.vocab = torch.arange(request.vocab_size, device=request.device)
         self.vocab_size = request.vocab_size
 
-    def prefill(self, state: DecodeState) -> None:
-        width = int(state.lengths.max())
-        columns = torch.arange(width - 1, device=state.tokens.device)
-        if width > 1:
-            slots = torch.where(columns < state.lengths[:, None] - 1, columns, -1)  # (B, width - 1)
-            self.slots.forward_text(state.tokens[:, : width - 1], slots, keep=1)
+    def prefill(self, state: DecodeState, chunk: int) -> None:
+        self.slots.prefill(state.tokens, state.lengths, chunk)
 
     def propose(self, state: DecodeState) -> Proposal:
         base = state.lengths - 1
         tokens = state.roots().repeat(1, len(self.shape))  # (B, N): filled level by level
         draws = self.sampling.noise == "own"
-        draft_logits = (
-            state.tokens.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32) if draws else None
-        )
+        draft_logits = state.tokens.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32) if draws else None
         for depth, (inner, children, parent_place, ranks, width) in enumerate(self.levels):
             if depth == 0:
                 logits = self._root_logits(state, base)  # (B, 1, V)
             else:
                 logits = self.slots.forward_nodes(tokens[:, inner], base, self.tree, inner)  # (B, n, V)
+            logits = logits / self.sampling.temperature
             if draws:
-                draft_logits[:, inner] = logits / self.sampling.temperature
-            position = (base + depth + 1)[:, None]
-            race = self.sampling.perturb(logits, state.keys, position, self.vocab)
-            chosen = race.topk(min(width, self.vocab_size), dim=-1).indices  # (B, n, width)
+                draft_logits[:, inner] = logits
+            race = logits + self.sampling.gumbel(state.keys, (base + depth + 1)[:, None], self.vocab)
+            chosen = race.topk(width, dim=-1).indices  # (B, n, width)
             tokens[:, children] = chosen[:, parent_place, ranks]
         law = "without_replacement" if self.sampling.noise != "none" else "deterministic"
         source = "shared" if self.sampling.noise == "shared" else "own"

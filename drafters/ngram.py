@@ -7,6 +7,9 @@ decoding takes its top-k, sampling races log q with the target's noise (Gumbel c
 device with static shapes. Knows nothing of models or verification.
 """
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -16,18 +19,21 @@ from ..spec.tree import TokenTree, TreeShape
 from ..spec.verify import Verdict
 
 
+@dataclass(frozen=True)
 class NgramDrafter:
     """`longest` tokens are compared at most; the best `matches` places are followed."""
 
-    name = "ngram"
-    vocab_size = None
-    default_shape = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))  # two continuations, the better one longer
+    longest: int = 4
+    matches: int = 8
 
-    def __init__(self, longest: int = 4, matches: int = 8):
-        if longest < 1 or matches < 1:
-            raise ValueError(f"ngram: longest={longest} and matches={matches} must be at least 1")
-        self.longest = longest
-        self.matches = matches
+    name: ClassVar[str] = "ngram"
+    vocab_size: ClassVar[None] = None
+    # Two continuations, the better one longer.
+    default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))
+
+    def __post_init__(self):
+        if self.longest < 1 or self.matches < 1:
+            raise ValueError(f"ngram: longest={self.longest} and matches={self.matches} must be at least 1")
 
     def open(self, request: DraftRequest) -> "NgramSession":
         return NgramSession(self, request)
@@ -43,7 +49,7 @@ class NgramSession:
         self.sampling = request.sampling
         self.tree = TokenTree.of(request.shape, request.device)
 
-    def prefill(self, state: DecodeState) -> None:
+    def prefill(self, state: DecodeState, chunk: int) -> None:
         pass
 
     def commit(self, state: DecodeState, verdict: Verdict) -> None:
@@ -52,6 +58,10 @@ class NgramSession:
     def propose(self, state: DecodeState) -> Proposal:
         continuations, weights = self._look_up(state)  # (B, K, D), (B, K)
         columns: list[Tensor] = [state.roots()[:, 0]]
+        depths = torch.arange(continuations.shape[2], device=weights.device)
+        tokens = continuations.clamp(min=0).transpose(1, 2)  # (B, D, K)
+        noise = self.sampling.gumbel(state.keys, state.lengths[:, None] + depths, tokens)  # (B, D, K) or 0
+        noise = noise + torch.zeros_like(tokens, dtype=weights.dtype)
         following = [torch.zeros_like(weights)]  # [node]: 0 where a match agrees with the path, else -inf
         for node, children in enumerate(self.shape.children):
             if not children:
@@ -60,7 +70,7 @@ class NgramSession:
             candidates = continuations[:, :, depth]  # (B, K)
             alive = weights + following[node]
             alive = torch.where(candidates == NO_TOKEN, -torch.inf, alive)
-            race = self._race(candidates, alive, state, depth)
+            race = _votes(candidates, alive) / self.sampling.temperature + noise[:, depth]
             for _ in children:
                 best, place = race.max(-1, keepdim=True)
                 token = candidates.gather(1, place)  # (B, 1)
@@ -72,16 +82,6 @@ class NgramSession:
         tokens = torch.stack(columns, dim=1)
         source = "shared" if self.sampling.noise == "shared" else "own"
         return Proposal(tokens, self.tree, "deterministic", source)
-
-    def _race(self, candidates: Tensor, alive: Tensor, state: DecodeState, depth: int) -> Tensor:
-        """log q of each match's next token (votes for the same token add up), with noise: (B, K)."""
-        same = candidates[:, :, None] == candidates[:, None, :]
-        votes = torch.where(same, alive[:, None, :], -torch.inf).logsumexp(-1)
-        votes = torch.where(alive > -torch.inf, votes, -torch.inf)
-        positions = state.lengths[:, None] + depth
-        return self.sampling.perturb(votes[:, None], state.keys, positions, candidates.clamp(min=0)[:, None])[
-            :, 0
-        ]
 
     def _look_up(self, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The best K earlier places: their next D tokens (NO_TOKEN past the text), and log weights.
@@ -105,3 +105,10 @@ class NgramSession:
         rows = text[:, None].expand(-1, self.matches, -1)
         continuations = rows.gather(2, steps.clamp(max=text.shape[1] - 1))
         return torch.where(inside, continuations, NO_TOKEN), weights
+
+
+def _votes(candidates: Tensor, alive: Tensor) -> Tensor:
+    """log q of each match's next token, (B, K): the weights of matches with the same token add up."""
+    same = candidates[:, :, None] == candidates[:, None, :]
+    votes = torch.where(same, alive[:, None, :], -torch.inf).logsumexp(-1)
+    return torch.where(alive > -torch.inf, votes, -torch.inf)

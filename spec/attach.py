@@ -17,7 +17,7 @@ from .tree import TokenTree, TreeShape
 # Relative root-mean-square error of the logits that rounding may cause; a wrong mask costs far more.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
 _SHAPE = TreeShape((-1, 0, 0, 1, 1, 2, 4))
-_attached: "weakref.WeakSet[torch.nn.Module]" = weakref.WeakSet()
+_attached: "weakref.WeakKeyDictionary[torch.nn.Module, set]" = weakref.WeakKeyDictionary()
 
 
 def attach(model) -> None:
@@ -26,8 +26,6 @@ def attach(model) -> None:
     Raises ValueError, in one sentence, for a model that cannot: its kind, its attention implementation,
     or how far its tree logits are from the true ones.
     """
-    if model in _attached:
-        return
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; Paceline decodes causal models only")
@@ -36,7 +34,14 @@ def attach(model) -> None:
             f"{name} keeps a recurrent state, which cannot be rolled back to an accepted path; "
             "use a model whose layers are all attention"
         )
-    attention = model.config.get_text_config()._attn_implementation
+    config = model.config.get_text_config()
+    if config.model_type in ("bloom", "mpt", "gpt_neo") or getattr(config, "alibi", False):
+        # The self-test finds them in float32; in lower precision the error can hide in the rounding.
+        raise ValueError(
+            f"{name} cannot be decoded with trees: its attention takes a token's place in the cache for its position; "
+            "use a model with rotary or learned positions"
+        )
+    attention = config._attn_implementation
     if attention not in HOOKED:
         raise ValueError(
             f"{name} runs {attention} attention, which takes no tree masks; load it with "
@@ -44,22 +49,29 @@ def attach(model) -> None:
         )
     if model.training:
         raise ValueError(f"{name} is in training mode, where dropout changes the text; call model.eval()")
+    tested = _attached.setdefault(model, set())
+    if (model.dtype, attention) in tested:
+        return
     error = self_test(model)
-    if not error <= TOLERANCE.get(model.dtype, 0.1):
+    if error != error:
+        raise ValueError(f"{name} gives NaN logits; check its weights and dtype")
+    if error > TOLERANCE.get(model.dtype, 0.1):
         raise ValueError(
             f"{name} cannot be decoded with trees: its attention does not follow the positions and masks it is "
             f"given (relative error {error:.2g} on a small tree); use a model with rotary or learned positions"
         )
-    _attached.add(model)
+    tested.add((model.dtype, attention))
 
 
 @torch.no_grad()
 def self_test(model) -> float:
-    """The largest relative error of tree logits against cache-less forwards over two steps.
+    """The relative error of tree logits against cache-less forwards over two steps: the largest over the paths,
+    or the median in low precision, where rounding may send a token to another expert. NaN if any is NaN.
 
     Raises ValueError with the model's own message where the forward does not run at all."""
     try:
-        return max(_errors(model))
+        errors = torch.tensor(_errors(model))
+        return float(errors.max() if model.dtype in (torch.float32, torch.float64) else errors.median())
     except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
         first = str(error).strip().splitlines()[:1]
         raise ValueError(
@@ -74,11 +86,11 @@ def _errors(model) -> list[float]:
     tree = TokenTree.of(_SHAPE, device)
     texts = [_some_tokens(config.vocab_size, 7, 1), _some_tokens(config.vocab_size, 4, 2)]
     width = max(map(len, texts))
-    pads = torch.tensor([width - len(text) for text in texts], device=device)
-    prompt = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=device)
+    lengths = torch.tensor([len(text) for text in texts], device=device)
+    prompt = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
     slots = SlotModel(model, capacity=width + 3 * len(_SHAPE))
-    slots.prefill(prompt, pads)
-    base = width - pads - 1
+    slots.prefill(prompt, lengths, chunk=4)
+    base = lengths - 1
     errors = []
     paths = ((0, 1, 4, 6), (0, 2, 5, 5)), ((0, 1, 3, 3), (0, 1, 4, 6))  # [step][row]
     for number, chosen in enumerate(paths):

@@ -61,6 +61,11 @@ class SlotCache(Cache):
         self.slots: Tensor | None = None  # (B, n): where the next forward writes
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
+    def clear(self) -> None:
+        """Forget everything, so that nothing of an earlier text (a NaN, say) is behind the mask."""
+        for layer in self.layers:
+            layer.reset()
+
     def compact(self, base: Tensor, path: Tensor) -> None:
         """Move the nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.
 

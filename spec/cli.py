@@ -20,32 +20,18 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="fetch a small model and decode with and without speculation")
     _model_options(demo)
-    demo.add_argument(
-        "--max-new-tokens", type=_positive, default=96, metavar="N", help="per prompt (default 96)"
-    )
+    demo.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="per prompt (default 96)")
 
-    generate = commands.add_parser(
-        "generate", help="continue a prompt, streaming, and print what speculation brought"
-    )
+    generate = commands.add_parser("generate", help="continue a prompt, streaming, and print what speculation brought")
     _model_options(generate)
     source = generate.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    source.add_argument(
-        "--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input"
-    )
+    source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
     source.add_argument("--chat", metavar="TEXT", help="a user's message, put into the model's chat template")
-    generate.add_argument(
-        "--max-new-tokens", type=_positive, default=128, metavar="N", help="at most (default 128)"
-    )
-    generate.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)"
-    )
-    generate.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="nucleus, when sampling (default 1)"
-    )
-    generate.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)"
-    )
+    generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="at most (default 128)")
+    generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
+    generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus, when sampling (default 1)")
+    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
     generate.add_argument(
         "--verify", default="match", metavar="RULE", help="match, residual or typical (default match)"
     )
@@ -57,17 +43,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", default="smollm2-135m", metavar="NAME", help="folder, short name or hub id"
-    )
-    parser.add_argument(
-        "--drafter", default="ngram", metavar="NAME", help="ngram, a model, or none (default ngram)"
-    )
+    parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="folder, short name or hub id")
+    parser.add_argument("--drafter", default="ngram", metavar="NAME", help="ngram, a model, or none (default ngram)")
     parser.add_argument("--tree", metavar="SHAPE", help="chain:5, or children per level like 4x2x1")
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")
-    parser.add_argument(
-        "--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)"
-    )
+    parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 

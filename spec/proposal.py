@@ -44,14 +44,13 @@ class DraftSampling:
     temperature: float = 1.0
     noise: Literal["none", "own", "shared"] = "none"
 
-    def perturb(self, logits: Tensor, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
-        """Add the noise of each position: logits (B, P, K) at positions (B, P) of tokens (K,) or (B, P, K).
+    def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
+        """The noise at positions (B, P) of tokens (K,) or (B, P, K): (B, P, K), or 0 for greedy drafts.
 
-        The top-k of the result are k tokens drawn without replacement (Gumbel top-k)."""
+        The top-k of tempered logits plus noise are k tokens drawn without replacement (Gumbel top-k)."""
         if self.noise == "none":
-            return logits
-        stream = noise.TARGET if self.noise == "shared" else noise.DRAFT
-        return logits / self.temperature + noise.gumbel(keys, positions, stream, tokens)
+            return 0.0
+        return noise.gumbel(keys, positions, noise.TARGET if self.noise == "shared" else noise.DRAFT, tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,8 @@ class DraftRequest:
 class DraftSession(Protocol):
     """One decoding run of a drafter: persistent buffers, each with the batch row as its first axis."""
 
-    def prefill(self, state: "DecodeState") -> None:
-        """See the prompt, once, before the first step."""
+    def prefill(self, state: "DecodeState", chunk: int) -> None:
+        """See a new prompt, `chunk` tokens at a time, before its first step, and forget the last text."""
 
     def propose(self, state: "DecodeState") -> Proposal:
         """Fill the tree behind the last committed token. Static shapes, no host reads."""
@@ -90,6 +89,7 @@ class Drafter(Protocol):
         """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
 
 
+@dataclass(frozen=True, slots=True)
 class NoDrafter:
     """Proposes nothing: plain autoregressive decoding by the same loop, step and rules."""
 
@@ -97,15 +97,17 @@ class NoDrafter:
     vocab_size = None
     default_shape = TreeShape.chain(0)
 
-    def __init__(self):
-        self.tree: TokenTree | None = None
+    def open(self, request: DraftRequest) -> "EmptySession":
+        return EmptySession(TokenTree.of(self.default_shape, request.device))
 
-    def open(self, request: DraftRequest) -> "NoDrafter":
-        session = NoDrafter()
-        session.tree = TokenTree.of(self.default_shape, request.device)
-        return session
 
-    def prefill(self, state: "DecodeState") -> None:
+@dataclass(frozen=True, slots=True, eq=False)
+class EmptySession:
+    """A tree of nothing but the root."""
+
+    tree: TokenTree
+
+    def prefill(self, state: "DecodeState", chunk: int) -> None:
         pass
 
     def propose(self, state: "DecodeState") -> Proposal:

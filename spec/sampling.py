@@ -6,8 +6,6 @@ its own path, as if its tokens had come one by one. Those read the state on the 
 captured. Draws are not made here.
 """
 
-import copy
-
 import torch
 from torch import Tensor
 from transformers.generation import logits_process as hf
@@ -26,6 +24,17 @@ HISTORY_FREE = (
     hf.EtaLogitsWarper,
     hf.SuppressTokensLogitsProcessor,
     hf.InfNanRemoveLogitsProcessor,
+    hf.LogitNormalization,
+)
+CAPTURABLE = (
+    hf.TemperatureLogitsWarper,
+    hf.TopKLogitsWarper,
+    hf.TopPLogitsWarper,
+    hf.MinPLogitsWarper,
+    hf.TypicalLogitsWarper,
+    hf.EpsilonLogitsWarper,
+    hf.EtaLogitsWarper,
+    hf.SuppressTokensLogitsProcessor,
     hf.LogitNormalization,
 )
 STATEFUL = (
@@ -51,16 +60,30 @@ class Sampler:
                 )
         history = [i for i, processor in enumerate(processors) if type(processor) not in HISTORY_FREE]
         split = history[-1] + 1 if history else 0
-        self.per_path = [_for_rows(p, len(prompt)) for p in processors[:split]]  # [processor][row]
+        self.per_path = processors[:split]
         self.vectorised = processors[split:]
         self.do_sample = do_sample
         self.prompt = prompt
         self.pads = pads
 
     @property
+    def capturable(self) -> bool:
+        """Whether a step with these processors can be compiled or captured."""
+        return not self.per_path and all(type(processor) in CAPTURABLE for processor in self.vectorised)
+
+    @property
+    def signature(self) -> tuple:
+        """Equal for samplers whose capturable processors do the same."""
+        settings = [
+            {name: value.tolist() if isinstance(value, Tensor) else value for name, value in sorted(vars(p).items())}
+            for p in self.vectorised
+        ]
+        return self.do_sample, tuple((type(p).__name__, repr(own)) for p, own in zip(self.vectorised, settings))
+
+    @property
     def temperature(self) -> float:
         """The last temperature among the processors; 1 where there is none."""
-        flat = [*self.vectorised, *(rows[0] for rows in self.per_path)]
+        flat = [*self.vectorised, *self.per_path]
         return next((p.temperature for p in flat if isinstance(p, hf.TemperatureLogitsWarper)), 1.0)
 
     def scores(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
@@ -76,6 +99,7 @@ class Sampler:
         parents = proposal.tree.parents.expand(len(logits), -1).tolist()
         drafted = proposal.tokens.tolist()
         lengths, eos = state.lengths.tolist(), set(state.eos.tolist())
+        limits = (state.limits + self.pads).tolist()
         for row, finished in enumerate(state.done.tolist()):
             if finished:
                 continue
@@ -84,46 +108,29 @@ class Sampler:
             for node, token in enumerate(drafted[row]):
                 if node > 0:
                     parent = parents[row][node]
-                    texts.append(_extend(texts[parent], token, scores[row, parent], parent > 0, eos))
-                if texts[node] is None:
-                    continue
-                one = logits[row, node][None].clone()
-                for rows in self.per_path:
-                    one = rows[row](texts[node][None], one)
-                scores[row, node] = one[0]
+                    texts.append(_extend(texts[parent], token, scores[row, parent], parent > 0, eos, limits[row]))
+                if texts[node] is not None:
+                    scores[row, node] = self._process(row, texts[node], logits[row, node])
+        return scores
+
+    def _process(self, row: int, text: Tensor, scores: Tensor) -> Tensor:
+        """One row's scores (V,) behind its `text`, with every processor seeing a batch in which the row has
+        its own place, because some keep something for each row."""
+        batch = len(self.prompt)
+        for processor in self.per_path:
+            if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
+                allowed = processor._prefix_allowed_tokens_fn  # the user's, to be asked for this row only
+                own = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1)
+                scores = own(text[None], scores[None].clone())[0]
+            else:
+                scores = processor(text.expand(batch, -1), scores.expand(batch, -1).clone())[row]
         return scores
 
 
-def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos: set[int]) -> Tensor | None:
-    """`text` and one token more; None behind an end of text, or for a token that plain decoding could
-    not have drawn, so that a user's processor never sees a history that it has itself forbidden."""
-    ended = text is None or (drafted and int(text[-1]) in eos)
+def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos: set[int], limit: int) -> Tensor | None:
+    """`text` and one token more; None behind an end of text or beyond the row's limit, or for a token that
+    plain decoding could not have drawn, so that a user's processor never sees a history that cannot be."""
+    ended = text is None or len(text) + 1 >= limit or (drafted and int(text[-1]) in eos)
     if ended or token == NO_TOKEN or not scores[token] > -torch.inf:
         return None
     return torch.cat([text, text.new_tensor([token])])
-
-
-def _for_rows(processor, batch: int) -> list:
-    """The processor as each row of the batch sees it, for the ones that keep something per row."""
-    if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
-        allowed = processor._prefix_allowed_tokens_fn
-        return [
-            hf.PrefixConstrainedLogitsProcessor(lambda _, ids, row=row: allowed(row, ids), 1)
-            for row in range(batch)
-        ]
-    per_row = {
-        hf.RepetitionPenaltyLogitsProcessor: "prompt_ignore_length",
-        hf.EncoderRepetitionPenaltyLogitsProcessor: "encoder_input_ids",
-        hf.EncoderNoRepeatNGramLogitsProcessor: "generated_ngrams",
-    }.get(type(processor))
-    values = getattr(processor, per_row) if per_row else None
-    if values is None or isinstance(values, int):
-        return [processor] * batch
-    copies = [copy.copy(processor) for _ in range(batch)]
-    for row, own in enumerate(copies):
-        # A batch expanded by num_return_sequences repeats each prompt.
-        row = row * len(values) // batch
-        setattr(own, per_row, values[row : row + 1])
-        if hasattr(own, "batch_size"):
-            own.batch_size = 1
-    return copies

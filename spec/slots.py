@@ -50,9 +50,7 @@ class SlotModel:
         view = SlotView(positions, self.slot_index.expand(len(tokens), -1), visible)
         return self.forward(tokens, torch.where(padding, self.capacity - 1, slots), view, keep)
 
-    def forward_nodes(
-        self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None
-    ) -> Tensor:
+    def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
         """Tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
 
         A node sees the committed text, its ancestors and itself."""
@@ -71,8 +69,12 @@ class SlotModel:
         )
         return self.forward(tokens, base[:, None] + index, view)
 
-    def prefill(self, input_ids: Tensor, pads: Tensor) -> None:
-        """Write the prompt, (B, P) with `pads` (B,) left-padding tokens, all but its last token."""
-        if input_ids.shape[1] > 1:
-            columns = torch.arange(input_ids.shape[1] - 1, device=input_ids.device)
-            self.forward_text(input_ids[:, :-1], columns - pads[:, None], keep=1)
+    def prefill(self, tokens: Tensor, lengths: Tensor, chunk: int) -> None:
+        """Write the texts `tokens` (B, T) of `lengths` (B,), all but the last token of each, `chunk` tokens
+        at a time, so that memory does not grow with the prompt. Forgets what the cache held."""
+        self.cache.clear()
+        width = int(lengths.max()) - 1
+        for start in range(0, width, chunk):
+            columns = self.slot_index[start : min(start + chunk, width)]
+            slots = torch.where(columns < lengths[:, None] - 1, columns, -1)  # (B, n)
+            self.forward_text(tokens[:, columns], slots, keep=1)

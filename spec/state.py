@@ -24,26 +24,37 @@ class DecodeState:
     committed: Tensor  # (B,): tokens committed by the last step
 
     @classmethod
-    def from_prompt(
-        cls, input_ids: Tensor, pads: Tensor, new_tokens: int, capacity: int, keys: Tensor, eos: Tensor
-    ) -> "DecodeState":
-        """Rows of `input_ids` (B, P) without their `pads` (B,) left-padding tokens."""
-        batch, width = input_ids.shape
-        columns = torch.arange(width, device=input_ids.device) - pads[:, None]  # (B, P)
-        tokens = input_ids.new_zeros(batch, capacity)
-        tokens.scatter_(1, torch.where(columns >= 0, columns, capacity - 1), input_ids)
-        lengths = width - pads
-        flags = torch.zeros(batch, dtype=torch.bool, device=input_ids.device)
+    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device) -> "DecodeState":
+        """Buffers for `batch` rows and `eos` end-of-text ids; every row is done until a text is loaded."""
+
+        def numbers(*shape: int) -> Tensor:
+            return torch.ones(shape, dtype=torch.int64, device=device)
+
+        flags = torch.ones(batch, dtype=torch.bool, device=device)
         return cls(
-            tokens=tokens,
-            lengths=lengths,
-            limits=lengths + new_tokens,
+            tokens=numbers(batch, capacity),
+            lengths=numbers(batch),
+            limits=numbers(batch),
             done=flags,
-            failed=flags.clone(),
-            keys=keys,
-            eos=eos,
-            committed=torch.zeros_like(lengths),
+            failed=~flags,
+            keys=numbers(batch, 2),
+            eos=numbers(eos),
+            committed=numbers(batch),
         )
+
+    def load(self, input_ids: Tensor, pads: Tensor, new_tokens: int, keys: Tensor, eos: Tensor) -> None:
+        """Start on the rows of `input_ids` (B, P) without their `pads` (B,) left-padding tokens."""
+        width, trash = input_ids.shape[1], self.tokens.shape[1] - 1
+        columns = torch.arange(width, device=input_ids.device) - pads[:, None]  # (B, P)
+        self.tokens.zero_()
+        self.tokens.scatter_(1, torch.where(columns >= 0, columns, trash), input_ids)
+        self.lengths.copy_(width - pads)
+        self.limits.copy_(width - pads + new_tokens)
+        self.keys.copy_(keys)
+        self.eos.copy_(eos)
+        self.done.fill_(False)
+        self.failed.fill_(False)
+        self.committed.zero_()
 
     def roots(self) -> Tensor:
         """The last committed token of each row, (B, 1)."""

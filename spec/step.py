@@ -19,23 +19,29 @@ from .verify import Verdict, verify
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
-    """What a step did, for traces and score outputs; the texts are in the state."""
+    """What a step did, for the host; the texts are in the state."""
 
-    proposal: Proposal
-    verdict: Verdict
-    logits: Tensor  # (B, N, V) float32
-    scores: Tensor  # (B, N, V), processed
+    report: Tensor  # (B, 2N + D + 6): see `read_report` in loop.py
+    path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
+    logits: Tensor | None  # (B, N, V) float32, where asked for
+    scores: Tensor | None  # (B, N, V), processed, where asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Engine:
-    """The parts of one decoding run."""
+    """The parts of one decoding run, with all its buffers."""
 
     state: DecodeState
     target: SlotModel
     session: DraftSession
     sampler: Sampler
     rule: str
+    keep_scores: bool = False
+
+    def idle_step(self) -> None:
+        """A step in which every row is done: it changes no text, and allocates what is made on first use."""
+        self.state.done.fill_(True)
+        step(self, lambda phase: None)
 
 
 def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
@@ -51,8 +57,17 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
     engine.target.cache.compact(base, verdict.path)
     engine.session.commit(state, verdict)
     write(state, verdict)
+    report = _report(state, proposal, verdict)
     mark("commit")
-    return StepResult(proposal, verdict, logits, scores)
+    kept = (logits, scores) if engine.keep_scores else (None, None)
+    return StepResult(report, verdict.path, *kept)
+
+
+def _report(state: DecodeState, proposal: Proposal, verdict: Verdict) -> Tensor:
+    """All that the host wants to know, as one tensor, so that reading it is one copy."""
+    scalars = [verdict.accepted, verdict.bonus, state.committed, state.done, state.failed]
+    parents = proposal.tree.parents.expand_as(proposal.tokens)
+    return torch.cat([proposal.tokens, parents, verdict.path, torch.stack(scalars, dim=1)], dim=1)
 
 
 def write(state: DecodeState, verdict: Verdict) -> None:
@@ -63,7 +78,7 @@ def write(state: DecodeState, verdict: Verdict) -> None:
     count = torch.where(ended, ends.to(torch.int8).argmax(-1) + 1, verdict.accepted + 1)
     ended = ended & (count <= state.limits - state.lengths)
     count = torch.minimum(count, state.limits - state.lengths)
-    state.failed |= verdict.failed & ~state.done
+    state.failed |= verdict.failed & ~state.done & (count > verdict.accepted)  # else the bonus is not used
     count = torch.where(state.done | state.failed, 0, count)
     place = torch.where(columns < count[:, None], state.lengths[:, None] + columns, state.tokens.shape[1] - 1)
     state.tokens.scatter_(1, place, verdict.tokens)

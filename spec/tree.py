@@ -6,6 +6,7 @@ tensors. Neither knows tokens, models or rules. A chain is a tree. (Trees of dra
 SpecInfer, Medusa, Sequoia.)
 """
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,24 +19,27 @@ from torch import Tensor
 class TreeShape:
     """The parents of a tree's nodes, in breadth-first order, root first.
 
-    `TreeShape(parents)` takes any order in which parents precede children and sorts it by depth.
+    `TreeShape(parents)` takes any order in which parents precede children and sorts it level by level.
     Raises ValueError for a list that is not such a tree.
     """
 
     parents: tuple[int, ...]
 
     def __post_init__(self):
-        parents = tuple(self.parents)
+        try:
+            parents = [operator.index(parent) for parent in self.parents]
+        except TypeError:
+            raise ValueError(f"tree {self.parents!r} is not a list of whole numbers") from None
         if not parents or parents[0] != -1:
-            raise ValueError(f"tree {list(parents)[:8]}: the first node is the root, its parent must be -1")
-        depths = [0]
+            raise ValueError(f"tree {parents[:8]}: the first node is the root, its parent must be -1")
+        below: list[list[int]] = [[] for _ in parents]
         for node, parent in enumerate(parents[1:], 1):
-            if not isinstance(parent, int) or not 0 <= parent < node:
-                raise ValueError(
-                    f"tree: node {node} has parent {parent}, but a parent must be an earlier node"
-                )
-            depths.append(depths[parent] + 1)
-        order = sorted(range(len(parents)), key=depths.__getitem__)
+            if not 0 <= parent < node:
+                raise ValueError(f"tree: node {node} has parent {parent}, but a parent must be an earlier node")
+            below[parent].append(node)
+        order = [0]
+        for node in order:  # grows as it goes: level by level, children beside their siblings
+            order += below[node]
         place = {node: index for index, node in enumerate(order)}
         object.__setattr__(self, "parents", tuple(place.get(parents[node], -1) for node in order))
 
@@ -60,7 +64,10 @@ class TreeShape:
         if isinstance(text, TreeShape):
             return text
         if not isinstance(text, str):
-            return cls(tuple(text))
+            try:
+                return cls(tuple(text))
+            except TypeError:
+                raise ValueError(f"tree={text!r} is neither a shape like '4x2x1' nor a list of parents") from None
         kind, _, length = text.partition(":")
         if kind == "chain" and length.isdecimal():
             return cls.chain(int(length))

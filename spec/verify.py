@@ -46,9 +46,7 @@ class Verdict:
         return cls(accepted, path, tokens, bonus, ~(best > -torch.inf))
 
 
-def verify(
-    rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool
-) -> Verdict:
+def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool) -> Verdict:
     """Apply `rule` to processed scores (B, N, V) of a proposal whose root is at position `base` (B,).
 
     `keys` (B, 2) are the rows' noise streams; without `sampling` every draw is an argmax. Raises
@@ -71,7 +69,7 @@ def check(rule: str, proposal: Proposal, sampling: bool) -> None:
     if proposal.law == "deterministic":
         problem = "this drafter proposes tokens without drawing them"
     elif proposal.noise == "shared":
-        problem = "these were drawn with the target's noise, which would bias the text"
+        problem = "these were drawn with the target's noise, which is not independent of the target's draws"
     elif proposal.law == "iid" and proposal.tree.max_children > 1:
         problem = "these siblings were drawn with replacement"
     elif proposal.draft_logits is None:
@@ -150,16 +148,17 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
     target = scores[:, 0].softmax(-1)  # (B, V): what is left of the target's law at the node
     for depth in range(tree.max_depth):
         draft_logits = proposal.draft_logits[rows, node]  # (B, V): -inf where a child was rejected
-        children = (tree.parents == node[:, None]) & walking[:, None]  # (B, N)
+        children = (tree.parents == node[:, None]) & walking[:, None] & (proposal.tokens >= 0)  # (B, N)
         walking = torch.zeros_like(walking)
         for rank in range(tree.max_children):
             offered = children & (tree.ranks == rank) & ~walking[:, None]
             child = offered.to(torch.int8).argmax(-1)
-            token = proposal.tokens.gather(1, child[:, None])  # (B, 1)
+            token = proposal.tokens.gather(1, child[:, None]).clamp(min=0)  # (B, 1)
             draft = draft_logits.softmax(-1)
             odds = coins[:, depth, rank, None] * draft.gather(1, token) < target.gather(1, token)
-            accept = offered.any(-1) & odds[:, 0]
-            reject = (offered.any(-1) & ~odds[:, 0])[:, None]
+            present = offered.any(-1)
+            accept = present & odds[:, 0]
+            reject = (present & ~odds[:, 0])[:, None]
             target = torch.where(reject, _left_over(target, draft), target)
             draft_logits = torch.where(reject, draft_logits.scatter(1, token, -torch.inf), draft_logits)
             node = torch.where(accept, child, node)

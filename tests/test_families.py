@@ -96,9 +96,8 @@ def test_tree_steps_equal_cacheless_forwards(name):
     tree = TokenTree.of(shape, "cpu")
     torch.manual_seed(3)
     texts = [torch.randint(3, 64, (length,)).tolist() for length in (11, 8)]
-    pads = torch.tensor([0, 3])
     slots = SlotModel(model, capacity=64)
-    slots.prefill(torch.tensor([texts[0], [0, 0, 0, *texts[1]]]), pads)
+    slots.prefill(torch.tensor([texts[0], [*texts[1], 0, 0, 0]]), torch.tensor([11, 8]), chunk=4)
     for step in range(3):
         base = torch.tensor([len(text) - 1 for text in texts])
         tokens = torch.randint(3, 64, (2, tree.size))
@@ -125,9 +124,7 @@ def test_families_that_cannot_are_refused_in_a_sentence(name):
     sentence = str(caught.value)
     assert "\n" not in sentence and type(model).__name__ in sentence and "; use a model" in sentence, sentence
     reason = (
-        "recurrent state"
-        if name in ("mamba", "mamba2", "falcon_h1", "qwen3_next")
-        else "cannot be decoded with trees"
+        "recurrent state" if name in ("mamba", "mamba2", "falcon_h1", "qwen3_next") else "cannot be decoded with trees"
     )
     assert reason in sentence
 
@@ -151,7 +148,7 @@ def test_the_hook_leaves_other_forwards_alone(target, ragged):
     ids, mask = ragged
     before = target(input_ids=ids, attention_mask=mask).logits
     slots = SlotModel(target, capacity=64)
-    slots.prefill(ids, (mask == 0).sum(1))
+    slots.prefill(ids, mask.sum(1), chunk=512)
     seen = []
     thread = threading.Thread(target=lambda: seen.append(target(input_ids=ids, attention_mask=mask).logits))
     thread.start()

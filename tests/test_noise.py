@@ -18,9 +18,7 @@ def test_gumbel_has_the_gumbel_law():
 
 
 def test_the_tail_that_decides_is_fine_grained():
-    sample = noise.gumbel(
-        noise.row_keys(1, 64, "cpu"), torch.arange(64).expand(64, -1), 0, torch.arange(4096)
-    )
+    sample = noise.gumbel(noise.row_keys(1, 64, "cpu"), torch.arange(64).expand(64, -1), 0, torch.arange(4096))
     assert torch.isfinite(sample).all()
     top = sample.flatten().topk(1000).values
     assert len(top.unique()) > 995, "the winners of a race must not tie"
@@ -53,9 +51,7 @@ def test_neighbouring_positions_streams_rows_and_tokens_are_uncorrelated():
 def test_noise_knows_the_seed_but_not_the_place_in_the_batch():
     many = noise.row_keys([4, 9, 4], 3, "cpu")
     assert torch.equal(many[0], many[2])
-    assert torch.equal(noise.row_keys(4, 2, "cpu")[0], many[0]), (
-        "row 0 of seed 4 is a batch of one with seed 4"
-    )
+    assert torch.equal(noise.row_keys(4, 2, "cpu")[0], many[0]), "row 0 of seed 4 is a batch of one with seed 4"
     assert not torch.equal(noise.row_keys(4, 2, "cpu")[1], many[0])
     wide = noise.gumbel(many, torch.tensor([[3, 5], [5, 3], [5, 5]]), 0, VOCAB)
     lone = noise.gumbel(many[1:2], torch.tensor([[5]]), 0, torch.tensor([10, 20]))
@@ -79,9 +75,7 @@ def test_the_stream_never_changes():
     second = mix((high + first) % 2**32)
     word = mix((mix(((123 * 0x9E3779B1) % 2**32) ^ first) + second) % 2**32)
     assert word == 1269833339
-    got = noise.uniform(
-        noise.row_keys(42, 2, "cpu")[1:], torch.tensor([[7]]), noise.ACCEPT, torch.tensor([123])
-    )
+    got = noise.uniform(noise.row_keys(42, 2, "cpu")[1:], torch.tensor([[7]]), noise.ACCEPT, torch.tensor([123]))
     assert got.item() == pytest.approx((word + 0.5) / 2**32, rel=1e-6)
 
 

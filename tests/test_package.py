@@ -16,9 +16,7 @@ def test_the_package_list_is_the_tree(root):
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {"paceline"} | {f"paceline.{path.parent.name}" for path in root.glob("[a-z]*/__init__.py")}
     assert set(settings["packages"]) == folders
-    assert not [path for name in ("spec", "drafters", "training") for path in (root / name).glob("*/*.py")], (
-        "flat"
-    )
+    assert not [path for name in ("spec", "drafters", "training") for path in (root / name).glob("*/*.py")], "flat"
 
 
 def test_public_names_load_on_first_use():
@@ -29,12 +27,8 @@ def test_public_names_load_on_first_use():
 
 
 def test_importing_and_helping_do_not_load_torch(tmp_path):
-    code = (
-        "import sys, paceline, paceline.spec.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
-    )
-    done = run(
-        "-c", code + "assert 'torch' not in sys.modules and 'transformers' not in sys.modules", cwd=tmp_path
-    )
+    code = "import sys, paceline, paceline.spec.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    done = run("-c", code + "assert 'torch' not in sys.modules and 'transformers' not in sys.modules", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "demo" in done.stdout
 

@@ -31,9 +31,7 @@ def prompts(smollm2, root):
     """Token ids of each prompt in the chat template, (1, P) each, cut at 300 tokens."""
     lines = (root / "tests" / "spec_bench_24.jsonl").read_text(encoding="utf-8").splitlines()[:PROMPTS]
     texts = [[{"role": "user", "content": json.loads(line)["turns"][0]}] for line in lines]
-    encode = partial(
-        smollm2[1].apply_chat_template, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    encode = partial(smollm2[1].apply_chat_template, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     return [encode(text).input_ids[:, -300:] for text in texts]
 
 
@@ -81,30 +79,30 @@ def test_greedy_text_equals_transformers(smollm2, prompts, drafters, greedy, set
     assert accepted > 0, "some drafts were accepted, or nothing was tested"
 
 
-def test_sampled_text_is_the_seeds_own(smollm2, prompts, drafters):
+@pytest.mark.parametrize("seed", SEEDS)
+def test_sampled_text_is_the_seeds_own(smollm2, prompts, drafters, seed):
     model = smollm2[0]
     options = dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=0, max_new_tokens=NEW)
-    for seed in SEEDS:
-        truth = {}
-        for start, ids, mask in batches(prompts):
-            seeds = [seed * 100 + start + row for row in range(len(ids))]
-            sequences = paceline.generate(model, ids, mask, seed=seeds, **options)
-            for row in range(len(ids)):
-                truth[start + row] = new(sequences[row : row + 1], ids)
-        for setting, (name, tree) in SETTINGS.items():
-            order = list(range(len(prompts)))[:: -1 if "tree" in setting else 1]
-            for start, ids, mask in batches([prompts[i] for i in order]):
-                rows = order[start : start + len(ids)]
-                sequences = paceline.generate(
-                    model,
-                    ids,
-                    mask,
-                    drafter=drafters[name],
-                    tree=tree,
-                    seed=[seed * 100 + i for i in rows],
-                    **options,
-                )
-                for row, index in enumerate(rows):
-                    assert new(sequences[row : row + 1], ids) == truth[index], (setting, seed, index)
-        lone = paceline.generate(model, prompts[0], drafter="ngram", seed=[seed * 100], **options)
-        assert new(lone, prompts[0]) == truth[0]
+    truth = {}
+    for start, ids, mask in batches(prompts):
+        seeds = [seed * 100 + start + row for row in range(len(ids))]
+        sequences = paceline.generate(model, ids, mask, seed=seeds, **options)
+        for row in range(len(ids)):
+            truth[start + row] = new(sequences[row : row + 1], ids)
+    for setting, (name, tree) in SETTINGS.items():
+        order = list(range(len(prompts)))[:: -1 if "tree" in setting else 1]
+        for start, ids, mask in batches([prompts[i] for i in order]):
+            rows = order[start : start + len(ids)]
+            sequences = paceline.generate(
+                model,
+                ids,
+                mask,
+                drafter=drafters[name],
+                tree=tree,
+                seed=[seed * 100 + i for i in rows],
+                **options,
+            )
+            for row, index in enumerate(rows):
+                assert new(sequences[row : row + 1], ids) == truth[index], (setting, seed, index)
+    lone = paceline.generate(model, prompts[0], drafter="ngram", seed=[seed * 100], **options)
+    assert new(lone, prompts[0]) == truth[0]

@@ -57,9 +57,7 @@ def test_events_add_up_to_the_text(target, draft, ragged, tmp_path):
             pad_token_id=0, return_dict_in_generate=True, trace_file=file,
         )  # fmt: skip
         summary = out.trace.summary()
-        texts = {
-            row: [token for event in events for token in event.committed] for row, events in out.trace.rows()
-        }
+        texts = {row: [token for event in events for token in event.committed] for row, events in out.trace.rows()}
         for row, text in texts.items():
             generated = out.sequences[row, 9:].tolist()
             ends = [i for i, token in enumerate(generated) if token in (17, 30)]
@@ -69,10 +67,7 @@ def test_events_add_up_to_the_text(target, draft, ragged, tmp_path):
         assert sum(i * count for i, count in enumerate(histogram)) == summary["num_accepted_draft_tokens"]
         assert summary["num_tokens"] == sum(map(len, texts.values()))
         ended_early = sum(event.bonus is None for event in out.trace.events)
-        assert (
-            summary["num_tokens"]
-            == summary["num_accepted_draft_tokens"] + summary["num_spec_steps"] - ended_early
-        )
+        assert summary["num_tokens"] == summary["num_accepted_draft_tokens"] + summary["num_spec_steps"] - ended_early
         for event in out.trace.events:
             path = [0, *event.accepted]
             assert all(event.parents[child] == parent for parent, child in itertools.pairwise(path))

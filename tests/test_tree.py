@@ -32,9 +32,8 @@ def test_tensors_equal_the_slow_derivation(shape):
         assert tree.paths[0, node].tolist() == path + [node] * (shape.max_depth - len(path) + 1)
         assert tree.ranks[0, node] == sum(parents[other] == parents[node] for other in range(node))
     assert list(shape.depths) == sorted(shape.depths), "nodes stand level by level"
-    assert [len(level) for level in shape.levels] == [
-        list(shape.depths).count(d) for d in range(shape.max_depth + 1)
-    ]
+    assert list(parents) == sorted(parents), "and siblings side by side"
+    assert [len(level) for level in shape.levels] == [list(shape.depths).count(d) for d in range(shape.max_depth + 1)]
     assert tree.max_children == max(parents.count(node) for node in range(len(shape)))
 
 
@@ -51,6 +50,7 @@ def test_shapes_as_users_write_them():
     assert TreeShape.parse("chain:0").parents == (-1,)
     assert TreeShape.parse("2x1x2").parents == (-1, 0, 0, 1, 2, 3, 3, 4, 4)
     assert TreeShape.parse([-1, 0, 1, 0]).parents == (-1, 0, 0, 1), "sorted by depth"
+    assert TreeShape.parse([-1, 0, 0, 2, 1]).parents == (-1, 0, 0, 1, 2), "and by parent"
     assert TreeShape.parse(TreeShape.chain(2)) == TreeShape((-1, 0, 1))
 
 
@@ -65,7 +65,8 @@ def test_shapes_as_users_write_them():
         ([], "parent must be -1"),
         ([-1, 1], "earlier node"),
         ([-1, -1], "earlier node"),
-        ([-1, 0.5], "earlier node"),
+        ([-1, 0.5], "whole numbers"),
+        (5, "neither"),
     ],
 )
 def test_malformed_trees_are_refused_with_the_rule(text, rule):

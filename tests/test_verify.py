@@ -38,7 +38,7 @@ def drawn(tree, draft_logits, keys, base, how="own", start=0):
         children = [n for n in range(tree.size) if tree.parents[0, n] == node]
         if children:
             position = base[:, None] + 1 + tree.depths[0, node]
-            race = sampling.perturb(draft_logits[:, node : node + 1], keys, position, vocab)[:, 0]
+            race = draft_logits[:, node] + sampling.gumbel(keys, position, vocab)[:, 0]
             tokens[:, children] = race.topk(len(children)).indices
     return tokens
 
@@ -84,9 +84,7 @@ def test_residual_equals_the_reference(shape, seed):
         path, law = walk_residual(shape.parents, tokens[row].tolist(), target, draft, coins[row])
         assert got.path[row, : len(path)].tolist() == path and got.accepted[row] == len(path) - 1
         log_law = torch.tensor(law).log()
-        assert got.bonus[row] == plain_draw(
-            log_law, keys[row], int(positions[row, len(path) - 1]), noise.BONUS
-        )
+        assert got.bonus[row] == plain_draw(log_law, keys[row], int(positions[row, len(path) - 1]), noise.BONUS)
 
 
 @given(shapes(most=8), st.integers(0, 10_000))
@@ -125,10 +123,8 @@ class Toy:
             if children:
                 position = (self.base + 1 + shape.depths[node])[:, None]
                 logits = self.draft[tokens[:, node]]
-                race = sampling.perturb(logits[:, None], self.keys, position, torch.arange(VOCAB))[:, 0]
-                chosen = (
-                    race.topk(len(children)).indices if pick is None else pick(race, logits, len(children))
-                )
+                race = logits + sampling.gumbel(self.keys, position, torch.arange(VOCAB))[:, 0]
+                chosen = race.topk(len(children)).indices if pick is None else pick(race, logits, len(children))
                 tokens[:, list(children)] = chosen
         return tokens, tree, self.draft[tokens]
 
@@ -268,7 +264,7 @@ ANY = torch.zeros(1, 3, VOCAB)
     ("proposal", "why"),
     [
         (Proposal(ANY[..., 0].long(), CHAIN, "deterministic", "own"), "without drawing"),
-        (Proposal(ANY[..., 0].long(), CHAIN, "without_replacement", "shared", ANY), "bias"),
+        (Proposal(ANY[..., 0].long(), CHAIN, "without_replacement", "shared", ANY), "not independent"),
         (Proposal(ANY[..., 0].long(), TREE, "iid", "own", ANY), "with replacement"),
         (Proposal(ANY[..., 0].long(), CHAIN, "iid", "own"), "no probabilities"),
     ],

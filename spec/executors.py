@@ -1,0 +1,129 @@
+"""Ways to run the one step function over one record of persistent buffers.
+
+    eager       as it is written
+    compiled    torch.compile, one graph, no recompiles, cached on disk between processes
+    cuda_graph  captured once, replayed; results are read one step late, so nothing waits for the host
+
+The last two bind to the buffers of an engine, so an engine with its executor is kept and filled again with
+the next text of the same shape. Knows nothing of what a step does.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from .models import cache_folder
+from .step import Engine, StepResult, step
+
+NAMES = ("auto", "eager", "compiled", "cuda_graph")
+LONG_RUN = 2048  # new tokens in one call from which "auto" compiles on a CPU
+
+
+def _silent(phase: str) -> None:
+    """The marks of a step that cannot be interrupted to look at the clock."""
+
+
+class Eager:
+    """The step as it is written, timed phase by phase."""
+
+    lag = 0  # how many steps late the host reads
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def run(self, mark: Callable[[str], None]) -> StepResult:
+        return step(self.engine, mark)
+
+
+class Compiled:
+    """One graph for one engine. Compiling takes tens of seconds a shape, less when the disk cache has it."""
+
+    lag = 0
+
+    def __init__(self, engine: Engine):
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+        self.engine = engine
+        # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
+        self.step = torch.compile(
+            lambda: step(engine, _silent),
+            fullgraph=True,
+            dynamic=False,
+            isolate_recompiles=True,
+            options={"guard_filter_fn": torch.compiler.skip_all_guards_unsafe},
+        )
+        started = time.perf_counter()
+        print("compiling the step ...", end="", file=sys.stderr, flush=True)
+        try:
+            engine.idle_step()  # allocates the caches, which must exist before the graph is traced
+            self.step()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            print(" failed", file=sys.stderr)
+            raise ValueError(_reason("compiled", error)) from error
+        print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+    def run(self, mark: Callable[[str], None]) -> StepResult:
+        result = self.step()
+        mark("step")
+        return result
+
+
+class CudaGraph:
+    """One capture for one engine, all captures in one memory pool."""
+
+    lag = 1
+    pool = None
+
+    def __init__(self, engine: Engine):
+        side = torch.cuda.Stream(engine.state.tokens.device)
+        side.wait_stream(torch.cuda.current_stream())
+        try:
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    engine.idle_step()
+            torch.cuda.current_stream().wait_stream(side)
+            CudaGraph.pool = CudaGraph.pool or torch.cuda.graph_pool_handle()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
+                self.result = step(engine, _silent)
+        except RuntimeError as error:
+            raise ValueError(_reason("cuda_graph", error)) from error
+
+    def run(self, mark: Callable[[str], None]) -> StepResult:
+        self.graph.replay()
+        mark("step")
+        return self.result
+
+
+def _reason(name: str, error: Exception) -> str:
+    first = str(error).strip().splitlines()[:1]
+    return (
+        f"executor={name!r} cannot take this step ({type(error).__name__}: {first[0] if first else ''}); "
+        "use executor='eager'"
+    )
+
+
+def choose(name: str, device: torch.device, new_tokens: int, capturable: bool, compiled_before: bool) -> str:
+    """The executor that `name` means here. Raises ValueError, naming one that can run, for one that cannot."""
+    has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or device.type == "cuda"
+    if name == "auto":
+        if not capturable:
+            return "eager"
+        if device.type == "cuda":
+            return "cuda_graph"
+        return "compiled" if compiled_before or (has_compiler and new_tokens >= LONG_RUN) else "eager"
+    if name == "cuda_graph" and device.type != "cuda":
+        raise ValueError(f"executor='cuda_graph' needs CUDA and the model is on {device}; use 'compiled' or 'eager'")
+    if name == "compiled" and not has_compiler:
+        raise ValueError("executor='compiled' needs a C++ compiler (g++ or clang++) and there is none; use 'eager'")
+    if name != "eager" and not capturable:
+        raise ValueError(
+            f"executor={name!r} cannot run logits processors that look at the history or at Python state; use 'eager'"
+        )
+    return name
+
+
+EXECUTORS = {"eager": Eager, "compiled": Compiled, "cuda_graph": CudaGraph}
