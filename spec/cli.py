@@ -8,7 +8,13 @@ import os
 import sys
 from importlib import import_module
 
-_COMMANDS = {"demo": ".demo", "generate": ".commands", "models": ".commands"}
+_COMMANDS = {
+    "demo": ".demo",
+    "generate": ".commands",
+    "models": ".commands",
+    "plan": ".planning",
+    "profile": ".planning",
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,6 +44,18 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--trace", metavar="FILE", help="append one JSON line per step to FILE")
     generate.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
 
+    plan = commands.add_parser("plan", help="plan the best tree for a drafter on this device, for tree='auto'")
+    _model_options(plan)
+    plan.add_argument("--calibrate", required=True, metavar="FILE", help="prompts: JSONL with 'turns' or 'prompt'")
+    plan.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
+    plan.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
+    plan.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
+    plan.add_argument("--verify", default="match", metavar="RULE", help="match or residual (default match)")
+    plan.add_argument("-o", "--output", metavar="FILE", help="write the plan here too, for --tree FILE.json")
+
+    profile = commands.add_parser("profile", help="time steps on this device, by tree size and drafting depth")
+    _model_options(profile)
+
     commands.add_parser("models", help="list the models that have a short name, and where they are")
     return parser
 
@@ -45,7 +63,9 @@ def _parser() -> argparse.ArgumentParser:
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="folder, short name or hub id")
     parser.add_argument("--drafter", default="ngram", metavar="NAME", help="ngram, a model, or none (default ngram)")
-    parser.add_argument("--tree", metavar="SHAPE", help="chain:5, or children per level like 4x2x1")
+    parser.add_argument("--tree", metavar="SHAPE", help="chain:5, children per level like 4x2x1, FILE.json, auto")
+    executors = ("auto", "eager", "compiled", "cuda_graph")
+    parser.add_argument("--executor", default="eager", choices=executors, help="how steps are run (default eager)")
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -58,6 +58,7 @@ def generate(args) -> None:
         tree=args.tree,
         verify=args.verify,
         seed=args.seed,
+        executor=args.executor,
         trace_file=args.trace,
         max_new_tokens=args.max_new_tokens,
         return_dict_in_generate=True,

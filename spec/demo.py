@@ -67,7 +67,7 @@ def _figures(plain: float, fast: float, per_step: float) -> list[str]:
 
 def _generate(args, model, prompt, drafter, tokens, on_step=None):
     tree = args.tree if drafter is not None else None
-    options = {"do_sample": False, "max_new_tokens": tokens, "return_dict_in_generate": True}
+    options = {"do_sample": False, "max_new_tokens": tokens, "return_dict_in_generate": True, "executor": args.executor}
     return generate(model, **prompt, drafter=drafter, tree=tree, on_step=on_step, **options)
 
 

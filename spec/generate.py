@@ -18,9 +18,11 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .arguments import check_arguments, check_length, check_prompt, check_writable, setting
 from .attach import attach
+from .executors import choose
 from .lockstep import Lockstep, ScoreBook
 from .loop import decode
 from .noise import row_keys
+from .plans import automatic_shape, read_shape
 from .proposal import NoDrafter
 from .runs import RunSpec, open_run
 from .sampling import Sampler
@@ -58,8 +60,9 @@ def generate(
 
     `input_ids` and `attention_mask` are (B, P), padded on the left. `drafter` is a drafter object, a
     name or folder for `load_drafter`, or None for plain autoregressive decoding by the same code. `tree`
-    is the shape to draft: "chain:5", "4x2x1", a list of parents or a `TreeShape`; None takes the
-    drafter's own. `verify` is "match" (default), "residual" or "typical". `executor` is "eager",
+    is the shape to draft: "chain:5", "4x2x1", a list of parents, a planned file (.json), a `TreeShape`, or
+    "auto" for the plan kept by `paceline plan`; None takes the drafter's own. `verify` is "match" (default),
+    "residual" or "typical". `executor` is "eager",
     "compiled", "cuda_graph" or "auto": the last on CUDA, "compiled" for long runs on a CPU, else "eager".
     `prefill_chunk` bounds how many prompt tokens are read at a time. `seed` is an integer (row r draws from
     stream (seed, r)) or a list of one integer per row. `trace_file` is a JSONL file to append the trace to;
@@ -83,7 +86,7 @@ def generate(
         raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
     if trace_file is not None:
         check_writable(trace_file)
-    shape = drafter.default_shape if tree is None else TreeShape.parse(tree)
+    shape = None if tree == "auto" else read_shape(tree, drafter)
     attach(model)
     call = _Call(drafter, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step)
     if streamer is not None:
@@ -99,7 +102,7 @@ class _Call:
     """One call of generate, between transformers' preparation and our loop."""
 
     drafter: Any
-    shape: TreeShape
+    shape: TreeShape | None  # None: the kept plan's
     rule: str
     seed: int | list[int]
     executor: str
@@ -118,7 +121,6 @@ class _Call:
             check_prompt(prompt, mask, model.config.get_text_config().vocab_size)
         pads = _left_padding(prompt, mask)
         new_tokens = stopping_criteria.max_length - prompt.shape[1]
-        check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
         if self.stop_strings:
             stopping_criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         scores = ScoreBook(len(prompt)) if detailed and config.output_scores else None
@@ -133,6 +135,9 @@ class _Call:
         eos = torch.cat([prompt.new_zeros(0), *(ids.reshape(-1).to(prompt) for ids in ends)])
         keys = row_keys(self._seeds(len(prompt)), len(prompt), prompt.device)
         sampler = Sampler(logits_processor, bool(config.do_sample), prompt, pads)
+        if self.shape is None:
+            self._plan(model, sampler, new_tokens * len(prompt))
+        check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
         slots = prompt.shape[1] + new_tokens + len(self.shape) + 1
         keep_scores = scores is not None or logits is not None
         what = self.drafter, self.shape, self.rule, self.executor
@@ -168,6 +173,14 @@ class _Call:
             logits=None if logits is None else tuple(logits.token(i) for i in width),
             trace=trace,
         )
+
+    def _plan(self, model, sampler: Sampler, new_tokens: int) -> None:
+        """Take the kept plan, which may be not to speculate."""
+        executor = choose(self.executor, model.device, new_tokens, sampler.capturable, compiled_before=False)
+        temperature = sampler.temperature if sampler.do_sample else 0.0
+        self.shape = automatic_shape(model, self.drafter, executor, self.rule, temperature)
+        if len(self.shape) == 1:
+            self.drafter = NoDrafter()
 
     def _seeds(self, rows: int) -> int | list[int]:
         try:

@@ -1,0 +1,44 @@
+"""Where plans are kept, and how `tree=` is read: a shape, a planned file, or "auto" for the kept plan."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+
+from .models import cache_folder
+from .planner import Plan
+from .tree import TreeShape
+
+
+def plan_path(model, drafter, executor: str, rule: str, temperature: float) -> Path:
+    """The file of the plan for a target and drafter on this device, with this executor, rule and temperature."""
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    own = getattr(getattr(drafter, "model", None), "config", None)
+    parts = [
+        model.config.to_json_string(), drafter.name, own.to_json_string() if own else repr(drafter), device,
+        str(model.dtype), executor, rule, round(temperature, 2), torch.__version__,
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return cache_folder() / "plans" / f"{digest}.json"
+
+
+def automatic_shape(model, drafter, executor: str, rule: str, temperature: float) -> TreeShape:
+    """The shape of the kept plan; a root alone where not to speculate is best. Raises ValueError where no
+    plan has been made."""
+    path = plan_path(model, drafter, executor, rule, temperature)
+    if not path.is_file():
+        raise ValueError(
+            f"tree='auto' has no plan for drafter {drafter.name!r}, executor {executor!r}, rule {rule!r} and "
+            f"temperature {temperature:g} on this model and device; make one with paceline plan, or pass a tree"
+        )
+    return Plan.load(path).shape
+
+
+def read_shape(tree, drafter) -> TreeShape:
+    """The shape that `tree=` means, "auto" excepted; None is the drafter's own."""
+    if tree is None:
+        return drafter.default_shape
+    planned = isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json"))
+    return Plan.load(tree).shape if planned else TreeShape.parse(tree)
