@@ -16,7 +16,7 @@ from ..spec.attach import attach
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
-from ..spec.tree import TokenTree, TreeShape
+from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
 
 
@@ -40,23 +40,41 @@ class ModelDrafter:
             raise ValueError(
                 f"tree: a node has {request.shape.max_children} children and the vocabulary {request.vocab_size} tokens"
             )
-        return ModelDraftSession(self.model, request)
+        if isinstance(request.shape, DynamicShape):
+            from .dynamic_tree import DynamicDraftSession
+
+            return DynamicDraftSession(self.model, request)
+        return StaticDraftSession(self.model, request)
 
 
 class ModelDraftSession:
-    """One run: the cache, and for each level which nodes are forwarded and where their children go."""
+    """What every run of a draft model has: a cache, and how a step begins."""
 
     def __init__(self, model, request: DraftRequest):
         self.slots = SlotModel(model, request.capacity)
         self.shape = request.shape
         self.sampling = request.sampling
+
+    def prefill(self, state: DecodeState, chunk: int) -> None:
+        self.slots.prefill(state.tokens, state.lengths, chunk)
+
+    def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
+        """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
+        the last tree. A row of one token has none before it: that column is padding. (B, 1, V)"""
+        pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
+        tokens = state.tokens.gather(1, pair.clamp(min=0))
+        return self.slots.forward_text(tokens, pair, keep=1)
+
+
+class StaticDraftSession(ModelDraftSession):
+    """A fixed tree: for each level which nodes are forwarded and where their children go."""
+
+    def __init__(self, model, request: DraftRequest):
+        super().__init__(model, request)
         self.tree = TokenTree.of(request.shape, request.device)
         self.levels = list(_plan(request.shape, lambda nodes: torch.tensor(nodes, device=request.device)))
         self.vocab = torch.arange(request.vocab_size, device=request.device)
         self.vocab_size = request.vocab_size
-
-    def prefill(self, state: DecodeState, chunk: int) -> None:
-        self.slots.prefill(state.tokens, state.lengths, chunk)
 
     def propose(self, state: DecodeState) -> Proposal:
         base = state.lengths - 1
@@ -77,13 +95,6 @@ class ModelDraftSession:
         law = "without_replacement" if self.sampling.noise != "none" else "deterministic"
         source = "shared" if self.sampling.noise == "shared" else "own"
         return Proposal(tokens, self.tree, law, source, draft_logits)
-
-    def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
-        """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
-        the last tree. A row of one token has none before it: that column is padding."""
-        pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
-        tokens = state.tokens.gather(1, pair.clamp(min=0))
-        return self.slots.forward_text(tokens, pair, keep=1)
 
     def commit(self, state: DecodeState, verdict: Verdict) -> None:
         self.slots.cache.compact(state.lengths - 1, verdict.path)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..spec.proposal import NO_TOKEN, DraftRequest, Proposal
 from ..spec.state import DecodeState
-from ..spec.tree import TokenTree, TreeShape
+from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
 
 
@@ -36,6 +36,8 @@ class NgramDrafter:
             raise ValueError(f"ngram: longest={self.longest} and matches={self.matches} must be at least 1")
 
     def open(self, request: DraftRequest) -> "NgramSession":
+        if isinstance(request.shape, DynamicShape):
+            raise ValueError("drafter 'ngram' fills fixed trees only; use a tree like '4x2x1' or a draft model")
         return NgramSession(self, request)
 
 

@@ -55,6 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
     profile = commands.add_parser("profile", help="time steps on this device, by tree size and drafting depth")
     _model_options(profile)
+    profile.add_argument("--compare", metavar="FILE", help="decode these prompts with, without and by transformers")
+    profile.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
+    profile.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
 
     commands.add_parser("models", help="list the models that have a short name, and where they are")
     return parser

@@ -13,7 +13,9 @@ from tqdm import tqdm
 
 from . import curves
 from .commands import encode, load
+from .compare import compare
 from .console import table
+from .executors import choose
 from .generate import generate
 from .planner import Acceptance, Plan, choose_tree, grow
 from .plans import plan_path
@@ -43,15 +45,16 @@ def plan(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
-    prompts = _prompts(args.calibrate, tokenizer, model, args.prompts)
+    prompts = [prompt for _, prompt in _prompts(args.calibrate, tokenizer, model, args.prompts)]
     sampled = args.temperature > 0
     options = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if sampled else {"do_sample": False}
     rates = calibrate(model, drafter, prompts, args.verify, options, args.max_new_tokens).rates()
     noise = "none" if not sampled else "shared" if args.verify == "match" else "own"
-    measured = curves.measure(model, drafter, args.executor, sampling=DraftSampling(args.temperature or 1.0, noise))
+    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    measured = curves.measure(model, drafter, executor, sampling=DraftSampling(args.temperature or 1.0, noise))
     planned = choose_tree(rates, measured.target, measured.draft)
     _show(rates, measured, planned)
-    path = plan_path(model, drafter, args.executor, args.verify, args.temperature)
+    path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
     if args.output:
@@ -61,11 +64,16 @@ def plan(args) -> None:
 
 def profile(args) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
-    model, _, drafter = load(args)
+    model, tokenizer, drafter = load(args)
     drafter = NoDrafter() if drafter is None else drafter
-    measured = curves.measure(model, drafter, args.executor)
+    if args.compare:
+        prompts = _prompts(args.compare, tokenizer, model, args.prompts)
+        compare(model, prompts, drafter, args.tree, args.executor, args.max_new_tokens)
+        return
+    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    measured = curves.measure(model, drafter, executor)
     _show_curves(measured)
-    if args.executor == "eager":
+    if executor == "eager":
         watch_phases(model, drafter)
 
 
@@ -88,19 +96,20 @@ def watch_phases(model, drafter, repeats: int = 20) -> None:
     print(f"\nan eager step of {len(shape)} nodes\n" + table(["phase", "ms", "share"], rows))
 
 
-def _prompts(path: str, tokenizer, model, most: int) -> list[dict]:
-    """The first turns of a JSONL file with `turns` or `prompt`, `most` of them, spread over the file."""
+def _prompts(path: str, tokenizer, model, most: int) -> list[tuple[str, dict]]:
+    """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, `most` of them, spread over it."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [line["turns"][0] if "turns" in line else line["prompt"] for line in lines]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"--calibrate {path} is no JSONL file with 'turns' or 'prompt' in each line ({error})"
-        ) from error
+        texts = [
+            (str(line.get("category", "")), line["turns"][0] if "turns" in line else line["prompt"]) for line in lines
+        ]
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSONL file with 'turns' or 'prompt' in each line ({error})") from error
     if not texts:
-        raise ValueError(f"--calibrate {path} holds no prompts")
+        raise ValueError(f"{path} holds no prompts")
     chosen = texts[:: max(1, len(texts) // most)][:most]
-    return [encode(tokenizer, text, bool(tokenizer.chat_template), model.device) for text in chosen]
+    chat = bool(tokenizer.chat_template)
+    return [(category, encode(tokenizer, text, chat, model.device)) for category, text in chosen]
 
 
 def _show_curves(measured: curves.Curves) -> None:

@@ -59,9 +59,10 @@ class TreeShape:
         return cls(tuple(parents))
 
     @classmethod
-    def parse(cls, text: "str | Sequence[int] | TreeShape") -> "TreeShape":
-        """Read `"chain:5"`, `"4x2x1"` (children per level) or a list of parents."""
-        if isinstance(text, TreeShape):
+    def parse(cls, text: "str | Sequence[int] | TreeShape | DynamicShape") -> "TreeShape | DynamicShape":
+        """Read `"chain:5"`, `"4x2x1"` (children per level), a list of parents, or `"dynamic:24x6x4"` (nodes,
+        depth and width of a tree that the drafter grows)."""
+        if isinstance(text, (TreeShape, DynamicShape)):
             return text
         if not isinstance(text, str):
             try:
@@ -71,10 +72,15 @@ class TreeShape:
         kind, _, length = text.partition(":")
         if kind == "chain" and length.isdecimal():
             return cls.chain(int(length))
-        counts = text.split("x")
-        if all(count.isdecimal() and int(count) > 0 for count in counts):
+        counts = (length if kind == "dynamic" else text).split("x")
+        if kind == "dynamic" and len(counts) == 3 and all(count.isdecimal() for count in counts):
+            return DynamicShape(*map(int, counts))
+        if kind != "dynamic" and all(count.isdecimal() and int(count) > 0 for count in counts):
             return cls.per_level([int(count) for count in counts])
-        raise ValueError(f"tree {text!r} is neither 'chain:5' nor children per level like '4x2x1'")
+        raise ValueError(
+            f"tree {text!r} is neither 'chain:5' nor children per level like '4x2x1' nor 'dynamic:24x6x4' (nodes, "
+            "depth, width)"
+        )
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -108,6 +114,34 @@ class TreeShape:
         for node, depth in enumerate(self.depths):
             levels[depth].append(node)
         return tuple(tuple(nodes) for nodes in levels)
+
+
+@dataclass(frozen=True)
+class DynamicShape:
+    """A tree whose parents the drafter decides at every step: only the sizes are fixed.
+
+    `nodes` counts the root; each of `max_depth` levels has its `width` best paths expanded, by `width`
+    children each. Raises ValueError for sizes that do not fit together.
+    """
+
+    nodes: int
+    max_depth: int
+    width: int
+
+    def __post_init__(self):
+        most = 1 + self.width + self.width**2 * (self.max_depth - 1)
+        if not (self.width >= 1 and self.max_depth >= 1 and 2 <= self.nodes <= most):
+            raise ValueError(
+                f"tree 'dynamic:{self.nodes}x{self.max_depth}x{self.width}' (nodes, depth, width): {self.max_depth} "
+                f"levels of width {self.width} give 2 to {most} nodes"
+            )
+
+    def __len__(self) -> int:
+        return self.nodes
+
+    @property
+    def max_children(self) -> int:
+        return self.width
 
 
 @dataclass(frozen=True, slots=True, eq=False)

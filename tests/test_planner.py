@@ -205,6 +205,9 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert texts[0] == texts[1] == texts[2]
     assert cli.main(["profile", *pair]) == 0
     assert "an eager step of 16 nodes" in capsys.readouterr().out
+    assert cli.main(["profile", *pair, "--compare", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]) == 0
+    table = capsys.readouterr().out
+    assert "together" in table and "texts that differ from plain: 0 of 2" in table
     for bad in ("missing.jsonl", "target/config.json"):
         assert cli.main([*command[:-4], "--calibrate", str(tmp_path / bad), "--max-new-tokens", "20"]) == 2
         assert "no JSONL file" in capsys.readouterr().err
