@@ -34,7 +34,7 @@ class SlotLayer(CacheLayerMixin):
         slots = self.cache.slots[:, None, :, None]  # (B, 1, n, 1)
         self.keys.scatter_(2, slots.expand_as(key_states), key_states)
         self.values.scatter_(2, slots.expand_as(value_states), value_states)
-        return self.keys, self.values
+        return self.keys[:, :, : self.cache.reach], self.values[:, :, : self.cache.reach]
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy slots `source` (B, n) to slots `target` (B, n); the two may overlap."""
@@ -44,7 +44,7 @@ class SlotLayer(CacheLayerMixin):
             buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.capacity, 0
+        return self.cache.reach, 0
 
     def get_seq_length(self) -> int:
         return 0
@@ -58,6 +58,7 @@ class SlotCache(Cache):
 
     def __init__(self, capacity: int, layers: int):
         self.capacity = capacity
+        self.reach = capacity  # how many slots the next forward looks at
         self.slots: Tensor | None = None  # (B, n): where the next forward writes
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 

@@ -17,7 +17,7 @@ from .state import DecodeState
 from .step import Engine
 from .tree import TreeShape
 
-KEPT = 4  # engines per model
+KEPT = 8  # engines per model
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ class SlotModel:
         self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int | Tensor = 0
     ) -> Tensor:  # (B, n) -> (B, n, V)
         """Logits in float32 of `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`."""
-        self.cache.slots = slots
+        self.cache.slots, self.cache.reach = slots, view.visible.shape[2]
         with showing(view):
             out = self.model(
                 input_ids=tokens.clamp(min=0),
@@ -40,14 +40,16 @@ class SlotModel:
             )
         return out.logits.float()
 
-    def forward_text(self, tokens: Tensor, slots: Tensor, keep: int = 0) -> Tensor:
-        """Committed text: each token stands at the slot of its position and sees all slots up to its own.
+    def forward_text(self, tokens: Tensor, slots: Tensor, keep: int = 0, reach: int | None = None) -> Tensor:
+        """Committed text: each token stands at the slot of its position and sees all slots up to its own, none
+        of which is at `reach` or beyond it.
 
         Slots below 0 mean padding and go to the last slot."""
         padding = slots < 0
         positions = slots.clamp(min=0)
-        visible = self.slot_index <= positions[:, :, None]  # (B, n, capacity)
-        view = SlotView(positions, self.slot_index.expand(len(tokens), -1), visible)
+        seen = self.slot_index[:reach]
+        visible = seen <= positions[:, :, None]  # (B, n, reach)
+        view = SlotView(positions, seen.expand(len(tokens), -1), visible)
         return self.forward(tokens, torch.where(padding, self.capacity - 1, slots), view, keep)
 
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
@@ -77,4 +79,4 @@ class SlotModel:
         for start in range(0, width, chunk):
             columns = self.slot_index[start : min(start + chunk, width)]
             slots = torch.where(columns < lengths[:, None] - 1, columns, -1)  # (B, n)
-            self.forward_text(tokens[:, columns], slots, keep=1)
+            self.forward_text(tokens[:, columns], slots, keep=1, reach=start + len(columns))

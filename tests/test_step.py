@@ -216,6 +216,7 @@ def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which,
 def test_kept_engines_are_few_and_forget_the_last_text(model, drafters, prompts, monkeypatch):
     with tape_executor(monkeypatch) as tapes:
         runs.reset(model)
+        monkeypatch.setattr(runs, "KEPT", 4)
         for tree in ("chain:1", "chain:2", "chain:3", "2x1", "2x2", "3x1"):
             truth = paceline.generate(
                 model, *prompts[0], drafter="ngram", tree=tree, max_new_tokens=9, executor="eager"
