@@ -20,7 +20,7 @@ from .models import cache_folder
 from .step import Engine, StepResult, step
 
 NAMES = ("auto", "eager", "compiled", "cuda_graph")
-LONG_RUN = 2048  # new tokens in one call from which "auto" compiles on a CPU
+LONG_RUN = 8192  # new tokens in one call from which compiling on a CPU pays for itself, roughly
 
 
 def _silent(phase: str) -> None:
@@ -45,7 +45,7 @@ class Compiled:
     lag = 0
 
     def __init__(self, engine: Engine):
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+        _keep_compiled_code()
         self.engine = engine
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
         self.step = torch.compile(
@@ -96,6 +96,16 @@ class CudaGraph:
         self.graph.replay()
         mark("step")
         return self.result
+
+
+def _keep_compiled_code() -> None:
+    """Let the next process find the compiled code, where the cache can be written."""
+    folder = cache_folder() / "inductor"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return  # torch then uses a temporary folder
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _reason(name: str, error: Exception) -> str:

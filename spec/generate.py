@@ -141,7 +141,8 @@ class _Call:
         slots = prompt.shape[1] + new_tokens + len(self.shape) + 1
         keep_scores = scores is not None or logits is not None
         what = self.drafter, self.shape, self.rule, self.executor
-        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature)
+        state = f"{model.device} {model.dtype} {model.config.get_text_config()._attn_implementation}"
+        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, state)
         engine, executor = open_run(model, asked, sampler, new_tokens * len(prompt))
         engine.state.load(prompt, pads, new_tokens, keys, eos)
         trace = Trace()

@@ -34,6 +34,7 @@ class RunSpec:
     eos: int  # how many end-of-text ids
     keep_scores: bool
     sampling: tuple  # the sampler's signature
+    model: str  # its device, dtype and attention, which may change between calls
 
     def settled(self, executor: str) -> "RunSpec":
         """With `executor`, and slots in whole 64s where a size costs nothing, in powers of two where each

@@ -233,12 +233,24 @@ def test_kept_engines_are_few_and_forget_the_last_text(model, drafters, prompts,
     runs.reset(model)
 
 
+def test_a_model_that_changes_gets_new_engines(prompts, monkeypatch):
+    """Kept engines hold buffers of the model's dtype."""
+    model = tiny_llama(seed=2)
+    with tape_executor(monkeypatch) as tapes:
+        for dtype in (torch.float32, torch.float64):
+            model.to(dtype)
+            truth = paceline.generate(model, *prompts[0], drafter="ngram", max_new_tokens=9, executor="eager")
+            got = paceline.generate(model, *prompts[0], drafter="ngram", max_new_tokens=9, executor="tape")
+            assert torch.equal(got, truth)
+    assert len(tapes) == 2
+
+
 def test_the_executor_is_chosen_by_what_can_run(monkeypatch):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     choose = executors.choose
     assert choose("auto", cpu, 64, True, False) == "eager"
     assert choose("auto", cpu, 64, True, True) == "compiled"
-    assert choose("auto", cpu, 4096, True, False) == "compiled"
+    assert choose("auto", cpu, 8192, True, False) == "compiled"
     assert choose("auto", gpu, 64, True, False) == "cuda_graph"
     assert choose("auto", gpu, 64, False, False) == "eager"
     with pytest.raises(ValueError, match="use 'compiled' or 'eager'"):
@@ -246,7 +258,7 @@ def test_the_executor_is_chosen_by_what_can_run(monkeypatch):
     with pytest.raises(ValueError, match="use 'eager'"):
         choose("compiled", cpu, 64, False, False)
     monkeypatch.setattr(executors.shutil, "which", lambda name: None)
-    assert choose("auto", cpu, 4096, True, False) == "eager"
+    assert choose("auto", cpu, 8192, True, False) == "eager"
     with pytest.raises(ValueError, match=r"compiler .* use 'eager'"):
         choose("compiled", cpu, 64, True, False)
 
