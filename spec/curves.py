@@ -13,7 +13,7 @@ import torch
 
 from .executors import EXECUTORS
 from .planner import interpolate
-from .proposal import DraftRequest, DraftSampling, NoDrafter, Proposal
+from .proposal import DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from .sampling import Sampler
 from .slots import SlotModel
 from .state import DecodeState
@@ -29,30 +29,22 @@ class Curves:
     draft: dict[int, float]
 
 
-@dataclass(frozen=True)
-class Blank:
-    """A drafter that costs nothing: it repeats the root."""
-
-    name = "blank"
-    vocab_size = None
-    default_shape = TreeShape.chain(0)
+@dataclass(frozen=True, slots=True)
+class Blank(NoDrafter):
+    """A drafter that costs nothing: it repeats the root, as if drawn uniformly."""
 
     def open(self, request: DraftRequest) -> "BlankSession":
-        return BlankSession(TokenTree.of(request.shape, request.device))
+        flat = torch.zeros(1, 1, 1, device=request.device).expand(request.batch, len(request.shape), request.vocab_size)
+        return BlankSession(TokenTree.of(request.shape, request.device), flat)
 
 
-@dataclass(frozen=True)
-class BlankSession:
-    tree: TokenTree
-
-    def prefill(self, state: DecodeState, chunk: int) -> None:
-        pass
+@dataclass(frozen=True, slots=True, eq=False)
+class BlankSession(EmptySession):
+    draft_logits: torch.Tensor
 
     def propose(self, state: DecodeState) -> Proposal:
-        return Proposal(state.roots().repeat(1, self.tree.size), self.tree, "deterministic", "own")
-
-    def commit(self, state: DecodeState, verdict) -> None:
-        pass
+        tokens = state.roots().repeat(1, self.tree.size)
+        return Proposal(tokens, self.tree, "without_replacement", "own", self.draft_logits)
 
 
 def timed_steps(model, executor: str, runs: dict, repeats: int, capacity: int = 512, sampling=None) -> dict:

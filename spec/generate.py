@@ -145,19 +145,10 @@ class _Call:
         asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, state)
         engine, executor = open_run(model, asked, sampler, new_tokens * len(prompt))
         engine.state.load(prompt, pads, new_tokens, keys, eos)
-        trace = Trace()
+        trace, books = Trace(), (scores, logits)
         try:
             counts = decode(
-                engine,
-                executor,
-                prompt,
-                pads,
-                trace,
-                self.prefill_chunk,
-                lockstep,
-                scores,
-                logits,
-                self.on_step,
+                engine, executor, prompt, pads, trace, self.prefill_chunk, lockstep, *books, on_step=self.on_step
             )
         finally:
             if self.trace_file is not None:
@@ -167,13 +158,8 @@ class _Call:
         sequences = _assemble(prompt, pads, engine.state.tokens, counts, pad).to(input_ids.device)
         if not detailed:
             return sequences
-        width = range(max(counts))
-        return SpeculativeOutput(
-            sequences=sequences,
-            scores=None if scores is None else tuple(scores.token(i) for i in width),
-            logits=None if logits is None else tuple(logits.token(i) for i in width),
-            trace=trace,
-        )
+        kept = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
+        return SpeculativeOutput(sequences=sequences, scores=kept[0], logits=kept[1], trace=trace)
 
     def _plan(self, model, sampler: Sampler, new_tokens: int) -> None:
         """Take the kept plan, which may be not to speculate."""

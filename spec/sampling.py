@@ -13,19 +13,6 @@ from transformers.generation import logits_process as hf
 from .proposal import NO_TOKEN, Proposal
 from .state import DecodeState
 
-HISTORY_FREE = (
-    hf.TemperatureLogitsWarper,
-    hf.TopHLogitsWarper,
-    hf.TopKLogitsWarper,
-    hf.TopPLogitsWarper,
-    hf.MinPLogitsWarper,
-    hf.TypicalLogitsWarper,
-    hf.EpsilonLogitsWarper,
-    hf.EtaLogitsWarper,
-    hf.SuppressTokensLogitsProcessor,
-    hf.InfNanRemoveLogitsProcessor,
-    hf.LogitNormalization,
-)
 CAPTURABLE = (
     hf.TemperatureLogitsWarper,
     hf.TopKLogitsWarper,
@@ -37,6 +24,7 @@ CAPTURABLE = (
     hf.SuppressTokensLogitsProcessor,
     hf.LogitNormalization,
 )
+HISTORY_FREE = (*CAPTURABLE, hf.TopHLogitsWarper, hf.InfNanRemoveLogitsProcessor)
 STATEFUL = (
     hf.UnbatchedClassifierFreeGuidanceLogitsProcessor,
     hf.SynthIDTextWatermarkLogitsProcessor,

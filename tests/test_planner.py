@@ -205,6 +205,10 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert texts[0] == texts[1] == texts[2]
     assert cli.main(["profile", *pair]) == 0
     assert "an eager step of 16 nodes" in capsys.readouterr().out
+    for rule in ("match", "residual"):  # p and the cost of a step belong to a rule and a temperature
+        assert cli.main([*command, "--temperature", "0.8", "--verify", rule]) == 0
+        assert cli.main([*decode, "auto", "--temperature", "0.8", "--verify", rule]) == 0
+    capsys.readouterr()
     assert cli.main(["profile", *pair, "--compare", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]) == 0
     table = capsys.readouterr().out
     assert "together" in table and "texts that differ from plain: 0 of 2" in table
