@@ -58,6 +58,10 @@ def demo(args) -> None:
     print(table(header, rows))
     for note in notes:
         print(note)
+    if notes and model.dtype != torch.float32:
+        print(
+            "Where two logits tie to within rounding, either token is the target's own; --dtype float32 has no such ties."
+        )
     sys.stdout.flush()
 
 
