@@ -59,9 +59,7 @@ def demo(args) -> None:
     for note in notes:
         print(note)
     if notes and model.dtype != torch.float32:
-        print(
-            "Where two logits tie to within rounding, either token is the target's own; --dtype float32 has no such ties."
-        )
+        print("Lower precision rounds such ties differently in a longer forward; compare --dtype float32.")
     sys.stdout.flush()
 
 
@@ -88,10 +86,8 @@ def _difference(model, plain: torch.Tensor, fast: torch.Tensor, width: int) -> s
     apart = (plain[:length] != fast[:length]).int()
     place = int(apart.argmax()) if apart.any() else length
     best = model(input_ids=plain[None, :place], use_cache=False).logits[0, -1].float().topk(2).values
-    name, spacing = (
-        str(model.dtype).removeprefix("torch."),
-        torch.finfo(model.dtype).eps * float(best[0].abs()),
-    )
+    name = str(model.dtype).removeprefix("torch.")
+    spacing = torch.finfo(model.dtype).eps * float(best[0].abs())
     return (
         f"differs from token {place - width + 1} on, where the two best logits are "
         f"{float(best[0] - best[1]):.3g} apart; {name} numbers of that size are {spacing:.2g} apart"
