@@ -4,6 +4,7 @@ A compiled or captured step is bound to its buffers, so its engine stays with th
 text of the same batch, tree, capacity, drafter and sampling. The last few are kept; they go with the model.
 """
 
+import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -47,7 +48,8 @@ class RunSpec:
 def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[Engine, object]:
     """An engine and its executor for a run of `new_tokens` tokens in all.
 
-    Raises ValueError for a drafter of another vocabulary or an executor that cannot run."""
+    Where "auto" chose an executor that fails, eager takes its place with a line that says so. Raises
+    ValueError for a drafter of another vocabulary or a named executor that cannot run."""
     vocab = model.config.get_text_config().vocab_size
     if asked.drafter.vocab_size not in (None, vocab):
         raise ValueError(
@@ -61,13 +63,23 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
     if name != "eager" and spec in kept:
         kept.move_to_end(spec)
         return kept[spec]
-    engine = _engine(model, spec, sampler)
-    run = engine, EXECUTORS[name](engine)
+    try:
+        run = _run(model, spec, sampler)
+    except ValueError as error:
+        if asked.executor != "auto" or name == "eager":
+            raise
+        print(f"{error} (which runs now)", file=sys.stderr)
+        return _run(model, asked.settled("eager"), sampler)
     if name != "eager":
         kept[spec] = run
         while len(kept) > KEPT:
             kept.popitem(last=False)
     return run
+
+
+def _run(model, spec: RunSpec, sampler: Sampler) -> tuple[Engine, object]:
+    engine = _engine(model, spec, sampler)
+    return engine, EXECUTORS[spec.executor](engine)
 
 
 def _engine(model, spec: RunSpec, sampler: Sampler) -> Engine:

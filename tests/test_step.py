@@ -233,6 +233,28 @@ def test_kept_engines_are_few_and_forget_the_last_text(model, drafters, prompts,
     runs.reset(model)
 
 
+def test_auto_falls_back_to_eager_with_a_line(model, prompts, monkeypatch, capsys):
+    """A drafter that cannot be traced: "auto" says so and decodes, "compiled" refuses."""
+
+    @dataclass(frozen=True)
+    class Untraceable(NgramDrafter):
+        def open(self, request):
+            session = Offender(self, request)
+            session.offence = host_read
+            return session
+
+    runs.reset(model)
+    truth = paceline.generate(model, *prompts[0], drafter="ngram", max_new_tokens=9, executor="eager")
+    monkeypatch.setattr(executors, "LONG_RUN", 1)
+    got = paceline.generate(model, *prompts[0], drafter=Untraceable(), max_new_tokens=9, executor="auto")
+    assert torch.equal(got, truth)
+    assert "use executor='eager' (which runs now)" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="executor='compiled' cannot take this step") as caught:
+        paceline.generate(model, *prompts[0], drafter=Untraceable(), max_new_tokens=9, executor="compiled")
+    assert "\n" not in str(caught.value)
+    runs.reset(model)
+
+
 def test_a_model_that_changes_gets_new_engines(prompts, monkeypatch):
     """Kept engines hold buffers of the model's dtype."""
     model = tiny_llama(seed=2)
