@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from paceline.spec import cli
@@ -132,7 +133,9 @@ def test_ctrl_c_in_the_middle_keeps_what_was_written(folder, tmp_path):
         "none",
     ]
     command += ["--prompt", "A", "--max-new-tokens", "500", "--trace", str(trace)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores the signal
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, preexec_fn=heed, **pipes)
     assert process.stdout.read(3)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
