@@ -5,7 +5,7 @@ import sys
 
 from .trace import Event
 
-GREEN, BLUE, BOLD, PLAIN = "\033[32m", "\033[34m", "\033[1m", "\033[0m"
+GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
 
 
 def colours(stream=None) -> bool:

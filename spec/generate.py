@@ -147,9 +147,7 @@ class _Call:
         engine.state.load(prompt, pads, new_tokens, keys, eos)
         trace, books = Trace(), (scores, logits)
         try:
-            counts = decode(
-                engine, executor, prompt, pads, trace, self.prefill_chunk, lockstep, *books, on_step=self.on_step
-            )
+            counts = decode(engine, executor, prompt, trace, self.prefill_chunk, lockstep, *books, on_step=self.on_step)
         finally:
             if self.trace_file is not None:
                 trace.append_to(self.trace_file)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .lockstep import Lockstep, ScoreBook
+from .state import DecodeState
 from .step import Engine, StepResult
 from .trace import Event, Trace
 
@@ -106,7 +107,6 @@ def decode(
     engine: Engine,
     executor,
     prompt: Tensor,
-    pads: Tensor,
     trace: Trace,
     prefill_chunk: int,
     lockstep: Lockstep | None = None,
@@ -132,7 +132,7 @@ def decode(
             continue
         readout = waiting.popleft()
         rows = readout.rows()
-        _check(rows, state, pads)
+        _check(rows, state)
         seconds = readout.watch.seconds()
         events = [report.event(row, readout.number, seconds) for row, report in enumerate(rows) if report.committed]
         trace.events += events
@@ -157,7 +157,7 @@ def decode(
     return counts
 
 
-def _check(rows: list[RowReport], state, pads: Tensor) -> None:
+def _check(rows: list[RowReport], state: DecodeState) -> None:
     for row, report in enumerate(rows):
         if report.failed:
             raise ValueError(

@@ -17,6 +17,7 @@ from .compare import compare
 from .console import table
 from .executors import choose
 from .generate import generate
+from .loop import Stopwatch
 from .planner import Acceptance, Plan, choose_tree, grow
 from .plans import plan_path
 from .proposal import DraftSampling, NoDrafter
@@ -49,9 +50,9 @@ def plan(args) -> None:
     sampled = args.temperature > 0
     options = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if sampled else {"do_sample": False}
     rates = calibrate(model, drafter, prompts, args.verify, options, args.max_new_tokens).rates()
-    noise = "none" if not sampled else "shared" if args.verify == "match" else "own"
+    drawing = DraftSampling.for_rule(args.verify, sampled, args.temperature or 1.0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    measured = curves.measure(model, drafter, executor, sampling=DraftSampling(args.temperature or 1.0, noise))
+    measured = curves.measure(model, drafter, executor, sampling=drawing)
     planned = choose_tree(rates, measured.target, measured.draft)
     _show(rates, measured, planned)
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
@@ -79,8 +80,6 @@ def profile(args) -> None:
 
 def watch_phases(model, drafter, repeats: int = 20) -> None:
     """Print the shares of an eager step."""
-    from .loop import Stopwatch
-
     shape = TreeShape.chain(15) if not isinstance(drafter, NoDrafter) else drafter.default_shape
     runner = curves.open_idle(model, "eager", drafter, shape, 512)
     phases: dict[str, list[float]] = {}

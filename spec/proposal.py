@@ -44,6 +44,11 @@ class DraftSampling:
     temperature: float = 1.0
     noise: Literal["none", "own", "shared"] = "none"
 
+    @classmethod
+    def for_rule(cls, rule: str, do_sample: bool, temperature: float) -> "DraftSampling":
+        """How to draft for a verification rule: only `match` may share the target's noise."""
+        return cls(temperature, "none" if not do_sample else "shared" if rule == "match" else "own")
+
     def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
         """The noise at positions (B, P) of tokens (K,) or (B, P, K): (B, P, K), or 0 for greedy drafts.
 

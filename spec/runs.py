@@ -83,9 +83,8 @@ def _run(model, spec: RunSpec, sampler: Sampler) -> tuple[Engine, object]:
 
 
 def _engine(model, spec: RunSpec, sampler: Sampler) -> Engine:
-    draw = "none" if not sampler.do_sample else "shared" if spec.rule == "match" else "own"
     vocab, device = model.config.get_text_config().vocab_size, model.device
-    sampling = DraftSampling(sampler.temperature, draw)
+    sampling = DraftSampling.for_rule(spec.rule, sampler.do_sample, sampler.temperature)
     request = DraftRequest(spec.batch, spec.capacity, vocab, device, spec.shape, sampling)
     return Engine(
         state=DecodeState.empty(spec.batch, spec.capacity, spec.eos, device),
