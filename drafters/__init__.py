@@ -9,19 +9,35 @@ from pathlib import Path
 def load_drafter(name_or_path: str | Path, target):
     """The drafter called `name_or_path` for the model `target`.
 
-    "ngram" is prompt lookup, which needs no weights; anything else is a named model, a folder or a hub
-    id of a causal LM with the target's vocabulary, loaded in the target's dtype onto its device. Raises
-    ValueError where it cannot be found, loaded or does not fit the target.
+    "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
+    target, else ngram; the names of `paceline drafters` are those; anything else is a folder or a hub id: trained
+    heads, or a causal LM with the target's vocabulary (its short name too), loaded in the target's dtype onto its
+    device. Raises ValueError where it cannot be found, loaded or does not fit the target.
     """
+    from .shipped import best_shipped, shipped_folder
+
+    if str(name_or_path) == "auto":
+        name_or_path = best_shipped(target) or "ngram"
     if str(name_or_path) == "ngram":
         from .ngram import NgramDrafter
 
         return NgramDrafter()
-    from ..spec.models import load_target
+    from ..spec.models import NAMED
+    from .complete import complete
     from .draft_model import ModelDrafter
+    from .folder import read_folder
 
-    model, _ = load_target(name_or_path, dtype=target.dtype, with_tokenizer=False)
-    drafter = ModelDrafter(model.to(target.device), name=Path(str(name_or_path)).name)
+    name_or_path = shipped_folder(name_or_path) or name_or_path
+    name = Path(str(name_or_path)).name
+    folder = None if str(name_or_path) in NAMED else read_folder(name_or_path)
+    if folder is not None:
+        folder.check_target(target)
+        if folder.kind == "medusa":
+            from .medusa import MedusaDrafter, MedusaHeads
+
+            return MedusaDrafter(MedusaHeads.load(folder, target), name, folder.rates())
+    rates = folder.rates() if folder is not None else None
+    drafter = ModelDrafter(complete(name_or_path, target), name, rates)
     vocab = target.config.get_text_config().vocab_size
     if drafter.vocab_size != vocab:
         raise ValueError(

@@ -1,34 +1,33 @@
 """A small causal LM as drafter: one forward per tree level, a slot cache of its own.
 
-At temperature 0 the children of a node are the draft's top-k. With the target's noise they are the
-top-k of log q + g (Gumbel coupling), with its own noise the same race draws them without replacement
-from q (Sequoia, arXiv:2402.12374), and the logits are handed over. Its cache follows the accepted path;
-only the last accepted token can be missing from it (a leaf is never forwarded), so each step starts
-with the last two committed tokens. Knows nothing of verification.
+Its cache follows the accepted path; only the last accepted token can be missing from it (a leaf is never
+forwarded), so each step starts with the last two committed tokens. Knows nothing of verification.
 """
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..spec.attach import attach
+from ..spec.planner import Rates, default_tree
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
-from ..spec.tree import DynamicShape, TokenTree, TreeShape
+from ..spec.tree import DynamicShape, TreeShape
 from ..spec.verify import Verdict
+from .static_tree import StaticTree, check_children
 
 
 class ModelDrafter:
-    """`model` is any causal LM with the target's vocabulary that passes the same self-test as a target."""
+    """`model` is any causal LM with the target's vocabulary that passes the same self-test as a target. `rates` is
+    the acceptance p[depth][rank] that the default tree is planned from, a chain where there is none."""
 
-    default_shape = TreeShape.chain(4)
+    deepest = 4  # levels of the default tree: each costs a forward
 
-    def __init__(self, model, name: str = "draft model"):
+    def __init__(self, model, name: str = "draft model", rates: Rates | None = None):
         attach(model)
         self.model = model
         self.name = name
+        self.default_shape = default_tree(rates, self.deepest) if rates else TreeShape.chain(self.deepest)
         self.vocab_size = model.config.get_text_config().vocab_size
 
     def open(self, request: DraftRequest) -> "ModelDraftSession":
@@ -36,10 +35,7 @@ class ModelDrafter:
             raise ValueError(
                 f"drafter {self.name} is on {self.model.device} and the target on {request.device}; move it"
             )
-        if request.shape.max_children > request.vocab_size:
-            raise ValueError(
-                f"tree: a node has {request.shape.max_children} children and the vocabulary {request.vocab_size} tokens"
-            )
+        check_children(request.shape, request.vocab_size)
         if isinstance(request.shape, DynamicShape):
             from .dynamic_tree import DynamicDraftSession
 
@@ -55,8 +51,8 @@ class ModelDraftSession:
         self.shape = request.shape
         self.sampling = request.sampling
 
-    def prefill(self, state: DecodeState, chunk: int) -> None:
-        self.slots.prefill(state.tokens, state.lengths, chunk)
+    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
+        self.slots.prefill(state.tokens, state.lengths, chunk, rows)
 
     def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
         """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
@@ -67,46 +63,21 @@ class ModelDraftSession:
 
 
 class StaticDraftSession(ModelDraftSession):
-    """A fixed tree: for each level which nodes are forwarded and where their children go."""
+    """A fixed tree: the inner nodes of each level are forwarded together."""
 
     def __init__(self, model, request: DraftRequest):
         super().__init__(model, request)
-        self.tree = TokenTree.of(request.shape, request.device)
-        self.levels = list(_plan(request.shape, lambda nodes: torch.tensor(nodes, device=request.device)))
-        self.vocab = torch.arange(request.vocab_size, device=request.device)
-        self.vocab_size = request.vocab_size
+        self.static = StaticTree(request)
 
     def propose(self, state: DecodeState) -> Proposal:
         base = state.lengths - 1
-        tokens = state.roots().repeat(1, len(self.shape))  # (B, N): filled level by level
-        draws = self.sampling.noise == "own"
-        draft_logits = state.tokens.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32) if draws else None
-        for depth, (inner, children, parent_place, ranks, width) in enumerate(self.levels):
+
+        def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
             if depth == 0:
-                logits = self._root_logits(state, base)  # (B, 1, V)
-            else:
-                logits = self.slots.forward_nodes(tokens[:, inner], base, self.tree, inner)  # (B, n, V)
-            logits = logits / self.sampling.temperature
-            if draws:
-                draft_logits[:, inner] = logits
-            race = logits + self.sampling.gumbel(state.keys, (base + depth + 1)[:, None], self.vocab)
-            chosen = race.topk(width, dim=-1).indices  # (B, n, width)
-            tokens[:, children] = chosen[:, parent_place, ranks]
-        law = "without_replacement" if self.sampling.noise != "none" else "deterministic"
-        source = "shared" if self.sampling.noise == "shared" else "own"
-        return Proposal(tokens, self.tree, law, source, draft_logits)
+                return self._root_logits(state, base)  # (B, 1, V)
+            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner)  # (B, n, V)
+
+        return self.static.fill(state, logits_of)
 
     def commit(self, state: DecodeState, verdict: Verdict) -> None:
         self.slots.cache.compact(state.lengths - 1, verdict.path)
-
-
-def _plan(shape: TreeShape, index: Callable[[list[int]], Tensor]):
-    """Level by level: (nodes with children, their children, each child's parent's place, rank, widest)."""
-    for level in shape.levels:
-        inner = [node for node in level if shape.children[node]]
-        if not inner:
-            continue
-        children = [child for node in inner for child in shape.children[node]]
-        places = [place for place, node in enumerate(inner) for _ in shape.children[node]]
-        ranks = [rank for node in inner for rank in range(len(shape.children[node]))]
-        yield index(inner), index(children), index(places), index(ranks), max(ranks) + 1

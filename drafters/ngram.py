@@ -28,6 +28,7 @@ class NgramDrafter:
 
     name: ClassVar[str] = "ngram"
     vocab_size: ClassVar[None] = None
+    deepest: ClassVar[int] = 8  # levels of a tree planned for it
     # Two continuations, the better one longer.
     default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))
 
@@ -51,7 +52,7 @@ class NgramSession:
         self.sampling = request.sampling
         self.tree = TokenTree.of(request.shape, request.device)
 
-    def prefill(self, state: DecodeState, chunk: int) -> None:
+    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
         pass
 
     def commit(self, state: DecodeState, verdict: Verdict) -> None:
@@ -99,7 +100,7 @@ class NgramSession:
             shifted = text.roll(back, dims=1)
             running = running & (shifted == suffix) & (place >= back) & (last >= back)
             length = length + running
-        recency = place / text.shape[1]  # below 1
+        recency = place / state.lengths[:, None]  # (B, T), below 1
         score = torch.where(length > 0, 2.0 * length + recency, -torch.inf)
         weights, places = score.topk(self.matches, dim=1)  # (B, K)
         steps = places[:, :, None] + 1 + torch.arange(max(self.shape.max_depth, 1), device=text.device)

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from .executors import NAMES
+from .models import context_length
 from .verify import LOSSLESS
 
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
@@ -47,8 +48,6 @@ def setting(model, kwargs: dict, name: str):
 
 
 def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
-    if getattr(model.config, "is_encoder_decoder", False):
-        raise ValueError(f"{type(model).__name__} is an encoder-decoder model; Paceline decodes causal models only")
     if verify not in LOSSLESS:
         raise ValueError(f"verify={verify!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
     if executor not in NAMES:
@@ -75,7 +74,7 @@ def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
         raise ValueError(f"max_new_tokens={count!r}: ask for a whole number of at least 1 token")
 
 
-def check_prompt(input_ids: Tensor | None, mask: Tensor | None, vocab_size: int) -> None:
+def check_prompt(input_ids: Tensor | None, vocab_size: int) -> None:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
         shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids is {shape}; a tensor of shape (batch, tokens) with at least 1 token is needed")
@@ -86,8 +85,9 @@ def check_prompt(input_ids: Tensor | None, mask: Tensor | None, vocab_size: int)
             f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, and the model's vocabulary "
             f"ends at {vocab_size - 1}; use the model's own tokenizer"
         )
-    if mask is None:
-        return
+
+
+def check_mask(mask: Tensor, input_ids: Tensor) -> None:
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
@@ -111,7 +111,7 @@ def check_writable(path: str | Path) -> None:
 def check_length(model, prompt: Tensor, pads: Tensor, new_tokens: int, tree_depth: int) -> None:
     """Refuse texts beyond the context, and texts that cross a length at which the model's attention changes."""
     config = model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = context_length(model)
     shortest, longest = int(prompt.shape[1] - pads.max()), int(prompt.shape[1] - pads.min())
     size = f"a prompt of {longest} tokens and {new_tokens} new ones"
     if limit is not None and longest + new_tokens > limit:

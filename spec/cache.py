@@ -1,9 +1,10 @@
 """The slot cache: preallocated keys and values that a step writes by slot and compacts by path.
 
-transformers calls `update(keys, values, layer)` without a position, so where to write lives here:
-`slots` is set before each forward. Every layer keeps the full capacity, sliding-window layers too (the
-mask does the windowing), because a ring cannot forget rejected tokens. Slots that are masked still hold
-finite numbers. Knows nothing of trees; lengths belong to the decode state.
+transformers calls `update(keys, values, layer)` without a position, so where to write lives here: `aim` is
+called before each forward. A slot is one contiguous line of all heads, so that writing and moving slots are
+copies of whole lines. Every layer keeps the full capacity, sliding-window layers too (the mask does the
+windowing), because a ring cannot forget rejected tokens. Slots that are masked still hold finite numbers.
+Knows nothing of trees; lengths belong to the decode state.
 """
 
 import torch
@@ -12,7 +13,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 
 class SlotLayer(CacheLayerMixin):
-    """Keys (B, H, capacity, D) and values (B, H, capacity, Dv) of one layer, allocated on first use."""
+    """Keys (B * capacity, H * D) and values (B * capacity, H * Dv) of one layer, allocated on first use."""
 
     is_compileable = True
     is_sliding = False
@@ -23,25 +24,36 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, heads, _, width = key_states.shape
-        self.keys = key_states.new_zeros(batch, heads, self.cache.capacity, width)
-        self.values = value_states.new_zeros(batch, heads, self.cache.capacity, value_states.shape[-1])
+        batch, self.heads, _, _ = key_states.shape
+        self.keys, self.values = (
+            states.new_zeros(batch * self.cache.capacity, self.heads * states.shape[-1])
+            for states in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Write states (B, H, n, D) at the aim; returns all that the forward may look at, (B, H, reach, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        slots = self.cache.slots[:, None, :, None]  # (B, 1, n, 1)
-        self.keys.scatter_(2, slots.expand_as(key_states), key_states)
-        self.values.scatter_(2, slots.expand_as(value_states), value_states)
-        return self.keys[:, :, : self.cache.reach], self.values[:, :, : self.cache.reach]
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            lines = states.transpose(1, 2).reshape(-1, buffer.shape[1])  # (B * n, H * D)
+            buffer.index_copy_(0, self.cache.lines, lines)
+        return self._seen(self.keys), self._seen(self.values)
+
+    def _seen(self, buffer: Tensor) -> Tensor:
+        rows = self.by_row(buffer)
+        if self.cache.rows is not None:
+            rows = rows[self.cache.rows]
+        return rows[:, : self.cache.reach].unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+    def by_row(self, buffer: Tensor) -> Tensor:
+        """(B, capacity, H * D)"""
+        return buffer.unflatten(0, (-1, self.cache.capacity))
 
     def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy slots `source` (B, n) to slots `target` (B, n); the two may overlap."""
+        """Copy lines `source` (M,) to lines `target` (M,); the two may overlap."""
         for buffer in (self.keys, self.values):
-            shape = (-1, buffer.shape[1], -1, buffer.shape[3])
-            moved = buffer.gather(2, source[:, None, :, None].expand(shape))
-            buffer.scatter_(2, target[:, None, :, None].expand(shape), moved)
+            buffer.index_copy_(0, target, buffer.index_select(0, source))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.reach, 0
@@ -59,20 +71,46 @@ class SlotCache(Cache):
     def __init__(self, capacity: int, layers: int):
         self.capacity = capacity
         self.reach = capacity  # how many slots the next forward looks at
-        self.slots: Tensor | None = None  # (B, n): where the next forward writes
+        self.lines: Tensor | None = None  # (B * n,): where the next forward writes
+        self.rows: Tensor | None = None  # (R,): the rows that the next forward is of; None is all
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
-    def clear(self) -> None:
-        """Forget everything, so that nothing of an earlier text (a NaN, say) is behind the mask."""
+    def aim(self, slots: Tensor, reach: int) -> None:
+        """The next forward writes at `slots` (B, n) and looks at slots below `reach`."""
+        self.lines, self.reach = self._lines(slots), reach
+
+    def _lines(self, slots: Tensor) -> Tensor:
+        """The lines of `slots` (B, n) in a layer's buffers, (B * n,)."""
+        rows = torch.arange(len(slots), device=slots.device) if self.rows is None else self.rows
+        return (rows[:, None] * self.capacity + slots).flatten()
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        """Forget everything, or `rows` (R,), so that nothing of an earlier text (a NaN, say) is behind the mask."""
         for layer in self.layers:
-            layer.reset()
+            if rows is None:
+                layer.reset()
+            else:
+                for buffer in (layer.keys, layer.values):
+                    layer.by_row(buffer)[rows] = 0
+
+    def copy_rows(self, other: "SlotCache", rows: Tensor) -> None:
+        """Hold what `rows` (B,) of `other`, a cache of the same capacity, hold."""
+        for mine, theirs in zip(self.layers, other.layers):
+            if theirs.is_initialized:
+                mine.keys, mine.values = (
+                    theirs.by_row(buffer)[rows].flatten(0, 1) for buffer in (theirs.keys, theirs.values)
+                )
+                mine.heads, mine.is_initialized = theirs.heads, True
 
     def compact(self, base: Tensor, path: Tensor) -> None:
         """Move the nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.
 
         A constant number of slots; where `path` repeats its last node, that node is copied past the
         accepted length, where nothing is kept."""
-        target = base[:, None] + torch.arange(path.shape[1], device=path.device)
+        if path.shape[1] == 1:
+            return  # the root is where it belongs
+        columns = torch.arange(path.shape[1], device=path.device)
+        source, target = self._lines(base[:, None] + path), self._lines(base[:, None] + columns)
         for layer in self.layers:
             if layer.is_initialized:
-                layer.move(base[:, None] + path, target)
+                layer.move(source, target)

@@ -1,7 +1,8 @@
 """`paceline profile --compare`: what decoding gains here, prompt by prompt, against fair baselines.
 
 Three ways decode every prompt in turns, the order rotating: transformers' own generate(), plain decoding with
-the chosen executor, and the drafter with the same executor. Ratios are of times for equal tokens.
+the chosen executor, and the drafter with the same executor. Ratios are of times for equal tokens, of whole calls and
+of decoding alone, which begins when the first tokens are there.
 """
 
 import statistics
@@ -23,7 +24,7 @@ def compare(model, prompts: list[tuple[str, dict]], drafter, tree, executor: str
     """Decode `prompts` (category, encoded) in all ways and print a table by category.
 
     The first prompts of every shape are decoded twice, the first time to warm up (and compile) unmeasured."""
-    seconds: dict[str, list[dict[str, float]]] = defaultdict(list)
+    seconds: dict[str, list[dict[str, tuple[float, float]]]] = defaultdict(list)
     traces, differing = defaultdict(Trace), 0
     for _, prompt in prompts:  # whatever has to be compiled or allocated
         for way in WAYS[1:]:
@@ -31,33 +32,58 @@ def compare(model, prompts: list[tuple[str, dict]], drafter, tree, executor: str
     for number, (category, prompt) in enumerate(tqdm(prompts, desc="comparing", unit="prompt", file=sys.stderr)):
         times, texts = {}, {}
         for way in [*WAYS[number % 3 :], *WAYS[: number % 3]]:
-            started = time.perf_counter()
-            texts[way], trace = _decode(model, prompt, way, drafter, tree, executor, new_tokens, new_tokens)
-            elapsed = time.perf_counter() - started
-            times[way] = elapsed / (texts[way].shape[1] - prompt["input_ids"].shape[1])
+            texts[way], times[way], trace = _decode(model, prompt, way, drafter, tree, executor, new_tokens, new_tokens)
             if way == "drafted":
                 traces[category].events += trace.events
         seconds[category].append(times)
         differing += not torch.equal(texts["plain"], texts["drafted"])
-    rows = [_row(category, seconds[category], traces[category]) for category in seconds]
     together = Trace([event for trace in traces.values() for event in trace.events])
-    rows.append(_row("together", [times for own in seconds.values() for times in own], together))
+    groups = [*((category, seconds[category], traces[category]) for category in seconds)]
+    groups.append(("together", [times for own in seconds.values() for times in own], together))
     header = ["category", "prompts", "transformers tok/s", "plain tok/s", "drafted tok/s", "plain / transformers"]
-    print(table([*header, "drafted / plain", "tokens per step"], rows))
+    for part, what in enumerate(("whole calls", "decoding alone")):
+        rows = [_row(name, [{way: own[way][part] for way in WAYS} for own in times], t) for name, times, t in groups]
+        print(f"{what}\n{table([*header, 'drafted / plain', 'tokens per step'], rows)}\n")
     print(f"ratios are medians over prompts; texts that differ from plain: {differing} of {len(prompts)}")
 
 
+class _Clock:
+    """A streamer and step callback that notes how many tokens there were first, and when."""
+
+    def __init__(self):
+        self.prompt, self.first, self.tokens = True, 0.0, 0
+
+    def put(self, tokens) -> None:
+        if self.prompt:
+            self.prompt = False
+        else:
+            self.note(len(tokens))
+
+    def end(self) -> None:
+        pass
+
+    def note(self, tokens: int) -> None:
+        if not self.tokens:
+            self.first, self.tokens = time.perf_counter(), tokens
+
+
 def _decode(model, prompt, way: str, drafter, tree, executor: str, tokens: int, room: int):
-    """Decode up to `tokens` in a run that has room for `room`, so that all runs of a prompt share a shape."""
+    """Decode up to `tokens` in a run that has room for `room`, so that all runs of a prompt share a shape.
+
+    Returns the text, seconds per token of the whole call and after the first tokens, and the trace."""
+    clock, started = _Clock(), time.perf_counter()
     if way == "transformers":
-        return model.generate(**prompt, do_sample=False, max_new_tokens=tokens), None
-    drafting = {"drafter": drafter, "tree": tree} if way == "drafted" else {}
-    stop = {"stopping_criteria": [_After(prompt["input_ids"].shape[1] + tokens)]} if tokens < room else {}
-    out = generate(
-        model, **prompt, **drafting, **stop, executor=executor, do_sample=False, max_new_tokens=room,
-        return_dict_in_generate=True,
-    )  # fmt: skip
-    return out.sequences, out.trace
+        text, trace = model.generate(**prompt, do_sample=False, max_new_tokens=tokens, streamer=clock), None
+    else:
+        drafting = {"drafter": drafter, "tree": tree} if way == "drafted" else {}
+        stop = {"stopping_criteria": [_After(prompt["input_ids"].shape[1] + tokens)]} if tokens < room else {}
+        out = generate(
+            model, **prompt, **drafting, **stop, executor=executor, do_sample=False, max_new_tokens=room,
+            return_dict_in_generate=True, on_step=lambda events: clock.note(len(events[0].committed)),
+        )  # fmt: skip
+        text, trace = out.sequences, out.trace
+    ended, count = time.perf_counter(), text.shape[1] - prompt["input_ids"].shape[1]
+    return text, ((ended - started) / count, (ended - clock.first) / max(count - clock.tokens, 1)), trace
 
 
 class _After:

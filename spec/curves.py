@@ -7,15 +7,16 @@ turns, and medians are kept. Knows nothing of acceptance.
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .executors import EXECUTORS
+from .executors import EXECUTORS, Step
 from .planner import interpolate
 from .proposal import DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
+from .runs import open_engine
 from .sampling import Sampler
-from .slots import SlotModel
 from .state import DecodeState
 from .step import Engine
 from .tree import TokenTree, TreeShape
@@ -47,36 +48,49 @@ class BlankSession(EmptySession):
         return Proposal(tokens, self.tree, "without_replacement", "own", self.draft_logits)
 
 
-def timed_steps(model, executor: str, runs: dict, repeats: int, capacity: int = 512, sampling=None) -> dict:
-    """Median seconds of an idle step of each run: {key: (drafter, shape)} -> {key: seconds}, in turns."""
-    steps = {key: open_idle(model, executor, *run, capacity, sampling) for key, run in runs.items()}
-    seconds = {key: [] for key in runs}
+def in_turns(model, runners: dict, repeats: int) -> dict:
+    """Median seconds of a run of each of `runners`, which take turns."""
+    seconds: dict = {key: [] for key in runners}
     with torch.no_grad():
         for repeat in range(repeats + 3):
-            for key, runner in steps.items():
-                _wait(model)
+            for key, runner in runners.items():
+                wait_for(model)
                 started = time.perf_counter()
                 runner.run(lambda phase: None)
-                _wait(model)
+                wait_for(model)
                 if repeat >= 3:
                     seconds[key].append(time.perf_counter() - started)
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-@torch.no_grad()
-def open_idle(model, executor: str, drafter, shape: TreeShape, capacity: int, sampling: DraftSampling | None = None):
-    """An executor over an engine without a text."""
+def open_idle(
+    model,
+    executor: str,
+    drafter,
+    shape: TreeShape,
+    capacity: int = 512,
+    sampling: DraftSampling | None = None,
+    forward_only: bool = False,
+):
+    """An executor over an engine without a text, of whole steps or of their target forwards."""
     prompt, sampling = torch.ones(1, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
-    vocab = model.config.get_text_config().vocab_size
-    request = DraftRequest(1, capacity, vocab, model.device, shape, sampling)
-    engine = Engine(
-        state=DecodeState.empty(1, capacity, 1, model.device),
-        target=SlotModel(model, capacity),
-        session=drafter.open(request),
-        sampler=Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0),
-        rule="residual" if sampling.noise == "own" else "match",
-    )
-    return EXECUTORS[executor](engine)
+    sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)
+    rule = "residual" if sampling.noise == "own" else "match"
+    with torch.no_grad():
+        engine = open_engine(model, drafter, shape, sampler, sampling, rule, batch=1, capacity=capacity, eos=1)
+        return EXECUTORS[executor](engine, _forward_alone(engine, shape) if forward_only else None)
+
+
+def _forward_alone(engine: Engine, shape: TreeShape) -> Step:
+    """The target forward of a step and nothing else: tokens, positions and masks are made beforehand."""
+    base, nodes = engine.state.lengths - 1, torch.arange(len(shape), device=engine.state.tokens.device)
+    view = engine.target.view_of_nodes(base, TokenTree.of(shape, nodes.device), nodes)
+    tokens, slots = engine.state.roots().repeat(1, len(shape)), base[:, None] + nodes
+
+    def forward(engine: Engine, mark: Callable[[str], None]) -> torch.Tensor:
+        return engine.target.forward(tokens, slots, view)
+
+    return forward
 
 
 def measure(
@@ -85,7 +99,8 @@ def measure(
     """Both curves for one target, drafter and executor; a compiled executor compiles one step a point."""
     blanks = {("target", size): (Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1)) for size in sizes}
     drafts = {("draft", depth): (drafter, TreeShape.chain(depth)) for depth in depths}
-    seconds = timed_steps(model, executor, blanks | drafts, repeats, sampling=sampling)
+    runs = {key: open_idle(model, executor, *run, sampling=sampling) for key, run in (blanks | drafts).items()}
+    seconds = in_turns(model, runs, repeats)
     target = {size: seconds["target", size] for size in sizes}
     for smaller, larger in itertools.pairwise(sizes):  # a larger step never costs less; noise may say so
         target[larger] = max(target[larger], target[smaller])
@@ -93,6 +108,14 @@ def measure(
     return Curves(target, {0: 0.0, **draft})
 
 
-def _wait(model) -> None:
+def own_cost(model, drafter, executor: str, shape: TreeShape, repeats: int = 40) -> tuple[float, float]:
+    """Median seconds of a whole step, drafting included, and of the target forward in it alone, in turns."""
+    runs = {only: open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)}
+    seconds = in_turns(model, runs, repeats)
+    return seconds[False], seconds[True]
+
+
+def wait_for(model) -> None:
+    """Return once the device of `model` has done all that it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -8,6 +8,7 @@ import torch
 from .commands import encode, load
 from .console import BOLD, GREEN, PLAIN, Streamer, colours, table
 from .generate import generate
+from .margin import margin, parting
 
 PROMPTS = {
     "rewrite code": (
@@ -79,16 +80,12 @@ def _timed(args, model, prompt, drafter, on_step=None):
     return out, time.perf_counter() - started
 
 
-@torch.no_grad()
 def _difference(model, plain: torch.Tensor, fast: torch.Tensor, width: int) -> str:
     """Where two greedy texts part, and how close the two best logits are there."""
-    length = min(len(plain), len(fast))
-    apart = (plain[:length] != fast[:length]).int()
-    place = int(apart.argmax()) if apart.any() else length
-    best = model(input_ids=plain[None, :place], use_cache=False).logits[0, -1].float().topk(2).values
+    place = parting(plain.tolist(), fast.tolist())
+    apart, spacing = margin(model, plain[:place].tolist())
     name = str(model.dtype).removeprefix("torch.")
-    spacing = torch.finfo(model.dtype).eps * float(best[0].abs())
     return (
         f"differs from token {place - width + 1} on, where the two best logits are "
-        f"{float(best[0] - best[1]):.3g} apart; {name} numbers of that size are {spacing:.2g} apart"
+        f"{apart:.3g} apart; {name} numbers of that size are {spacing:.2g} apart"
     )

@@ -23,20 +23,23 @@ NAMES = ("auto", "eager", "compiled", "cuda_graph")
 LONG_RUN = 8192  # new tokens in one call from which compiling on a CPU pays for itself, roughly
 
 
+Step = Callable[[Engine, Callable[[str], None]], StepResult]
+
+
 def _silent(phase: str) -> None:
     """The marks of a step that cannot be interrupted to look at the clock."""
 
 
 class Eager:
-    """The step as it is written, timed phase by phase."""
+    """The step (or other `work` on an engine) as it is written, timed phase by phase."""
 
     lag = 0  # how many steps late the host reads
 
-    def __init__(self, engine: Engine):
-        self.engine = engine
+    def __init__(self, engine: Engine, work: Step | None = None):
+        self.engine, self.work = engine, work or step
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
-        return step(self.engine, mark)
+        return self.work(self.engine, mark)
 
 
 class Compiled:
@@ -44,12 +47,12 @@ class Compiled:
 
     lag = 0
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, work: Step | None = None):
         _keep_compiled_code()
-        self.engine = engine
+        self.engine, work = engine, work or step
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
         self.step = torch.compile(
-            lambda: step(engine, _silent),
+            lambda: work(engine, _silent),
             fullgraph=True,
             dynamic=False,
             isolate_recompiles=True,
@@ -77,7 +80,8 @@ class CudaGraph:
     lag = 1
     pool = None
 
-    def __init__(self, engine: Engine):
+    def __init__(self, engine: Engine, work: Step | None = None):
+        work = work or step
         side = torch.cuda.Stream(engine.state.tokens.device)
         side.wait_stream(torch.cuda.current_stream())
         try:
@@ -88,7 +92,7 @@ class CudaGraph:
             CudaGraph.pool = CudaGraph.pool or torch.cuda.graph_pool_handle()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
-                self.result = step(engine, _silent)
+                self.result = work(engine, _silent)
         except RuntimeError as error:
             raise ValueError(_reason("cuda_graph", error)) from error
 

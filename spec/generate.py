@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .arguments import check_arguments, check_length, check_prompt, check_writable, setting
+from .arguments import check_arguments, check_length, check_mask, check_prompt, check_writable, setting
 from .attach import attach
 from .executors import choose
 from .lockstep import Lockstep, ScoreBook
@@ -24,7 +24,7 @@ from .loop import decode
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
 from .proposal import NoDrafter
-from .runs import RunSpec, open_run
+from .runs import RunSpec, open_run, placed
 from .sampling import Sampler
 from .trace import Trace
 from .tree import TreeShape
@@ -76,7 +76,9 @@ def generate(
     Raises ValueError, in one sentence, for input that cannot be decoded as asked.
     """
     check_arguments(model, kwargs, verify, executor)
-    check_prompt(input_ids, attention_mask, model.config.get_text_config().vocab_size)
+    check_prompt(input_ids, model.config.get_text_config().vocab_size)
+    if attention_mask is not None:
+        check_mask(attention_mask, input_ids)
     if isinstance(drafter, (str, Path)):
         from .. import load_drafter
 
@@ -118,7 +120,7 @@ class _Call:
         prompt = input_ids.to(model.device).long()
         mask = model_kwargs.get("attention_mask")
         if mask is not None:  # maybe made by transformers, from pad tokens
-            check_prompt(prompt, mask, model.config.get_text_config().vocab_size)
+            check_mask(mask, prompt)
         pads = _left_padding(prompt, mask)
         new_tokens = stopping_criteria.max_length - prompt.shape[1]
         if self.stop_strings:
@@ -141,8 +143,7 @@ class _Call:
         slots = prompt.shape[1] + new_tokens + len(self.shape) + 1
         keep_scores = scores is not None or logits is not None
         what = self.drafter, self.shape, self.rule, self.executor
-        state = f"{model.device} {model.dtype} {model.config.get_text_config()._attn_implementation}"
-        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, state)
+        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, placed(model))
         engine, executor = open_run(model, asked, sampler, new_tokens * len(prompt))
         engine.state.load(prompt, pads, new_tokens, keys, eos)
         trace, books = Trace(), (scores, logits)

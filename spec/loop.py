@@ -119,18 +119,10 @@ def decode(
     The texts are in `engine.state`, the events in `trace` (also when an exception ends the loop).
     """
     state = engine.state
-    engine.target.prefill(state.tokens, state.lengths, prefill_chunk)
-    engine.session.prefill(state, prefill_chunk)
+    engine.prefill(prefill_chunk)
     texts: list[list[int]] = [[] for _ in prompt]
-    waiting: deque[Readout] = deque()
-    done, number = False, 0
-    while not done:
-        watch = Stopwatch(prompt.device)
-        waiting.append(Readout(executor.run(watch.mark), watch, number, executor.lag))
-        number += 1
-        if len(waiting) <= executor.lag:
-            continue
-        readout = waiting.popleft()
+
+    def read(readout: Readout) -> bool:
         rows = readout.rows()
         _check(rows, state)
         seconds = readout.watch.seconds()
@@ -144,17 +136,32 @@ def decode(
         if on_step is not None and events:
             on_step(events)
         done = all(report.done for report in rows)
-        if lockstep is not None:
-            lockstep.advance(texts)
-            stopped = [hit and (lockstep.pad is not None or lockstep.stopped) for hit in lockstep.finished]
-            if any(stopped):
-                state.done |= torch.tensor(stopped, device=prompt.device)
-            done = done or all(report.done or stop for report, stop in zip(rows, stopped))
+        if lockstep is None:
+            return done
+        lockstep.advance(texts)
+        stopped = [hit and (lockstep.pad is not None or lockstep.stopped) for hit in lockstep.finished]
+        if any(stopped):
+            state.done |= torch.tensor(stopped, device=prompt.device)
+        return done or all(report.done or stop for report, stop in zip(rows, stopped))
+
+    run_steps(engine, executor, read)
     counts = lockstep.counts if lockstep is not None else [len(text) for text in texts]
     for row, count in enumerate(counts):
         if count < len(texts[row]):
             trace.cut(row, count)
     return counts
+
+
+def run_steps(engine: Engine, executor, read: Callable[[Readout], bool]) -> None:
+    """The loop: steps, each read as late as the executor says, until `read` says that it has seen enough."""
+    waiting: deque[Readout] = deque()
+    done, number = False, 0
+    while not done:
+        watch = Stopwatch(engine.state.tokens.device)
+        waiting.append(Readout(executor.run(watch.mark), watch, number, executor.lag))
+        number += 1
+        if len(waiting) > executor.lag:
+            done = read(waiting.popleft())
 
 
 def _check(rows: list[RowReport], state: DecodeState) -> None:

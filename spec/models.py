@@ -197,3 +197,14 @@ def _why_not_loaded(name: str, where: str, error: Exception) -> str:
         f"model {name!r} is no folder here and not among the named models ({', '.join(NAMED)}), and the model hub did "
         f"not give it ({type(error).__name__}: {detail}); check the name and the network"
     )
+
+
+def end_ids(model) -> list[int]:
+    """The ids that end a text of `model`, by its own generation config."""
+    ids = model.generation_config.eos_token_id
+    return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
+
+
+def context_length(model) -> int | None:
+    """How many tokens `model` can see; None where its config does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from .metrics import offers
 from .trace import Event
 from .tree import TreeShape
 
@@ -30,21 +31,8 @@ class Acceptance:
 
     @classmethod
     def of(cls, events: Iterable[Event]) -> "Acceptance":
-        """Count over a trace. A node left empty was offered and missed; where a text ended inside a step,
-        the children of its last node were not examined."""
-        counts: dict[tuple[int, int], list[int]] = {}
-        for event in events:
-            path = [0, *event.accepted]
-            for depth, node in enumerate(path if event.bonus is not None else path[:-1]):
-                children = [child for child, parent in enumerate(event.parents) if parent == node]
-                for rank, child in enumerate(children):
-                    cell = counts.setdefault((depth, rank), [0, 0])
-                    cell[0] += child in event.accepted
-                    cell[1] += 1
-        depths = 1 + max((depth for depth, _ in counts), default=-1)
-        widths = [1 + max(rank for d, rank in counts if d == depth) for depth in range(depths)]
-        rows = [[counts[depth, rank] for rank in range(width)] for depth, width in enumerate(widths)]
-        return cls([[hit for hit, _ in row] for row in rows], [[trial for _, trial in row] for row in rows])
+        """Count over a trace."""
+        return cls(*offers(events))
 
     def rates(self, weight: float = 20.0) -> Rates:
         """p[d][r], non-increasing in rank, summing to at most 1.
@@ -107,6 +95,11 @@ def best_tree(rates: Rates, nodes: int, depth: int) -> tuple[TreeShape, float]:
     return TreeShape(tuple(parents)), expected[-1]
 
 
+def default_tree(rates: Rates, depth: int, nodes: int = 16) -> TreeShape:
+    """The tree that a drafter takes where nobody has planned for the device: one of a modest size, by `rates` alone."""
+    return best_tree(rates, nodes, depth)[0]
+
+
 def expected_tokens(rates: Rates, shape: TreeShape) -> float:
     """Expected tokens per step of any tree under `rates`."""
     values, total = [1.0], 1.0
@@ -116,6 +109,17 @@ def expected_tokens(rates: Rates, shape: TreeShape) -> float:
         values.append(values[parent] * rates[level][rank] if known else 0.0)
         total += values[-1]
     return total
+
+
+def depth_within(ranks: Iterable[int], shape: TreeShape) -> int:
+    """How deep the path whose nodes have these ranks among their siblings lies within `shape`; a negative rank is
+    no node."""
+    node = depth = 0
+    for rank in ranks:
+        if not 0 <= rank < len(shape.children[node]):
+            break
+        node, depth = shape.children[node][rank], depth + 1
+    return depth
 
 
 @dataclass(frozen=True)

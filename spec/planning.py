@@ -4,41 +4,35 @@ A plan is kept in the cache for (target, drafter, device, dtype, executor, rule,
 `tree="auto"` looks up.
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from . import curves
+from .calibration import Replay, follow, plan_by_replay
 from .commands import encode, load
 from .compare import compare
 from .console import table
 from .executors import choose
-from .generate import generate
 from .loop import Stopwatch
-from .planner import Acceptance, Plan, choose_tree, grow
+from .planner import Acceptance, Plan, choose_tree
 from .plans import plan_path
+from .prompts import read_prompts
 from .proposal import DraftSampling, NoDrafter
+from .provenance import target_fingerprint
+from .runfile import read_run
 from .tree import TreeShape
 
-# What drafters are like, roughly: the tree with which an unknown one is calibrated is planned for this.
-_PRIOR = [[0.6 * 0.4**rank for rank in range(8)] for _ in range(8)]
 
+def calibrate(model, drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int) -> Replay:
+    """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
 
-def calibrate(model, drafter, prompts: list[dict], rule: str, sampling: dict, new_tokens: int) -> Acceptance:
-    """Decode `prompts` (as `encode` makes them) with a wide tree and count what is accepted by depth and rank.
-
-    Drafters differ by how they draw, so p belongs to a rule and a temperature."""
-    tree = TreeShape(tuple(grow(_PRIOR, 48, 8)[0]))
-    events = []
-    for number, prompt in enumerate(tqdm(prompts, desc="calibrating", unit="prompt", disable=len(prompts) < 2)):
-        options = dict(sampling, max_new_tokens=new_tokens, return_dict_in_generate=True, executor="eager")
-        events += generate(
-            model, **prompt, drafter=drafter, tree=tree, verify=rule, seed=number, **options
-        ).trace.events
-    return Acceptance.of(events)
+    Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
+    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=len(prompts) < 2)
+    return Replay(
+        [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
+    )
 
 
 def plan(args) -> None:
@@ -46,14 +40,17 @@ def plan(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
-    prompts = [prompt for _, prompt in _prompts(args.calibrate, tokenizer, model, args.prompts)]
-    sampled = args.temperature > 0
-    options = {"do_sample": True, "temperature": args.temperature, "top_k": 0} if sampled else {"do_sample": False}
-    rates = calibrate(model, drafter, prompts, args.verify, options, args.max_new_tokens).rates()
-    drawing = DraftSampling.for_rule(args.verify, sampled, args.temperature or 1.0)
+    drawing = DraftSampling.for_rule(args.verify, args.temperature > 0, args.temperature or 1.0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     measured = curves.measure(model, drafter, executor, sampling=drawing)
-    planned = choose_tree(rates, measured.target, measured.draft)
+    if args.run:
+        rates = measured_acceptance(args, model).rates()
+        planned = choose_tree(rates, measured.target, measured.draft)
+    else:
+        prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
+        replay = calibrate(model, drafter, prompts, args.verify, args.temperature, args.max_new_tokens)
+        planned = plan_by_replay(replay, measured.target, measured.draft)
+        rates = replay.rates(planned.shape)
     _show(rates, measured, planned)
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,25 +60,51 @@ def plan(args) -> None:
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
 
 
+def measured_acceptance(args, model) -> Acceptance:
+    """Counts over a run file: the methods of the drafter, rule and temperature that are planned for. What their trees
+    did not try is not known, so a run with a wide tree tells most. Raises ValueError where there is no such method."""
+    run = read_run(args.run)
+    if run.warning:
+        print(run.warning, file=sys.stderr)
+    if run.header["setup"]["fingerprint"] != target_fingerprint(model)[:16]:
+        raise ValueError(f"{args.run} was measured on another model than {args.model}; give that one as --model")
+    asked = args.drafter, args.verify, args.temperature
+    names = [own["name"] for own in run.methods if (own["drafter"], own["rule"], own["temperature"]) == asked]
+    events = [event for name in names for record in run.of(name) for event in record.events]
+    if not events:
+        drafted = [own for own in run.methods if own["kind"] == "drafted"]
+        known = ", ".join(f"{own['drafter']} ({own['rule']}, {own['temperature']:g})" for own in drafted)
+        raise ValueError(
+            f"{args.run} holds no measurement of drafter {args.drafter}, rule {args.verify}, temperature "
+            f"{args.temperature:g}; it has {known or 'no drafter'}"
+        )
+    return Acceptance.of(events)
+
+
 def profile(args) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
     model, tokenizer, drafter = load(args)
-    drafter = NoDrafter() if drafter is None else drafter
     if args.compare:
-        prompts = _prompts(args.compare, tokenizer, model, args.prompts)
-        compare(model, prompts, drafter, args.tree, args.executor, args.max_new_tokens)
+        prompts = first_turns(args.compare, tokenizer, model, args.prompts)
+        compare(model, prompts, drafter or NoDrafter(), args.tree, args.executor, args.max_new_tokens)
         return
+    drafter = curves.Blank() if drafter is None else drafter
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     measured = curves.measure(model, drafter, executor)
     _show_curves(measured)
+    shape = TreeShape.chain(15)
+    step, forward = curves.own_cost(model, drafter, executor, shape)
+    print(
+        f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
+        f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
+    )
     if executor == "eager":
-        watch_phases(model, drafter)
+        watch_phases(model, drafter, shape)
 
 
-def watch_phases(model, drafter, repeats: int = 20) -> None:
+def watch_phases(model, drafter, shape: TreeShape, repeats: int = 20) -> None:
     """Print the shares of an eager step."""
-    shape = TreeShape.chain(15) if not isinstance(drafter, NoDrafter) else drafter.default_shape
-    runner = curves.open_idle(model, "eager", drafter, shape, 512)
+    runner = curves.open_idle(model, "eager", drafter, shape)
     phases: dict[str, list[float]] = {}
     with torch.no_grad():
         for _ in range(repeats):
@@ -95,20 +118,11 @@ def watch_phases(model, drafter, repeats: int = 20) -> None:
     print(f"\nan eager step of {len(shape)} nodes\n" + table(["phase", "ms", "share"], rows))
 
 
-def _prompts(path: str, tokenizer, model, most: int) -> list[tuple[str, dict]]:
-    """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, `most` of them, spread over it."""
-    try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        texts = [
-            (str(line.get("category", "")), line["turns"][0] if "turns" in line else line["prompt"]) for line in lines
-        ]
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSONL file with 'turns' or 'prompt' in each line ({error})") from error
-    if not texts:
-        raise ValueError(f"{path} holds no prompts")
-    chosen = texts[:: max(1, len(texts) // most)][:most]
+def first_turns(path: str, tokenizer, model, most: int | None = None) -> list[tuple[str, dict]]:
+    """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, or `most` of them, spread over it."""
     chat = bool(tokenizer.chat_template)
-    return [(category, encode(tokenizer, text, chat, model.device)) for category, text in chosen]
+    prompts = read_prompts(path, most)
+    return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
 
 
 def _show_curves(measured: curves.Curves) -> None:

@@ -68,13 +68,16 @@ class DraftRequest:
     device: torch.device
     shape: TreeShape
     sampling: DraftSampling
+    target: torch.nn.Module | None = None  # whose hidden states a drafter reads, LM head and embeddings it may share
 
 
 class DraftSession(Protocol):
     """One decoding run of a drafter: persistent buffers, each with the batch row as its first axis."""
 
-    def prefill(self, state: "DecodeState", chunk: int) -> None:
-        """See a new prompt, `chunk` tokens at a time, before its first step, and forget the last text."""
+    def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
+        """See a new prompt, `chunk` tokens at a time, before its first step, and forget the last text.
+
+        With `rows` (R,) only those have a new prompt; the others go on with their texts."""
 
     def propose(self, state: "DecodeState") -> Proposal:
         """Fill the tree behind the last committed token. Static shapes, no host reads."""
@@ -84,7 +87,9 @@ class DraftSession(Protocol):
 
 
 class Drafter(Protocol):
-    """A family of proposals. `vocab_size` is None for a drafter that takes any vocabulary."""
+    """A family of proposals. `vocab_size` is None for a drafter that takes any vocabulary.
+
+    One whose `reads_hidden` is true (it may be absent) finds the target's last hidden state in `state.hidden`."""
 
     name: str
     vocab_size: int | None
@@ -112,7 +117,7 @@ class EmptySession:
 
     tree: TokenTree
 
-    def prefill(self, state: "DecodeState", chunk: int) -> None:
+    def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
         pass
 
     def propose(self, state: "DecodeState") -> Proposal:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .executors import EXECUTORS, choose
+from .hidden import lm_head
 from .proposal import DraftRequest, DraftSampling
 from .sampling import Sampler
 from .slots import SlotModel
@@ -35,7 +36,7 @@ class RunSpec:
     eos: int  # how many end-of-text ids
     keep_scores: bool
     sampling: tuple  # the sampler's signature
-    model: str  # its device, dtype and attention, which may change between calls
+    model: str  # as `placed` says
 
     def settled(self, executor: str) -> "RunSpec":
         """With `executor`, and slots in whole 64s where a size costs nothing, in powers of two where each
@@ -43,6 +44,11 @@ class RunSpec:
         captured = max(256, 1 << (self.capacity - 1).bit_length())
         capacity = -(-self.capacity // 64) * 64 if executor == "eager" else captured
         return replace(self, executor=executor, capacity=capacity)
+
+
+def placed(model) -> str:
+    """The device, dtype and attention of `model`, which may change between calls."""
+    return f"{model.device} {model.dtype} {model.config.get_text_config()._attn_implementation}"
 
 
 def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[Engine, object]:
@@ -78,21 +84,42 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
 
 
 def _run(model, spec: RunSpec, sampler: Sampler) -> tuple[Engine, object]:
-    engine = _engine(model, spec, sampler)
+    engine = make_engine(model, spec, sampler)
     return engine, EXECUTORS[spec.executor](engine)
 
 
-def _engine(model, spec: RunSpec, sampler: Sampler) -> Engine:
-    vocab, device = model.config.get_text_config().vocab_size, model.device
-    sampling = DraftSampling.for_rule(spec.rule, sampler.do_sample, sampler.temperature)
-    request = DraftRequest(spec.batch, spec.capacity, vocab, device, spec.shape, sampling)
+def make_engine(model, spec: RunSpec, sampler: Sampler) -> Engine:
+    """An engine for `spec` with fresh buffers."""
+    drawing = DraftSampling.for_rule(spec.rule, sampler.do_sample, sampler.temperature)
+    what = spec.drafter, spec.shape, sampler, drawing, spec.rule
+    return open_engine(model, *what, spec.batch, spec.capacity, spec.eos, spec.keep_scores)
+
+
+def open_engine(
+    model,
+    drafter,
+    shape: TreeShape,
+    sampler: Sampler,
+    drawing: DraftSampling,
+    rule: str,
+    batch: int,
+    capacity: int,
+    eos: int,
+    keep_scores: bool = False,
+) -> Engine:
+    """The parts of a run with their buffers; every row is done until a text is loaded."""
+    device, hidden = model.device, None
+    reads_hidden = getattr(drafter, "reads_hidden", False)
+    if reads_hidden:
+        hidden = torch.zeros(batch, lm_head(model).weight.shape[1], dtype=model.dtype, device=device)
+    vocab = model.config.get_text_config().vocab_size
     return Engine(
-        state=DecodeState.empty(spec.batch, spec.capacity, spec.eos, device),
-        target=SlotModel(model, spec.capacity),
-        session=spec.drafter.open(request),
+        state=DecodeState.empty(batch, capacity, eos, device, hidden),
+        target=SlotModel(model, capacity, reads_hidden),
+        session=drafter.open(DraftRequest(batch, capacity, vocab, device, shape, drawing, model)),
         sampler=sampler,
-        rule=spec.rule,
-        keep_scores=spec.keep_scores,
+        rule=rule,
+        keep_scores=keep_scores,
     )
 
 

@@ -122,3 +122,13 @@ def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos:
     if ended or token == NO_TOKEN or not scores[token] > -torch.inf:
         return None
     return torch.cat([text, text.new_tensor([token])])
+
+
+def warpers(temperature: float, top_p: float = 1.0) -> hf.LogitsProcessorList:
+    """Temperature and nucleus as `generate` applies them; temperature 0 is greedy and has none."""
+    made = hf.LogitsProcessorList()
+    if temperature > 0 and temperature != 1:
+        made.append(hf.TemperatureLogitsWarper(float(temperature)))
+    if temperature > 0 and top_p < 1:
+        made.append(hf.TopPLogitsWarper(top_p))
+    return made

@@ -8,15 +8,19 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 import torch
 from torch import Tensor
 
+from . import attention  # noqa: F401  (answers to "sdpa" while a slot forward runs)
 from .cache import SlotCache
+from .hidden import last_heard, listen, listening
 from .masks import SlotView, showing
 from .tree import TokenTree
 
 
 class SlotModel:
-    """`model` with a cache of `capacity` slots a row, allocated once."""
+    """`model` with a cache of `capacity` slots a row, allocated once.
 
-    def __init__(self, model, capacity: int):
+    With `keep_hidden`, `hidden` is the last hidden state of the tokens whose logits the last forward gave."""
+
+    def __init__(self, model, capacity: int, keep_hidden: bool = False):
         config = model.config.get_text_config()
         self.model = model
         self.capacity = capacity
@@ -24,13 +28,17 @@ class SlotModel:
         # A drafted node may stand beyond the context, where it can never be committed.
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
+        self.keep_hidden = keep_hidden
+        self.hidden: Tensor | None = None  # (B, n, H)
+        if keep_hidden:
+            listen(model)
 
     def forward(
         self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int | Tensor = 0
     ) -> Tensor:  # (B, n) -> (B, n, V)
         """Logits in float32 of `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`."""
-        self.cache.slots, self.cache.reach = slots, view.visible.shape[2]
-        with showing(view):
+        self.cache.aim(slots, view.visible.shape[2])
+        with showing(view), listening() as heard:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
                 position_ids=view.query_positions.clamp(0, self.last_position),
@@ -38,9 +46,11 @@ class SlotModel:
                 use_cache=True,
                 logits_to_keep=keep,
             )
+        if self.keep_hidden:
+            self.hidden = last_heard(heard)
         return out.logits.float()
 
-    def forward_text(self, tokens: Tensor, slots: Tensor, keep: int = 0, reach: int | None = None) -> Tensor:
+    def forward_text(self, tokens: Tensor, slots: Tensor, keep: int | Tensor = 0, reach: int | None = None) -> Tensor:
         """Committed text: each token stands at the slot of its position and sees all slots up to its own, none
         of which is at `reach` or beyond it.
 
@@ -53,30 +63,46 @@ class SlotModel:
         return self.forward(tokens, torch.where(padding, self.capacity - 1, slots), view, keep)
 
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
-        """Tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
-
-        A node sees the committed text, its ancestors and itself."""
-        depths, ancestors = tree.depths, tree.ancestors
+        """Logits of tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
+        return self.forward(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
+
+    def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
+        """What the nodes `index` (n,) may see: the committed text, their ancestors and themselves."""
+        depths, ancestors = tree.depths, tree.ancestors
         inside = self.slot_index - base[:, None]  # (B, capacity): the node at each slot
         is_node = (inside >= 0) & (inside < tree.size)
         inside = inside.clamp(0, tree.size - 1)
-        rows = ancestors[:, index].expand(len(tokens), -1, -1)  # (B, n, N)
+        rows = ancestors[:, index].expand(len(base), -1, -1)  # (B, n, N)
         related = rows.gather(2, inside[:, None].expand(-1, len(index), -1))
-        key_depths = depths.expand(len(tokens), -1).gather(1, inside)
-        view = SlotView(
+        key_depths = depths.expand(len(base), -1).gather(1, inside)
+        return SlotView(
             query_positions=base[:, None] + depths[:, index],
             key_positions=torch.where(is_node, base[:, None] + key_depths, self.slot_index),
             visible=torch.where(is_node[:, None], related, (self.slot_index < base[:, None])[:, None]),
         )
-        return self.forward(tokens, base[:, None] + index, view)
 
-    def prefill(self, tokens: Tensor, lengths: Tensor, chunk: int) -> None:
+    def prefill(self, tokens: Tensor, lengths: Tensor, chunk: int, rows: Tensor | None = None) -> Tensor | None:
         """Write the texts `tokens` (B, T) of `lengths` (B,), all but the last token of each, `chunk` tokens
-        at a time, so that memory does not grow with the prompt. Forgets what the cache held."""
-        self.cache.clear()
-        width = int(lengths.max()) - 1
+        at a time, so that memory does not grow with the prompt. Forgets what the cache held.
+
+        With `rows` (R,) only those are read and written: the others' texts go on where they are. Returns the
+        hidden state of the last token written of each row read, (R, H), where hidden states are kept: zeros for a
+        text of one token, and None where all texts are."""
+        if rows is not None:
+            tokens, lengths = tokens[rows], lengths[rows]
+        self.cache.clear(rows)
+        self.cache.rows = rows
+        width, hidden = int(lengths.max()) - 1, None
         for start in range(0, width, chunk):
             columns = self.slot_index[start : min(start + chunk, width)]
             slots = torch.where(columns < lengths[:, None] - 1, columns, -1)  # (B, n)
-            self.forward_text(tokens[:, columns], slots, keep=1, reach=start + len(columns))
+            last = lengths[:, None] - 2 - start  # (B, 1): its place in this chunk
+            keep = last.clamp(0, len(columns) - 1) if self.keep_hidden else 1
+            self.forward_text(tokens[:, columns], slots, keep, reach=start + len(columns))
+            if self.keep_hidden:
+                here = (last >= 0) & (last < len(columns))
+                earlier = torch.zeros_like(self.hidden[:, 0]) if hidden is None else hidden
+                hidden = torch.where(here, self.hidden[:, 0], earlier)
+        self.cache.rows = None
+        return hidden

@@ -4,7 +4,7 @@ Every buffer has the batch row as its first axis and a fixed address for the who
 cache slot of a committed token are the same number: rows hold no padding.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,10 +22,15 @@ class DecodeState:
     keys: Tensor  # (B, 2): the row's noise stream
     eos: Tensor  # (E,): token ids that end a row
     committed: Tensor  # (B,): tokens committed by the last step
+    hidden: Tensor | None  # (B, H): the target's last hidden state that gave the root, for drafters that read it
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device) -> "DecodeState":
-        """Buffers for `batch` rows and `eos` end-of-text ids; every row is done until a text is loaded."""
+    def empty(
+        cls, batch: int, capacity: int, eos: int, device: torch.device, hidden: Tensor | None = None
+    ) -> "DecodeState":
+        """Buffers for `batch` rows and `eos` end-of-text ids; every row is done until a text is loaded.
+
+        `hidden` is the buffer (B, H) for hidden states, where the drafter reads them."""
 
         def numbers(*shape: int) -> Tensor:
             return torch.ones(shape, dtype=torch.int64, device=device)
@@ -40,6 +45,7 @@ class DecodeState:
             keys=numbers(batch, 2),
             eos=numbers(eos),
             committed=numbers(batch),
+            hidden=hidden,
         )
 
     def load(self, input_ids: Tensor, pads: Tensor, new_tokens: int, keys: Tensor, eos: Tensor) -> None:
@@ -55,6 +61,28 @@ class DecodeState:
         self.done.fill_(False)
         self.failed.fill_(False)
         self.committed.zero_()
+        if self.hidden is not None:
+            self.hidden.zero_()
+
+    def start(self, rows: Tensor, texts: list[list[int]], limits: Tensor, keys: Tensor) -> None:
+        """Replace the texts of `rows` (R,), which then end at lengths `limits` (R,) and draw from `keys` (R, 2)."""
+        padded = [text + [0] * (self.tokens.shape[1] - len(text)) for text in texts]
+        self.tokens[rows] = torch.tensor(padded, device=rows.device)
+        self.lengths[rows] = torch.tensor([len(text) for text in texts], device=rows.device)
+        self.limits[rows] = limits
+        self.keys[rows] = keys
+        self.done[rows] = False
+        self.failed[rows] = False
+        self.committed[rows] = 0
+        if self.hidden is not None:
+            self.hidden[rows] = 0
+
+    def copy_rows(self, other: "DecodeState", rows: Tensor) -> None:
+        """Hold what `rows` (B,) of `other`, a state of the same capacity, hold."""
+        for field in fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine is not None:
+                mine.copy_(theirs if field.name == "eos" else theirs[rows])
 
     def roots(self) -> Tensor:
         """The last committed token of each row, (B, 1)."""

@@ -38,6 +38,15 @@ class Engine:
     rule: str
     keep_scores: bool = False
 
+    def prefill(self, chunk: int, rows: Tensor | None = None) -> None:
+        """Read the prompts in the state, or those of `rows` (R,), all but the last token of each, `chunk` tokens
+        at a time."""
+        state = self.state
+        hidden = self.target.prefill(state.tokens, state.lengths, chunk, rows)
+        if hidden is not None:
+            state.hidden[slice(None) if rows is None else rows] = hidden
+        self.session.prefill(state, chunk, rows)
+
     def idle_step(self) -> None:
         """A step in which every row is done: it changes no text, and allocates what is made on first use."""
         self.state.done.fill_(True)
@@ -57,6 +66,10 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
     engine.target.cache.compact(base, verdict.path)
     engine.session.commit(state, verdict)
     write(state, verdict)
+    if state.hidden is not None:
+        last = verdict.path.gather(1, (state.committed - 1).clamp(min=0)[:, None])  # the node that gave the new root
+        last = last[..., None].expand(-1, 1, state.hidden.shape[1])
+        state.hidden.copy_(engine.target.hidden.gather(1, last)[:, 0])
     report = _report(state, proposal, verdict)
     mark("commit")
     kept = (logits, scores) if engine.keep_scores else (None, None)
@@ -75,7 +88,8 @@ def write(state: DecodeState, verdict: Verdict) -> None:
     columns = torch.arange(verdict.tokens.shape[1], device=verdict.tokens.device)  # (D+1,)
     ends = (verdict.tokens[..., None] == state.eos).any(-1) & (columns <= verdict.accepted[:, None])
     ended = ends.any(-1)
-    count = torch.where(ended, ends.to(torch.int8).argmax(-1) + 1, verdict.accepted + 1)
+    # Not by an argmax over int8, which inductor can get wrong.
+    count = torch.where(ended, (ends.cumsum(-1) == 0).sum(-1) + 1, verdict.accepted + 1)
     ended = ended & (count <= state.limits - state.lengths)
     count = torch.minimum(count, state.limits - state.lengths)
     state.failed |= verdict.failed & ~state.done & (count > verdict.accepted)  # else the bonus is not used

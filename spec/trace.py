@@ -1,7 +1,7 @@
 """The trace: one event per step and row, from which every acceptance figure is computed.
 
-Events speak of committed tokens: nothing behind an end of text or a stop counts as accepted. Field
-names of the summary are vLLM's where vLLM has one. Knows nothing of models.
+Events speak of committed tokens: nothing behind an end of text or a stop counts as accepted. The figures
+themselves are in metrics.py. Knows nothing of models.
 """
 
 import json
@@ -9,6 +9,8 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from . import metrics
 
 
 @dataclass(slots=True)
@@ -27,10 +29,23 @@ class Event:
     accepted: list[int]
     bonus: int | None
     seconds: dict[str, float] = field(default_factory=dict)
+    group: str = ""  # which call of generate, where events of several are put together
 
     @property
     def drafted(self) -> int:
         return sum(token >= 0 for token in self.tokens[1:])
+
+    @property
+    def examined(self) -> int:
+        """How many drafted tokens a rule had to look at: the children of the nodes it reached."""
+        return sum(self.tokens[child] >= 0 for children in self.offered() for child in children)
+
+    def offered(self) -> list[list[int]]:
+        """The children of the root and of each accepted node, by rank, down to where there are none or the text
+        ended."""
+        path = [0, *self.accepted] if self.bonus is not None else [0, *self.accepted][:-1]
+        levels = [[child for child, parent in enumerate(self.parents) if parent == node] for node in path]
+        return [children for children in levels if children]
 
     @property
     def committed(self) -> list[int]:
@@ -67,33 +82,17 @@ class Trace:
             yield row, [event for event in self.events if event.row == row]
 
     def summary(self) -> dict:
-        """Acceptance figures over all rows.
+        """Acceptance figures over all rows, as metrics.py defines them."""
+        return metrics.summary(self.events)
 
-        `mean_acceptance_length` is 1 + accepted / steps (the bonus counted in every step, as in vLLM);
-        `tokens_per_step` counts committed tokens only, so it is lower where a text ended inside a step;
-        `draft_acceptance_rate` is accepted / drafted, None where nothing was drafted; entry i of
-        `acceptance_histogram` counts the steps that accepted i draft tokens. Seconds are sums over steps.
-        """
-        steps = len(self.events)
-        accepted = [len(event.accepted) for event in self.events]
-        drafted = sum(event.drafted for event in self.events)
-        tokens = sum(len(event.committed) for event in self.events)
-        per_step = {event.step: event.seconds for event in self.events}
-        phases = dict.fromkeys(phase for seconds in per_step.values() for phase in seconds)
-        return {
-            "mean_acceptance_length": 1 + sum(accepted) / steps if steps else None,
-            "draft_acceptance_rate": sum(accepted) / drafted if drafted else None,
-            "acceptance_histogram": [accepted.count(i) for i in range(max(accepted, default=0) + 1)],
-            "num_spec_steps": steps,
-            "num_accepted_draft_tokens": sum(accepted),
-            "num_draft_tokens": drafted,
-            "num_tokens": tokens,
-            "tokens_per_step": tokens / steps if steps else None,
-            "seconds": {phase: sum(s.get(phase, 0.0) for s in per_step.values()) for phase in phases},
-        }
+    def prometheus(self, **labels: str) -> str:
+        """The summary as Prometheus reads it: the same names with `paceline_` before them, all with `labels`."""
+        return metrics.prometheus(self.summary(), labels)
 
     def append_to(self, path: str | Path) -> None:
         """Append the events to a JSONL file, one line each, marked with this call's `run` id."""
         with open(path, "a", encoding="utf-8") as file:
             for event in self.events:
-                file.write(json.dumps({"run": self.run, **asdict(event)}) + "\n")
+                own = asdict(event)
+                own.pop("group")  # the run says it
+                file.write(json.dumps({"run": self.run, **own}) + "\n")

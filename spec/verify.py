@@ -142,6 +142,7 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
     rows = torch.arange(len(base), device=base.device)
     positions = _next_positions(base, proposal)
     ranks = torch.arange(max(tree.max_children, 1), device=base.device)
+    index = torch.arange(tree.size, device=base.device)
     coins = noise.uniform(keys, positions, noise.ACCEPT, ranks)  # (B, D+1, C)
     node = torch.zeros_like(base)
     walking = torch.ones_like(base, dtype=torch.bool)
@@ -152,7 +153,7 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
         walking = torch.zeros_like(walking)
         for rank in range(tree.max_children):
             offered = children & (tree.ranks == rank) & ~walking[:, None]
-            child = offered.to(torch.int8).argmax(-1)
+            child = (offered * index).sum(-1)  # at most one; inductor's argmax over int8 can leave the range
             token = proposal.tokens.gather(1, child[:, None]).clamp(min=0)  # (B, 1)
             draft = draft_logits.softmax(-1)
             odds = coins[:, depth, rank, None] * draft.gather(1, token) < target.gather(1, token)

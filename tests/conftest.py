@@ -11,7 +11,8 @@ import torch
 from hypothesis import settings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-torch.set_num_threads(2)
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(2)
 settings.register_profile("paceline", deadline=None, derandomize=True)
 settings.load_profile("paceline")
 
@@ -45,6 +46,58 @@ def noisy_copy(model, noise=0.02, seed=1):
     return copy
 
 
+def target_view(model, input_ids):
+    """What the frozen target sees on rows (B, T) of one document each."""
+    from paceline.spec.hidden import last_heard, listen, listening
+    from paceline.training.objective import TargetView
+
+    listen(model)
+    with torch.no_grad(), listening() as heard:
+        model(input_ids=input_ids, use_cache=False)
+    return TargetView(last_heard(heard), model.get_output_embeddings())
+
+
+def whole_rows(input_ids):
+    """A batch of rows that are one document each, all of it the target's own."""
+    ones = torch.ones_like(input_ids)
+    return {"input_ids": input_ids, "loss_mask": ones, "document": ones * 0, "position_ids": ones.cumsum(1) - 1}
+
+
+def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
+    """Heads of three levels that have learned a little of the model's own text: right now and then."""
+    from paceline.drafters.medusa import HeadSettings, MedusaHeads
+    from paceline.training.medusa import MedusaObjective, frequent_tokens
+
+    torch.manual_seed(seed)
+    vocab = model.config.vocab_size
+    options = dict(do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0, max_new_tokens=40)
+    text = model.generate(torch.randint(1, vocab, (16, 4)), **options)
+    batch, seen = whole_rows(text), target_view(model, text)
+    vocabulary = known and frequent_tokens([batch], known, vocab)
+    objective = MedusaObjective(
+        MedusaHeads.make(HeadSettings(mode, **{"heads": 3, "rank": 8, **settings}), model, vocabulary), 1.0, 0.5
+    )
+    with torch.no_grad():
+        for parameter in objective.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
+    for _ in range(steps):
+        losses = objective(batch, seen)
+        (losses.total / losses.counted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return objective.heads.requires_grad_(False).to(model.dtype)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Two threads on tiny tensors wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def target():
     return tiny_llama()
@@ -55,6 +108,13 @@ def draft(target):
     from paceline.drafters.draft_model import ModelDrafter
 
     return ModelDrafter(noisy_copy(target))
+
+
+@pytest.fixture(scope="session")
+def hydra(target):
+    from paceline.drafters.medusa import MedusaDrafter
+
+    return MedusaDrafter(fitted_heads(target, "hydra", known=40))
 
 
 @pytest.fixture(scope="session")

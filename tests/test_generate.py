@@ -51,8 +51,8 @@ class Recorder:
         self.ended += 1
 
 
-def drafters(draft):
-    return {"none": None, "ngram": NgramDrafter(), "model": draft}
+def drafters(draft, hydra):
+    return {"none": None, "ngram": NgramDrafter(), "model": draft, "hydra": hydra}
 
 
 CASES = {
@@ -78,8 +78,8 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("which", ["none", "ngram", "model"])
-def test_greedy_text_equals_transformers(target, draft, ragged, case, which):
+@pytest.mark.parametrize("which", ["none", "ngram", "model", "hydra"])
+def test_greedy_text_equals_transformers(target, draft, hydra, ragged, case, which):
     ids, mask = ragged
     options = dict(do_sample=False, max_new_tokens=NEW) | CASES[case]
     if "generation_config" in options:
@@ -90,7 +90,7 @@ def test_greedy_text_equals_transformers(target, draft, ragged, case, which):
             target,
             ids,
             mask,
-            drafter=drafters(draft)[which],
+            drafter=drafters(draft, hydra)[which],
             tree=tree if which != "none" else None,
             **options,
         )
@@ -114,7 +114,7 @@ SAMPLING = {
 
 
 @pytest.mark.parametrize("case", SAMPLING)
-def test_sampled_text_is_the_seed_s_whatever_the_drafter(target, draft, ragged, case):
+def test_sampled_text_is_the_seed_s_whatever_the_drafter(target, draft, hydra, ragged, case):
     ids, mask = ragged
     options = dict(do_sample=True, max_new_tokens=NEW) | SAMPLING[case]
     for seed in (0, 5):
@@ -124,6 +124,7 @@ def test_sampled_text_is_the_seed_s_whatever_the_drafter(target, draft, ragged, 
             (draft, "chain:4"),
             (draft, "4x2x1"),
             (draft, [-1, 0, 0, 1, 3]),
+            (hydra, "4x2x1"),
         ):
             got = paceline.generate(target, ids, mask, drafter=drafter, tree=tree, seed=seed, **options)
             assert torch.equal(got, truth), (drafter, tree)
@@ -409,8 +410,10 @@ def test_a_draft_model_recomputes_nothing(target, ragged, monkeypatch):
         with torch.no_grad():
             truth = drafter.model(engine.state.tokens[row : row + 1, :kept], use_cache=True).past_key_values
         # A row that had ended earlier is followed no further than its last own step.
-        mine = engine.session.slots.cache.layers[1].keys[row, :, : kept - 4]
-        assert torch.allclose(mine, truth.layers[1].keys[0][:, : kept - 4], atol=1e-4)
+        layer = engine.session.slots.cache.layers[1]
+        mine = layer.by_row(layer.keys)[row, : kept - 4]  # (T, H * D)
+        theirs = truth.layers[1].keys[0].transpose(0, 1).flatten(1)
+        assert torch.allclose(mine, theirs[: kept - 4], atol=1e-4)
 
 
 def test_drafters_by_name_and_folder(target, ragged, tmp_path, tokenizer):

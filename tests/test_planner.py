@@ -210,9 +210,15 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
         assert cli.main([*command, "--temperature", "0.8", "--verify", rule]) == 0
         assert cli.main([*decode, "auto", "--temperature", "0.8", "--verify", rule]) == 0
     capsys.readouterr()
-    assert cli.main(["profile", *pair, "--compare", str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "12"]) == 0
-    table = capsys.readouterr().out
-    assert "together" in table and "texts that differ from plain: 0 of 2" in table
+    draft, run = str(tmp_path / "draft"), str(tmp_path / "run.jsonl")
+    measure = ["bench", str(tmp_path / "prompts.jsonl"), "--model", str(tmp_path / "target"), "-o", run]
+    assert cli.main([*measure, "--methods", f"{draft}:tree=4x2x1", "--max-new-tokens", "20"]) == 0
+    assert cli.main(["plan", *pair, "--from", run]) == 0
+    assert "tokens per step expected" in capsys.readouterr().out
+    assert cli.main(["plan", *pair, "--from", run, "--temperature", "0.3"]) == 2
+    assert "holds no measurement" in capsys.readouterr().err
+    assert cli.main(["plan", "--model", draft, "--drafter", draft, "--from", run]) == 2
+    assert "measured on another model" in capsys.readouterr().err
     for bad in ("missing.jsonl", "target/config.json"):
         assert cli.main([*command[:-4], "--calibrate", str(tmp_path / bad), "--max-new-tokens", "20"]) == 2
         assert "no JSONL file" in capsys.readouterr().err

@@ -11,20 +11,22 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter, NgramSession
 from paceline.spec import executors, runs
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.step import step
 from tape import tape_executor
 
-from conftest import noisy_copy, tiny_llama
+from conftest import fitted_heads, noisy_copy, tiny_llama
 
 WAYS = {
     "greedy": dict(do_sample=False),
     "sampled": dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=12, suppress_tokens=[3, 4]),
 }
+DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra"]
 PAIRS = [
-    pair for pair in itertools.product(["none", "ngram", "model"], ["match", "residual", "typical"], WAYS)
+    pair for pair in itertools.product(DRAFTERS, ["match", "residual", "typical"], WAYS)
     if pair != ("ngram", "residual", "sampled")
 ]  # fmt: skip
 
@@ -36,7 +38,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def drafters(model):
-    return {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(model))}
+    made = {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(model))}
+    for mode in ("independent", "markov", "hydra"):
+        made[mode] = MedusaDrafter(fitted_heads(model, mode, known=40))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +205,8 @@ def _open(model, drafter, rule, way, batch):
 
 @pytest.mark.parametrize(("which", "rule", "way"), [
     ("none", "match", "greedy"), ("ngram", "match", "greedy"), ("model", "match", "sampled"),
-    ("model", "residual", "sampled"),
+    ("model", "residual", "sampled"), ("independent", "match", "greedy"), ("hydra", "match", "sampled"),
+    ("markov", "residual", "sampled"),
 ])  # fmt: skip
 def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which, rule, way, tmp_path, monkeypatch):
     runs.reset(model)
@@ -293,6 +299,8 @@ cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"
 def test_a_cuda_graph_decodes_other_prompts(prompts, which, rule, way):
     gpu = tiny_llama(seed=2).cuda()
     made = {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(gpu.cpu()).cuda())}
+    if which in ("independent", "markov", "hydra"):
+        made[which] = MedusaDrafter(fitted_heads(gpu.cpu(), which, known=40).cuda())
     gpu = gpu.cuda()
     for seed in range(10):
         batch = [tensor.cuda() for tensor in prompts[seed % 3]]

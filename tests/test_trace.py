@@ -24,12 +24,17 @@ def test_summary_equals_the_figures_worked_out_by_hand():
     assert by_hand().summary() == {
         "mean_acceptance_length": 1 + 5 / 4,
         "draft_acceptance_rate": 5 / 10,
+        "examined_acceptance_rate": 5 / 9,
         "acceptance_histogram": [1, 1, 2],
         "num_spec_steps": 4,
         "num_accepted_draft_tokens": 5,
         "num_draft_tokens": 10,
+        "num_examined_draft_tokens": 9,
         "num_tokens": 8,
         "tokens_per_step": 2.0,
+        "tokens_per_step_histogram": [0, 1, 2, 1],
+        "survival": [3 / 4, 2 / 4],
+        "conditional": [3 / 4, 1.0],
         "seconds": {"draft": 0.75, "verify": 3.0},
     }
 

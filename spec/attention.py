@@ -1,0 +1,43 @@
+"""Grouped-query attention for short query blocks over a long slot cache.
+
+transformers' sdpa repeats keys and values for every query head whenever a mask is given, over the whole
+preallocated buffer. Here the query heads of a group are packed beside their tree nodes instead, so that
+each key is read once: (B, H, n, D) becomes (B, Hkv, H/Hkv * n, D). It answers to "sdpa" in transformers'
+attention registry while a slot forward runs, and hands everything else to the stock function. Importing
+this module puts it there.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .masks import active_view
+
+_stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+LONGEST = 128  # query tokens; beyond it a prompt is read, where the stock kernel is as good
+
+
+def packed_attention(
+    module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling=None,
+    dropout=0.0,
+    **kwargs,
+):
+    """transformers' attention signature: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), a
+    boolean mask (B, 1, n, T); returns (B, n, H, Dv) and no weights."""
+    batch, heads, nodes, width = query.shape
+    groups = heads // key.shape[1]
+    plain = groups == 1 or nodes > LONGEST or kwargs.get("position_bias") is not None
+    if plain or active_view() is None or attention_mask is None:
+        return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    packed = query.reshape(batch, key.shape[1], groups * nodes, width)
+    mask = attention_mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * nodes, -1)
+    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    return out.view(batch, heads, nodes, -1).transpose(1, 2).contiguous(), None
+
+
+ALL_ATTENTION_FUNCTIONS["sdpa"] = packed_attention

@@ -1,0 +1,107 @@
+"""Calibration: what a drafter has to offer at every position of the target's own text, and what a tree makes of it.
+
+p as seen by the steps of one tree is biased for another: a deep tree leaps over the easy places, so that its steps
+begin at the hard ones. So the text is decoded one token a step while a wide tree is drafted at each, and the
+decoding of any tree within the wide one is replayed from that. Knows no clock.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from .executors import Eager
+from .loop import Readout, run_steps
+from .models import end_ids
+from .noise import row_keys
+from .planner import Acceptance, Plan, Rates, choose_tree, depth_within, grow
+from .proposal import DraftSampling
+from .runs import open_engine
+from .sampling import Sampler, warpers
+from .trace import Event
+from .tree import TreeShape
+
+# What drafters are like, roughly: the tree with which an unknown one is calibrated is planned for this.
+_PRIOR = [[0.65 * 0.4**rank for rank in range(8)] for _ in range(8)]
+WIDE = TreeShape(tuple(grow(_PRIOR, 48, 8)[0]))
+ROUNDS = 6  # of planning for the positions at which the last plan's steps begin
+
+
+@dataclass(frozen=True)
+class Replay:
+    """For each text the events of a wide tree at all of its positions, each with the whole path that would have
+    been accepted there."""
+
+    texts: list[list[Event]]
+
+    def walk(self, shape: TreeShape) -> list[Event]:
+        """The events of the positions at which decoding with `shape` begins its steps."""
+        visited = []
+        for events in self.texts:
+            position = 0
+            while position < len(events):
+                visited.append(events[position])
+                position += 1 + depth_within(_ranks(events[position]), shape)
+        return visited
+
+    def tokens_per_step(self, shape: TreeShape) -> float:
+        return sum(map(len, self.texts)) / len(self.walk(shape))
+
+    def rates(self, shape: TreeShape) -> Rates:
+        """p[depth][rank] as the steps of `shape` meet it."""
+        return Acceptance.of(self.walk(shape)).rates()
+
+
+def _ranks(event: Event) -> Iterator[int]:
+    """The ranks of the accepted nodes among their siblings."""
+    parent = 0
+    for node in event.accepted:
+        yield event.parents[:node].count(parent)  # elder siblings
+        parent = node
+
+
+def plan_by_replay(replay: Replay, target_seconds: dict[int, float], draft_seconds: dict[int, float]) -> Plan:
+    """The tree with the least time per token in the replay. Planned with p at all positions, then with p as the
+    planned tree's own steps meet it, until no new tree comes up; not to speculate is one of the choices."""
+    plain = target_seconds[1]
+    shape, best, seen = TreeShape.chain(0), Plan((-1,), 1.0, 1.0, plain, plain), set()
+    for _ in range(ROUNDS):
+        found = choose_tree(replay.rates(shape), target_seconds, draft_seconds)
+        shape = found.shape
+        if shape in seen or len(shape) == 1:
+            break
+        seen.add(shape)
+        tokens = replay.tokens_per_step(shape)
+        found = replace(found, tokens_per_step=tokens, speedup=plain * tokens / found.seconds_per_step)
+        best = max(best, found, key=lambda plan: plan.speedup)
+    return best
+
+
+@torch.no_grad()
+def follow(model, drafter, prompt: dict, rule: str, temperature: float, new_tokens: int, seed: int) -> list[Event]:
+    """Decode `prompt` (input_ids (1, P)) one token a step, up to `new_tokens` or an end of text, drafting the wide
+    tree at each."""
+    ids, device = prompt["input_ids"].to(model.device), model.device
+    ends = torch.tensor(end_ids(model), dtype=torch.long, device=device)
+    sampler = Sampler(warpers(temperature), temperature > 0, ids, ids.new_zeros(1))
+    drawing = DraftSampling.for_rule(rule, temperature > 0, temperature or 1.0)
+    capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
+    engine = open_engine(model, drafter, WIDE, sampler, drawing, rule, batch=1, capacity=capacity, eos=len(ends))
+    state, events = engine.state, []
+    state.load(ids, ids.new_zeros(1), 1, row_keys([seed], 1, device), ends)
+
+    def read(readout: Readout) -> bool:
+        (report,) = readout.rows()
+        if report.failed:
+            raise ValueError("calibration met scores that are NaN; check the model's weights and dtype")
+        accepted = report.path[1 : report.accepted + 1]
+        events.append(Event(0, readout.number, report.tokens, report.parents, accepted, report.bonus))
+        if len(events) == new_tokens or bool((state.roots() == ends).any()):
+            return True
+        state.limits += 1
+        state.done.fill_(False)
+        return False
+
+    engine.prefill(512)
+    run_steps(engine, Eager(engine), read)
+    return events

@@ -1,0 +1,55 @@
+"""Prompts to measure with: JSONL with `turns` or `prompt`, perhaps `id` and `category`, and their way to token ids."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BenchPrompt:
+    id: str
+    category: str
+    turns: tuple[str, ...]
+
+
+def read_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
+    """The prompts of a file, at most `most`, spread over it. Raises ValueError, in one sentence."""
+    try:
+        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [_prompt(number, line) for number, line in enumerate(lines, 1)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no JSONL file with 'turns' or 'prompt' in each line ({error})") from error
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts")
+    twice = {prompt.id for prompt in prompts if sum(prompt.id == other.id for other in prompts) > 1}
+    if twice:
+        raise ValueError(f"{path}: id {min(twice)} stands in several lines; give every prompt its own id")
+    if most is None or most >= len(prompts):
+        return prompts
+    return [prompts[i * len(prompts) // most] for i in range(most)]
+
+
+def _prompt(number: int, line: dict) -> BenchPrompt:
+    turns = line["turns"] if "turns" in line else [line["prompt"]]
+    if not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise ValueError(f"line {number} has no text")
+    return BenchPrompt(str(line.get("id", number)), str(line.get("category", "all")), tuple(turns))
+
+
+def conversation_ids(tokenizer, turns: list[str]) -> list[int]:
+    """Token ids of a conversation, user and assistant in turns, that ends with the user; without a chat template
+    the turns stand one after the other."""
+    if not tokenizer.chat_template:
+        return tokenizer("\n".join(turns) if len(turns) > 1 else turns[0])["input_ids"]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+def left_padded(rows: list[list[int]], pad: int, device) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, both (B, P)."""
+    width = max(map(len, rows))
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {"input_ids": torch.tensor(ids, device=device), "attention_mask": torch.tensor(mask, device=device)}
