@@ -1,1 +1,1 @@
-"""The training of drafters: data, losses, trainer, evaluation. Nothing is here yet."""
+"""The training of drafters: data, objectives, losses, one trainer for every kind, evaluation."""

@@ -1,0 +1,136 @@
+"""A drafter folder: `config.json`, `model.safetensors`, and optionally `acceptance.json` and `README.md`.
+
+The config says what kind of drafter it is (`paceline_drafter`) and for which target it was made
+(`paceline_target`: name and fingerprint). Nothing is unpickled. Knows nothing of what is inside.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..spec.planner import Rates
+from ..spec.provenance import target_fingerprint
+
+FORMAT = 1
+KINDS = ("medusa", "draft_lm")  # the latter is an ordinary model folder that was trained here
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def target_identity(model) -> dict[str, str]:
+    """Name and fingerprint, as `paceline_target` in a config holds them. A folder's name stands for its path."""
+    name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
+    return {"name": Path(name).name if os.path.isabs(name) or Path(name).is_dir() else name,
+            "fingerprint": target_fingerprint(model)}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DrafterFolder:
+    """A folder whose config has been read."""
+
+    path: Path
+    config: dict
+
+    @property
+    def kind(self) -> str:
+        return self.config["paceline_drafter"]
+
+    def check_target(self, target) -> None:
+        """Raise ValueError unless the drafter was made for `target`; a config that names none fits any."""
+        mine, theirs = self.config.get("paceline_target"), target_identity(target)
+        if mine is not None and mine["fingerprint"] != theirs["fingerprint"]:
+            raise ValueError(
+                f"drafter {self.path} was made for target {mine['name']!r} ({mine['fingerprint'][:12]}…) and this "
+                f"target is {theirs['name']!r} ({theirs['fingerprint'][:12]}…); use a drafter made for it"
+            )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The weights. Raises ValueError where they are missing, damaged or pickled."""
+        file = self.path / "model.safetensors"
+        if not file.is_file():
+            pickles = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in PICKLES)
+            found = f"but {pickles[0]}, a pickle, which can run code" if pickles else "and so no weights"
+            raise ValueError(f"drafter {self.path} has no model.safetensors {found}; save it as safetensors")
+        try:
+            return load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{file} cannot be read ({error}); fetch the drafter again") from error
+
+    def check_tensors(self, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+        """Raise ValueError unless names and shapes are the `expected` ones and every number is finite."""
+        for name in sorted(expected.keys() - tensors.keys()):
+            raise ValueError(f"drafter {self.path} lacks the tensor {name!r}; fetch it again")
+        for name in sorted(tensors.keys() - expected.keys()):
+            raise ValueError(f"drafter {self.path} has a tensor {name!r} that its config has no place for")
+        for name, tensor in tensors.items():
+            if tensor.shape != expected[name].shape:
+                raise ValueError(
+                    f"drafter {self.path}: tensor {name!r} has shape {list(tensor.shape)} and its config asks for "
+                    f"{list(expected[name].shape)}; fetch it again"
+                )
+            if not tensor.isfinite().all():
+                raise ValueError(f"drafter {self.path}: tensor {name!r} holds NaN or infinite numbers; train it again")
+
+    def rates(self) -> Rates | None:
+        """The measured acceptance p[depth][rank] in `acceptance.json`, where there is one."""
+        file = self.path / "acceptance.json"
+        if not file.is_file():
+            return None
+        try:
+            rates = json.loads(file.read_text(encoding="utf-8")).get("p")
+            return rates and [[float(p) for p in row] for row in rates]
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is no record of acceptance ({error}); delete it or evaluate again") from error
+
+
+def write_folder(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Write weights and config, each whole or not at all, the config last: without it a folder is no drafter."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights, settings = folder / ".model.safetensors.part", folder / ".config.json.part"
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    settings.write_text(json.dumps({"paceline_format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
+    os.replace(weights, folder / "model.safetensors")
+    os.replace(settings, folder / "config.json")
+
+
+def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
+    """The drafter folder at a path or of a hub id; None for anything that is not one, an ordinary model, say.
+
+    Of a hub id only JSON, safetensors and Markdown files are fetched, and only the config where it is no drafter.
+    Raises ValueError for a file, and for a folder of an unknown kind or format."""
+    path = Path(name_or_path)
+    if path.is_file():
+        what = "a pickle, which can run code" if path.suffix in PICKLES else "a file"
+        raise ValueError(f"drafter {path} is {what}; give a folder with config.json and model.safetensors")
+    config = _config(str(name_or_path))
+    if "paceline_drafter" not in config:
+        return None
+    if config.get("paceline_format", FORMAT) > FORMAT:
+        raise ValueError(
+            f"drafter {name_or_path} has format {config['paceline_format']} and this version knows {FORMAT}; upgrade"
+        )
+    if config["paceline_drafter"] not in KINDS:
+        raise ValueError(
+            f"drafter {name_or_path} is of a kind {config['paceline_drafter']!r} and this version knows "
+            f"{' and '.join(KINDS)}; upgrade"
+        )
+    if not path.is_dir():
+        from huggingface_hub import snapshot_download
+
+        path = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    return DrafterFolder(path, config)
+
+
+def _config(name: str) -> dict:
+    """The config of a folder or hub id, by transformers' own search and cache; empty where there is none."""
+    from transformers import PreTrainedConfig
+
+    try:
+        return PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError):
+        return {}  # loading the model will say what is wrong

@@ -1,0 +1,251 @@
+"""Medusa heads: several small heads on the target's last hidden state, each guessing one token further ahead.
+
+Head k reads the state h_t that gave the root x_{t+1} and guesses x_{t+1+k}, the token at depth k of the tree. It
+is a residual block or more, h + SiLU(A h + b), under the target's own LM head (Medusa, arXiv:2401.10774), or under
+a head of its own. Three modes:
+
+    independent   Medusa: every node of a level has the same law.
+    markov        and a low-rank bias U[x] V of the token x drafted last.
+    hydra         and the embeddings of all tokens drafted before, root included, enter the first block, each
+                  through a matrix for its distance (Hydra, arXiv:2402.05109, with these shared among the heads).
+
+Heads may know only a part of the vocabulary. They take the LM head as it is: caps and scales that a target puts on
+its logits afterwards keep the ranks, so the heads learn without them. Knows nothing of verification or training.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..spec.hidden import lm_head
+from ..spec.planner import Rates, default_tree
+from ..spec.proposal import DraftRequest, Proposal
+from ..spec.state import DecodeState
+from ..spec.tree import DynamicShape
+from ..spec.verify import Verdict
+from .folder import DrafterFolder, target_identity, write_folder
+from .static_tree import StaticTree
+
+# What heads are like, roughly: the default tree where no acceptance has been measured.
+_PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
+
+
+@dataclass(frozen=True)
+class HeadSettings:
+    """What heads are like, as in `config.json`. Raises ValueError for sizes that make no heads."""
+
+    mode: Literal["independent", "markov", "hydra"] = "independent"
+    heads: int = 4
+    blocks: int = 1  # residual blocks of each head
+    rank: int = 128  # of the Markov bias
+    own_heads: bool = False  # an LM head for each head, trained, instead of the target's
+
+    def __post_init__(self):
+        if self.mode not in tuple(KINDS):
+            raise ValueError(f"mode={self.mode!r} is not a kind of heads; choose one of {', '.join(KINDS)}")
+        for name in ("heads", "blocks", "rank"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
+class MedusaHeads(nn.Module):
+    """The heads of mode `independent`, and what all modes share. K heads, hidden size H, V' known tokens.
+
+    All heads sit in stacked parameters. With zero blocks, as made, every head is the target's LM head. `vocabulary`
+    (V',) are the known ids, ascending; None is all. Head k - 1 in code is head k of the paper.
+    """
+
+    def __init__(self, settings: HeadSettings, target, vocabulary: Tensor | None = None):
+        super().__init__()
+        head = lm_head(target)
+        self.settings = settings
+        self.target = target_identity(target)
+        self.vocab_size, self.hidden_size = head.weight.shape
+        count, size, device = settings.heads, self.hidden_size, head.weight.device
+        self.weight = nn.Parameter(torch.zeros(settings.blocks, count, size, size, device=device))
+        self.bias = nn.Parameter(torch.zeros(settings.blocks, count, size, device=device))
+        self.trimmed = vocabulary is not None and len(vocabulary) < self.vocab_size
+        ids = torch.arange(self.vocab_size, device=device) if vocabulary is None else vocabulary.to(device)
+        check_vocabulary(ids, self.vocab_size)
+        self.register_buffer("vocabulary", ids, persistent=self.trimmed)
+        place = torch.full((self.vocab_size,), len(ids), device=device)
+        place[ids] = torch.arange(len(ids), device=device)
+        self.register_buffer("place", place, persistent=False)  # (V,): where an id stands in V', or V'
+        rows = head.weight.detach()[ids] if self.trimmed else head.weight.detach()  # (V', H), not stored
+        if settings.own_heads:
+            self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))  # (K, V', H)
+        else:
+            self.register_buffer("head_weight", rows, persistent=False)
+        bias = getattr(head, "bias", None)
+        offset = torch.zeros(self.vocab_size, device=device) if bias is None else bias.detach()
+        self.register_buffer("head_bias", offset[ids], persistent=False)  # (V',)
+
+    def start(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, V')
+        """What depends on the hidden state alone, of all heads."""
+        return self._logits(hidden[..., None, :], self._first(hidden), slice(None))
+
+    def follow(self, started: Tensor, depth: int, path: Tensor) -> Tensor:  # (..., K, V') -> (..., V') float32
+        """The logits below nodes at `depth`, where `path` (..., depth + 1) leads: the root first, they last."""
+        return started[..., depth, :].float()
+
+    def _first(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, H)
+        """A h + b of every head's first block."""
+        inner = F.linear(hidden, self.weight[0].flatten(0, 1), self.bias[0].flatten())
+        return inner.unflatten(-1, (-1, self.hidden_size))
+
+    def _logits(self, hidden: Tensor, first: Tensor, heads: slice) -> Tensor:  # (..., k, H) each -> (..., k, V')
+        """Finish the first block of some `heads`, run the others and the LM head."""
+        x = hidden + F.silu(first)
+        for weight, bias in zip(self.weight[1:], self.bias[1:]):
+            x = x + F.silu(torch.einsum("...kh,kgh->...kg", x, weight[heads]) + bias[heads])
+        if self.settings.own_heads:
+            return torch.einsum("...kh,kvh->...kv", x, self.head_weight[heads]) + self.head_bias
+        return F.linear(x, self.head_weight, self.head_bias)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    @classmethod
+    def make(cls, settings: HeadSettings, target, vocabulary: Tensor | None = None) -> "MedusaHeads":
+        """Untrained heads of the mode in `settings`: their own weights in float32, what is the target's in its dtype
+        and, where possible, in its memory. To be brought to one dtype with `.to` before use."""
+        return KINDS[settings.mode](settings, target, vocabulary)
+
+    def save(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
+        """Write a drafter folder, the weights in `dtype`. What is the target's is not stored."""
+        sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "known_tokens": len(self.vocabulary)}
+        config = {"paceline_drafter": "medusa", "paceline_target": self.target, **asdict(self.settings), **sizes}
+        tensors = {
+            name: tensor.to(dtype) if tensor.is_floating_point() else tensor
+            for name, tensor in self.state_dict().items()
+        }
+        write_folder(folder, config, tensors)
+
+    @classmethod
+    def load(cls, folder: DrafterFolder, target) -> "MedusaHeads":
+        """The heads of a drafter folder in the target's dtype, on its device.
+
+        Raises ValueError for settings or tensors that do not fit; whose target it is has been checked."""
+        config = folder.config
+        try:
+            settings = HeadSettings(**{name: config[name] for name in HeadSettings.__dataclass_fields__})
+            known, vocab_size = config["known_tokens"], config["vocab_size"]
+        except KeyError as error:
+            raise ValueError(f"drafter {folder.path}: its config lacks {error.args[0]!r}; fetch it again") from None
+        tensors = folder.tensors()
+        vocabulary = None
+        if known != vocab_size:
+            vocabulary = tensors.get("vocabulary")
+            if vocabulary is None or vocabulary.shape != (known,):
+                raise ValueError(f"drafter {folder.path} lacks the list of its {known} tokens; fetch it again")
+        heads = cls.make(settings, target, vocabulary)
+        folder.check_tensors(tensors, heads.state_dict())
+        heads.load_state_dict(tensors)
+        return heads.to(target.dtype).requires_grad_(False).eval()
+
+
+class MarkovHeads(MedusaHeads):
+    """`independent`, and a bias of rank r that the token drafted last gives to what follows it, at every depth."""
+
+    def __init__(self, settings: HeadSettings, target, vocabulary: Tensor | None = None):
+        super().__init__(settings, target, vocabulary)
+        known, rank, device = len(self.vocabulary), settings.rank, self.weight.device
+        generator = torch.Generator().manual_seed(0)  # the same beginning on every machine
+        rows = torch.randn(known + 1, rank, generator=generator) * rank**-0.5
+        self.previous = nn.Parameter(rows.to(device))  # U; the last row is for tokens that the heads do not know
+        self.following = nn.Parameter(torch.zeros(rank, known, device=device))  # V
+
+    def follow(self, started: Tensor, depth: int, path: Tensor) -> Tensor:
+        bias = self.previous[self.place[path[..., -1]]] @ self.following  # (..., V')
+        return started[..., depth, :].float() + bias.float()
+
+
+class HydraHeads(MedusaHeads):
+    """Every head also sees the path: embeddings, scaled to unit size, enter its first block by distance."""
+
+    def __init__(self, settings: HeadSettings, target, vocabulary: Tensor | None = None):
+        super().__init__(settings, target, vocabulary)
+        embeddings = target.get_input_embeddings().weight.detach()
+        self.register_buffer("embeddings", embeddings, persistent=False)  # (V, E), not stored
+        sizes = settings.heads, embeddings.shape[1], self.hidden_size
+        self.path_weight = nn.Parameter(torch.zeros(*sizes, device=self.weight.device))  # (K, E, H), nearest first
+
+    def start(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (..., H) -> (..., H), (..., K, H)
+        return hidden, self._first(hidden)
+
+    def follow(self, started: tuple[Tensor, Tensor], depth: int, path: Tensor) -> Tensor:
+        hidden, first = started
+        nearest_first = F.embedding(path.flip(-1), self.embeddings)  # (..., depth + 1, E)
+        seen = F.rms_norm(nearest_first, nearest_first.shape[-1:]).to(self.dtype).flatten(-2)
+        first = first[..., depth, :] + seen @ self.path_weight[: depth + 1].flatten(0, 1)  # (..., H)
+        return self._logits(hidden[..., None, :], first[..., None, :], slice(depth, depth + 1))[..., 0, :].float()
+
+
+KINDS: dict[str, type[MedusaHeads]] = {"independent": MedusaHeads, "markov": MarkovHeads, "hydra": HydraHeads}
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `ids` are ascending token ids of a vocabulary of `vocab_size`."""
+    rising = len(ids) > 0 and bool((ids[1:] > ids[:-1]).all())
+    if ids.is_floating_point() or not rising or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise ValueError(f"a head vocabulary must be ascending token ids from 0 to {vocab_size - 1}, each once")
+
+
+class MedusaDrafter:
+    """Heads as a drafter. `rates` is the acceptance p[depth][rank] that the default tree is planned from."""
+
+    reads_hidden = True
+
+    def __init__(self, heads: MedusaHeads, name: str = "medusa", rates: Rates | None = None):
+        self.heads = heads
+        self.name = name
+        self.vocab_size = heads.vocab_size
+        self.deepest = heads.settings.heads  # levels of the default tree
+        self.default_shape = default_tree(rates or _PRIOR, self.deepest)
+
+    def open(self, request: DraftRequest) -> "MedusaSession":
+        if isinstance(request.shape, DynamicShape):
+            raise ValueError(f"drafter {self.name!r} fills fixed trees only; use a tree like '4x2x1' or a draft model")
+        mine = self.heads.weight
+        theirs = lm_head(request.target).weight.shape[1], request.target.dtype, request.device
+        if (self.heads.hidden_size, mine.dtype, mine.device) != theirs:
+            raise ValueError(
+                f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {mine.dtype} on "
+                f"{mine.device} and the target's are {theirs[0]} in {theirs[1]} on {theirs[2]}; load it for this target"
+            )
+        return MedusaSession(self.heads, request)
+
+    def __repr__(self) -> str:
+        """Names the weights too, so that a plan made for other weights is not taken for these."""
+        total = sum(float(parameter.double().abs().sum()) for parameter in self.heads.parameters())
+        return f"MedusaDrafter({self.name!r}, {self.heads.settings}, {total!r})"
+
+
+class MedusaSession:
+    """One run: nothing is remembered but the hidden state. Nodes deeper than there are heads stay empty."""
+
+    def __init__(self, heads: MedusaHeads, request: DraftRequest):
+        self.heads = heads
+        vocabulary = heads.vocabulary if heads.trimmed else None
+        self.static = StaticTree(request, vocabulary, depth=heads.settings.heads)
+
+    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
+        pass
+
+    def propose(self, state: DecodeState) -> Proposal:
+        started = self.heads.start(state.hidden[:, None])  # of (B, 1, H)
+
+        def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
+            path = tokens[:, self.static.tree.paths[0, inner, : depth + 1]]  # (B, n, depth + 1)
+            return self.heads.follow(started, depth, path)
+
+        return self.static.fill(state, logits_of)
+
+    def commit(self, state: DecodeState, verdict: Verdict) -> None:
+        pass

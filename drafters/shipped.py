@@ -1,0 +1,73 @@
+"""Drafters that come with the package, in `pretrained/`: their names, and which of them is best for a target.
+
+Reads nothing but their JSON files. Knows nothing of what is inside.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..spec.console import table
+from .folder import target_fingerprint
+
+NAMES = ("smollm2-135m-medusa", "smollm2-135m-hydra", "smollm2-135m-draft")
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"
+
+
+def shipped_folder(name: str | Path) -> Path | None:
+    """The folder of a shipped drafter; None for any other name, and where a folder of that name is here.
+
+    Raises ValueError where this copy of the package lacks it."""
+    if str(name) not in NAMES or Path(name).is_dir():
+        return None
+    folder = PRETRAINED / str(name)
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"drafter {name} is not in this copy of the package (drafters/pretrained/{name} is missing); install a "
+            f"release that has it, or train it with paceline train {name}"
+        )
+    return folder
+
+
+def best_shipped(target) -> Path | None:
+    """The shipped drafter of `target` that commits the most tokens per step; None where there is none."""
+    mine = target_fingerprint(target)
+    found = [(_measured(about), folder) for folder, config, about in _shipped() if _fingerprint(config) == mine]
+    best = max((pair for pair in found if pair[0] is not None), default=(None, None))
+    return best[1]
+
+
+def drafters(args) -> None:
+    """The command `paceline drafters`: a table of them with their numbers."""
+    here = {folder.name: (config, about) for folder, config, about in _shipped()}
+    rows = []
+    for name in dict.fromkeys([*NAMES, *here]):
+        config, about = here.get(name, ({}, {}))
+        kind = config.get("mode") or config.get("paceline_drafter") or "not in this copy"
+        measured, prompts = _measured(about), (about.get("measured") or {}).get("prompts")
+        number = "-" if measured is None else f"{measured:.2f}"
+        rows.append([name, kind, (config.get("paceline_target") or {}).get("name", "-"), number, str(prompts or "-")])
+    print(table(["name", "kind", "target", "tokens per step", "prompts"], rows))
+    print("\nOther drafters: ngram, which needs no weights, and any drafter folder or hub id.")
+
+
+def _shipped() -> Iterator[tuple[Path, dict, dict]]:
+    """The drafters that are here: folder, config, acceptance."""
+    for config in sorted(PRETRAINED.glob("*/config.json")):
+        yield config.parent, _read(config), _read(config.parent / "acceptance.json")
+
+
+def _read(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON file ({error}); install the package again") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _fingerprint(config: dict) -> str | None:
+    return (config.get("paceline_target") or {}).get("fingerprint")
+
+
+def _measured(acceptance: dict) -> float | None:
+    return (acceptance.get("measured") or {}).get("tokens_per_step")

@@ -1,0 +1,219 @@
+"""Small draft models: where they come from, what they count, how they are saved."""
+
+import json
+
+import paceline
+import pytest
+import torch
+from paceline.drafters.complete import complete
+from paceline.spec.models import load_target
+from paceline.training.draft_lm import DraftObjective, chain_statistics, from_layers, next_tokens
+from paceline.training.objective import NO_LABEL, acceptance
+from paceline.training.rows import Rows
+from paceline.training.target import OnlineTarget
+from test_target import tiny
+from training_runs import random_rows, write_data, write_target
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from conftest import tiny_llama
+
+SIZES = {"hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tokenizer):
+    return write_target(tmp_path_factory.mktemp("target") / "tiny", tokenizer, tie_word_embeddings=True)
+
+
+@pytest.fixture
+def model(folder):
+    return load_target(folder)[0]
+
+
+@pytest.fixture(scope="module")
+def batch(tmp_path_factory):
+    from paceline.training.rows import open_data
+
+    splits, _ = open_data(write_data(tmp_path_factory.mktemp("rows"), random_rows(3), random_rows(1)))
+    rows: Rows = splits["train"]
+    return rows.batch([0, 1, 2])
+
+
+def build(model, **settings):
+    return DraftObjective.build({"kind": "draft_lm", **settings}, model)
+
+
+def obvious_statistics(objective, batch, depths):
+    """Position by position: walk along the text as long as the draft is right and tokens count."""
+    hits, tried = [0] * depths, [0] * depths
+    for ids, mask, document in zip(batch["input_ids"], batch["loss_mask"], batch["document"]):
+        for start in range(len(ids) - 1):
+            for depth in range(depths):
+                here = start + depth
+                if here + 1 >= len(ids) or document[here] != document[here + 1] or document[here] < 0:
+                    break
+                if not mask[here + 1]:
+                    break
+                tried[depth] += 1
+                text = ids[: here + 1][document[: here + 1] == document[here]]
+                if objective.model(input_ids=text[None]).logits[0, -1].argmax() != ids[here + 1]:
+                    break
+                hits[depth] += 1
+    return hits, tried
+
+
+@torch.no_grad()
+def test_statistics_and_ranks_are_those_of_a_walk_along_the_text(model, batch):
+    objective = build(model, sizes=SIZES, depths=3, chunk=5).eval()
+    optimizer = torch.optim.Adam(objective.parameters(), 0.02)
+    for _ in range(25):  # until it is right now and then
+        with torch.enable_grad():
+            losses = objective(batch, None)
+            (losses.total / losses.counted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    losses = objective(batch, None)
+    hits, tried = obvious_statistics(objective, batch, 3)
+    assert losses.hits.tolist() == hits and losses.tried.tolist() == tried and 0 < hits[2] < tried[0]
+    assert losses.counted == tried[0]
+    measured = acceptance(objective, [(batch, None)], width=2)
+    assert [row[0] for row in measured.hits][:1] == hits[:1] and measured.trials[0][0] == tried[0]
+    ranks = objective.label_ranks(batch, None)
+    assert ranks.shape == (tried[0], 3) and (ranks[:, 0] != NO_LABEL).all()
+    best = ranks == 0
+    assert [int(best[:, : depth + 1].all(1).sum()) for depth in range(3)] == hits
+
+
+def test_only_the_targets_own_tokens_of_the_same_document_count(batch):
+    labels, counted = next_tokens(batch)
+    assert torch.equal(labels, batch["input_ids"][:, 1:])
+    for row in range(len(labels)):
+        for place in range(labels.shape[1]):
+            document = batch["document"][row, place : place + 2].tolist()
+            wanted = document[0] == document[1] >= 0 and batch["loss_mask"][row, place + 1] == 1
+            assert bool(counted[row, place]) == wanted
+    one = torch.ones(1, 2, dtype=torch.bool)
+    hits, tried = chain_statistics(one, one, 4)
+    assert hits.tolist() == tried.tolist() == [2, 1, 0, 0], "deeper than the text is long"
+
+
+@pytest.mark.parametrize("losses", [{"cross_entropy": 1.0}, {"forward_kl": 1.0, "jsd": 0.5}])
+def test_the_loss_is_the_obvious_one(model, batch, losses):
+    objective = build(model, sizes=SIZES, losses=losses, chunk=4)
+    assert objective.needs == ("nothing" if "cross_entropy" in losses else "logits")
+    seen = OnlineTarget(model).view(batch, "train", [0, 1, 2])
+    given = objective(batch, seen if objective.needs == "logits" else None)
+    labels, counted = next_tokens(batch)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    q = objective.model(**inputs).logits[:, :-1][counted].double().log_softmax(-1)
+    p = model(**inputs).logits[:, :-1][counted].double().log_softmax(-1)
+    if "jsd" in losses:
+        m = ((p.exp() + q.exp()) / 2).log()
+        kl = lambda a, b: (a.exp() * (a - b)).sum()  # noqa: E731
+        wanted = kl(p, q) + 0.5 * (kl(p, m) + kl(q, m)) / 2
+    else:
+        wanted = -q.gather(1, labels[counted][:, None]).sum()
+    torch.testing.assert_close(given.total.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1, "sliding_window": 4}),
+        ("gemma3_text", {"layer_types": [*["sliding_attention"] * 2, "full_attention"], "sliding_window": 4}),
+        ("gpt_neox", {}),
+        ("gpt2", {"n_embd": 32, "n_head": 4}),
+        ("mixtral", {"num_local_experts": 3}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    ],
+)  # fmt: skip
+def test_layers_are_taken_from_any_plain_stack(family, options):
+    """All layers give the target itself; a choice gives what the target gives when the others pass their input on."""
+    model = tiny(family, **{"num_hidden_layers": 3, **options})
+    ids = torch.randint(3, 61, (1, 12))
+    with torch.no_grad():
+        torch.testing.assert_close(from_layers(model, [0, 1, 2]).eval()(ids).logits, model(ids).logits)
+        chosen = from_layers(model, [0, 2]).eval()(ids, use_cache=False).logits
+        stack = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 3)
+        middle = stack[1]
+
+        def pass_on(module, args, kwargs, out):
+            states = args[0] if args else kwargs["hidden_states"]
+            return (states, *out[1:]) if isinstance(out, tuple) else states
+
+        handle = middle.register_forward_hook(pass_on, with_kwargs=True)
+        torch.testing.assert_close(chosen, model(ids, use_cache=False).logits, rtol=1e-5, atol=1e-5)
+        handle.remove()
+
+
+def test_shared_weights_are_the_targets_and_stay(model, batch):
+    objective = build(model, layers=[1], embeddings="target", head="target", losses={"forward_kl": 1.0})
+    assert set(objective.parameter_groups()) == {"layers"}
+    objective(batch, OnlineTarget(model).view(batch, "train", [0])).total.backward()
+    draft = objective.model
+    assert draft.lm_head.weight is draft.model.embed_tokens.weight and draft.lm_head.weight.grad is None
+    assert draft.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr(), "not even copied"
+    untied = build(model, layers=[1], head="target")
+    assert set(untied.parameter_groups()) == {"embeddings", "layers"}
+    assert not untied.model.config.tie_word_embeddings
+    assert torch.equal(untied.model.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    own = build(model, sizes=SIZES)
+    assert set(own.parameter_groups()) == {"embeddings", "layers"} and own.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("origin", [{"layers": [1]}, {"sizes": SIZES}])
+def test_the_saved_folder_is_an_ordinary_model(model, folder, tmp_path, origin):
+    objective = build(model, **origin, embeddings="target", save={"dtype": "float32"})
+    objective.save(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 9, 11, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, objective.model(ids).logits, rtol=1e-5, atol=1e-5)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["vocab_size"] == 61 and config["paceline_drafter"] == "draft_lm"
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["paceline_target"]["name"] == "tiny"
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(folder).get_vocab()
+    options = dict(max_new_tokens=9, do_sample=False, pad_token_id=0)
+    plain = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, assistant_model=loaded, **options), plain)
+    assert torch.equal(paceline.generate(model, ids, drafter=str(tmp_path), **options), plain)
+
+
+def test_a_folder_without_the_targets_weights_is_completed_by_it(model, tmp_path, batch):
+    settings = {"layers": [1], "embeddings": "target", "head": "target"}
+    objective = build(model, **settings, save={"without_target_weights": True})
+    objective.save(tmp_path / "lean")
+    build(model, **settings).save(tmp_path / "whole")
+    lean, whole = ((tmp_path / name / "model.safetensors").stat().st_size for name in ("lean", "whole"))
+    assert lean < whole - 61 * 32 * 4 + 600
+    ids = torch.tensor([[5, 9, 11, 4]])
+    with torch.no_grad():
+        torch.testing.assert_close(complete(tmp_path / "lean", model)(ids).logits, objective.model(ids).logits)
+    assert paceline.load_drafter(tmp_path / "lean", model).name == "lean"
+    with pytest.raises(ValueError, match="was made for target 'tiny'"):
+        complete(tmp_path / "lean", tiny_llama(seed=4))
+    further = build(model, start=str(tmp_path / "lean"), embeddings="target", head="target")
+    assert torch.equal(further(batch, None).total, objective(batch, None).total), "distillation begins from pretraining"
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({}, "no origin; give one of sizes, layers and start"),
+        ({"layers": [0], "sizes": SIZES}, "sizes and layers; give one of"),
+        ({"layers": [2]}, r"\[2\] must name layers of LlamaForCausalLM, which has 0 to 1"),
+        ({"layers": []}, "must name layers"),
+        ({"layers": [0], "depths": 0}, "must be at least 1"),
+        ({"layers": [0], "save": {"without_target_weights": True}}, "nothing is; set objective.embeddings"),
+        ({"sizes": {**SIZES, "hidden_size": 16}, "head": "target"}, "hidden size 16 is not the target's 32"),
+        ({"sizes": {**SIZES, "num_attention_heads": 5}}, "5 heads do not divide hidden_size 32"),
+        ({"start": "./none-such"}, "no such folder"),
+        ({"layers": [0], "losses": {"kl": 1}}, "loss 'kl' is unknown"),
+        ({"layers": [0], "head": "mine"}, "choose of own, target"),
+    ],
+)
+def test_mistakes_are_named(model, settings, words):
+    with pytest.raises(ValueError, match=words):
+        build(model, **settings)

@@ -1,0 +1,114 @@
+"""Tiny targets, data and runs for the tests of training."""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+from pathlib import Path
+
+import datasets
+import numpy as np
+import torch
+from paceline.training import config as configuration
+from paceline.training.packing import pack
+
+from conftest import tiny_llama
+
+VOCAB = 61
+
+
+def write_target(folder: Path, tokenizer=None, **options) -> Path:
+    tiny_llama(**options).save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def random_rows(count: int, length: int = 24, seed: int = 0) -> list[dict]:
+    """Rows of two documents of different lengths, whose second halves count."""
+    draw = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        texts = []
+        for tokens in (draw.integers(5, length // 2), draw.integers(5, length // 2 - 1)):
+            ids = (draw.integers(0, 4) + np.arange(tokens) * draw.integers(1, 4)) % (VOCAB - 3) + 3  # to be learnt
+            texts.append((ids.tolist(), [0] * (tokens // 2) + [1] * (tokens - tokens // 2)))
+        rows.append(pack(texts, length))
+    return rows
+
+
+def write_data(folder: Path, train: list[dict], held_out: list[dict], **about) -> Path:
+    """As `paceline data prepare` writes it; a split without rows, which Arrow cannot hold, is left out."""
+    kinds = {"input_ids": "int32", "loss_mask": "int8", "position_ids": "int32", "document": "int32"}
+    features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()})
+    splits = {"train": train, "held_out": held_out}
+    made = {
+        name: datasets.Dataset.from_dict({column: [row[column] for row in rows] for column in kinds}, features)
+        for name, rows in splits.items()
+    }
+    datasets.DatasetDict({name: split for name, split in made.items() if len(split)}).save_to_disk(str(folder))
+    (folder / "paceline.json").write_text(json.dumps({"version": 1, **about}))
+    return folder
+
+
+def settings(folder: Path, run: str = "run", **changes) -> configuration.Config:
+    """A run of 12 steps of 4 rows, with the target in `folder/target` and the data in `folder/data`."""
+    base = {
+        "target": {"model": str(folder / "target")},
+        "data": {"folder": str(folder / "data")},
+        "objective": {"kind": "draft_lm", "layers": [1], "losses": {"forward_kl": 1.0, "cross_entropy": 0.5}},
+        "budget": {"tokens": 12 * 4 * 17},
+        "optimisation": {"batch": 4, "micro_batch": 2, "learning_rate": 3e-3},
+        "run": {"folder": str(folder / run), "save_every": 3, "evaluate_every": 4, "log_every": 1},
+    }
+    for name, value in changes.items():
+        section, _, key = name.partition("__")
+        base[section] = {**base[section], key: value} if key else value
+    return configuration.read(configuration.Config, base)
+
+
+def lines(config: configuration.Config) -> list[dict]:
+    """What a run reported, without what depends on the clock."""
+    path = Path(config.run.folder) / "metrics.jsonl"
+    read = [json.loads(line) for line in path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in read]
+
+
+def train_in_process(config: configuration.Config, resume: bool, rank: int = 0, ranks: int = 1, port: int = 0):
+    """For a child process: train as one of `ranks` processes on the CPU."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    torch.set_num_threads(1)
+    os.environ |= {"TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+    if ranks > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in place.items()}
+    from paceline.training.train import run
+
+    stopped = run(config, resume=resume)
+    raise SystemExit(0 if stopped is None else 128 + stopped)
+
+
+def children(config: configuration.Config, resume: bool = False, ranks: int = 1) -> list:
+    """Start a run in `ranks` processes, forked from one that has imported all there is to import."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training_runs", "paceline.training.train", "paceline.training.draft_lm"])
+    port = free_port()
+    arguments = [(config, resume, rank, ranks, port) for rank in range(ranks)]
+    processes = [context.Process(target=train_in_process, args=each) for each in arguments]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def exit_codes(processes: list) -> list[int]:
+    for process in processes:
+        process.join(timeout=240)
+    return [process.exitcode for process in processes]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

@@ -1,0 +1,285 @@
+"""The objective for a small causal LM with the target's tokenizer: pretraining on raw text, distillation.
+
+The network is a Llama of given sizes, a choice of the target's own layers, or an earlier draft. Its folder is an
+ordinary Hugging Face model. Statistics are those of a greedy chain on the target's own text, which the `match`
+rule follows: a depth counts where the draft's best token is the text's and all depths before it were right.
+Knows nothing of optimisers or processes.
+"""
+
+import copy
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+from ..drafters.complete import complete
+from ..drafters.folder import FORMAT, target_identity
+from .config import read
+from .losses import check_mixture, mixed_loss
+from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, windows
+from .target import last_hidden_state
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A Llama from scratch, named as in its Hugging Face config."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Save:
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto is the target's
+    without_target_weights: bool = False  # leave out what is frozen from the target; `load_drafter` puts it back
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Exactly one of `sizes`, `layers` and `start` says where the network comes from."""
+
+    kind: Literal["draft_lm"] = "draft_lm"
+    sizes: Sizes | None = None
+    layers: list[int] | None = None  # of the target, counted from 0, with its embeddings, norm and head
+    start: str | None = None  # the folder of an earlier draft, for example a pretrained one
+    embeddings: Literal["own", "target"] = "own"  # target: the target's, frozen
+    head: Literal["own", "target"] = "own"
+    losses: dict[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})  # weights, see losses.py
+    depths: int = 4  # steps of a chain to report
+    chunk: int = 256  # tokens whose logits are held at once
+    save: Save = field(default_factory=Save)
+
+
+class DraftObjective(Objective):
+    """`model` is the draft; `target` is asked for its identity and tokenizer only."""
+
+    def __init__(self, model, settings: Settings, target):
+        super().__init__()
+        self.model = model
+        self.depths = settings.depths
+        self.losses = check_mixture(settings.losses)
+        self.needs = "nothing" if set(self.losses) == {"cross_entropy"} else "logits"
+        self.chunk = settings.chunk
+        self.settings = settings
+        self.saved_dtype = target.dtype if settings.save.dtype == "auto" else getattr(torch, settings.save.dtype)
+        model.config.paceline_drafter = "draft_lm"
+        model.config.paceline_format = FORMAT
+        model.config.paceline_target = target_identity(target)
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
+        model.generation_config = GenerationConfig(**{name: getattr(target.generation_config, name) for name in tokens})
+        self.tokenizer = AutoTokenizer.from_pretrained(target.name_or_path) if target.name_or_path else None
+
+    @classmethod
+    def build(cls, settings: dict, target, rows: Iterable[dict] = ()) -> "DraftObjective":
+        """The objective that the `objective` section of a configuration describes, in float32 on the target's
+        device; a draft model needs no `rows` of training data to begin with. Raises ValueError for settings that
+        do not fit the target or one another."""
+        read_ = read(Settings, settings, "objective")
+        given = [name for name in ("sizes", "layers", "start") if getattr(read_, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"objective has {' and '.join(given) or 'no origin'}; give one of sizes, layers and start")
+        if read_.depths < 1 or read_.chunk < 1:
+            raise ValueError(f"objective.depths {read_.depths} and objective.chunk {read_.chunk} must be at least 1")
+        if read_.save.without_target_weights and "target" not in (read_.embeddings, read_.head):
+            raise ValueError(
+                "objective.save.without_target_weights leaves out what is frozen from the target, and nothing is; "
+                "set objective.embeddings or objective.head to target"
+            )
+        model = _network(read_, target).to(target.device).train()
+        _share(model, read_, target)
+        return cls(model, read_, target)
+
+    def forward(self, batch: Batch, seen: TargetView | None) -> Losses:
+        labels, counted = next_tokens(batch)  # (B, T-1)
+        hidden = last_hidden_state(self.model, batch["input_ids"], batch["position_ids"])[:, :-1][counted]  # (N, H)
+        theirs = (None, None) if seen is None else (seen.hidden[:, :-1][counted], seen.lm_head)
+        head = self.model.get_output_embeddings()
+        total, top = mixed_loss(self.losses, hidden, head, labels[counted], *theirs, chunk=self.chunk)
+        right = torch.zeros_like(counted).masked_scatter(counted, top == labels[counted])
+        return Losses(total, counted.sum(), *chain_statistics(right, counted, self.depths))
+
+    @torch.no_grad()
+    def label_ranks(self, batch: Batch, seen: TargetView | None) -> Tensor:
+        return draft_ranks(self.model, batch, self.depths, self.chunk)
+
+    def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
+        """`embeddings`, `head` (where it is not tied to them) and `layers`, as far as they are trained."""
+        embeddings = list(self.model.get_input_embeddings().parameters())
+        head = [p for p in self.model.get_output_embeddings().parameters() if not _among(p, embeddings)]
+        rest = [p for p in self.model.parameters() if not _among(p, embeddings + head)]
+        groups = {"embeddings": embeddings, "head": head, "layers": rest}
+        trained = {name: [p for p in group if p.requires_grad] for name, group in groups.items()}
+        return {name: group for name, group in trained.items() if group}
+
+    def save(self, folder: Path) -> None:
+        model = copy.deepcopy(self.model).to("cpu", self.saved_dtype).eval()
+        left_out = _target_weights(model, self.settings) if self.settings.save.without_target_weights else {}
+        if left_out:
+            model.config.paceline_left_out = left_out
+        model.save_pretrained(folder)
+        if left_out:
+            file, unfinished = folder / "model.safetensors", folder / ".model.safetensors.part"
+            kept = {name: tensor for name, tensor in load_file(file).items() if name not in left_out}
+            save_file(kept, unfinished, metadata={"format": "pt"})
+            os.replace(unfinished, file)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The token after each but the last, (B, T-1), and where it counts: the target's own, of the same document."""
+    same = batch["document"][:, 1:] == batch["document"][:, :-1]
+    counted = same & (batch["document"][:, 1:] >= 0) & (batch["loss_mask"][:, 1:] > 0)
+    return batch["input_ids"][:, 1:], counted
+
+
+@torch.no_grad()
+def draft_ranks(model, batch: Batch, depths: int, chunk: int = 256) -> Tensor:
+    """`Objective.label_ranks` of any causal LM that drafts: (n, depths), ties in the order of ids."""
+    labels, counted = next_tokens(batch)  # (B, T-1)
+    hidden = last_hidden_state(model, batch["input_ids"], batch["position_ids"])[:, :-1][counted]  # (N, H)
+    head, ranks = model.get_output_embeddings(), []
+    for states, own in zip(hidden.split(chunk), labels[counted, None].split(chunk)):
+        logits = head(states)  # (n, V)
+        mine, earlier = logits.gather(1, own), torch.arange(logits.shape[1], device=own.device) < own
+        ranks.append(((logits > mine) | ((logits == mine) & earlier)).sum(-1))
+    at = labels.new_full(labels.shape, NO_LABEL)
+    if ranks:
+        at[counted] = torch.cat(ranks)
+    ahead = windows(nn.functional.pad(at, (1, 0), value=NO_LABEL), depths, NO_LABEL)[:, :-1]  # (B, T-1, D)
+    chain = (ahead != NO_LABEL).cumprod(-1).bool()
+    return torch.where(chain, ahead, NO_LABEL)[counted]
+
+
+def chain_statistics(right: Tensor, counted: Tensor, depths: int) -> tuple[Tensor, Tensor]:
+    """Hits and tries (depths,) from where the draft was right and where a token counts, (B, T) each.
+
+    A chain that starts anywhere is tried at depth d where it was right before and the d-th token counts."""
+    hits, tried = [], []
+    alive = torch.ones_like(counted)
+    for depth in range(depths):
+        alive = alive[:, : counted.shape[1] - depth] & counted[:, depth:]
+        tried.append(alive.sum())
+        alive = alive & right[:, depth:]
+        hits.append(alive.sum())
+    return torch.stack(hits), torch.stack(tried)
+
+
+def _network(settings: Settings, target) -> nn.Module:
+    if settings.layers is not None:
+        return from_layers(target, settings.layers)
+    if settings.start is not None:
+        model = complete(settings.start, target, dtype=torch.float32)
+        if model.config.get_text_config().vocab_size != target.config.get_text_config().vocab_size:
+            raise ValueError(f"objective.start {settings.start} has another vocabulary than the target")
+        return model
+    sizes, theirs = settings.sizes, target.config.get_text_config()
+    if sizes.hidden_size % sizes.num_attention_heads:
+        raise ValueError(
+            f"objective.sizes: {sizes.num_attention_heads} heads do not divide hidden_size {sizes.hidden_size}"
+        )
+    config = LlamaConfig(
+        vocab_size=theirs.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.intermediate_size,
+        num_hidden_layers=sizes.num_hidden_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        num_key_value_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
+        max_position_embeddings=theirs.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(theirs)},
+        tie_word_embeddings=settings.embeddings == settings.head
+        and (settings.head == "own" or theirs.tie_word_embeddings),
+        bos_token_id=theirs.bos_token_id,
+        eos_token_id=theirs.eos_token_id,
+        pad_token_id=theirs.pad_token_id,
+    )
+    return LlamaForCausalLM._from_config(config, dtype=torch.float32)
+
+
+def _rope_theta(config) -> float:
+    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or 10_000.0
+
+
+def from_layers(target, layers: list[int]) -> nn.Module:
+    """A model of the target's class with some of its layers, in the given order, and all that is outside of them.
+
+    Works for every architecture whose decoder layers are one nn.ModuleList; raises ValueError for others."""
+    name, config = type(target).__name__, copy.deepcopy(target.config)
+    count = config.get_text_config().num_hidden_layers
+    lists = [path for path, module in target.named_modules() if isinstance(module, nn.ModuleList)]
+    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    stacks = [f"{path}." for path in outer if len(target.get_submodule(path)) == count]
+    if len(stacks) != 1 or config.get_text_config() is not config or getattr(config, "quantization_config", None):
+        raise ValueError(f"{name} is not one plain stack of {count} layers; give objective.sizes instead")
+    if not layers or not all(0 <= layer < count for layer in layers):
+        raise ValueError(f"objective.layers {layers} must name layers of {name}, which has 0 to {count - 1}")
+    for key, value in list(vars(config).items()):
+        listed = isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(("_id", "architectures"))
+        if listed:  # one entry a layer, like layer_types
+            setattr(config, key, [value[layer] for layer in layers])
+    config.num_hidden_layers = len(layers)
+    state = {}
+    for key, tensor in target.state_dict().items():
+        if not key.startswith(stacks[0]):
+            state[key] = tensor
+            continue
+        number, rest = key.removeprefix(stacks[0]).split(".", 1)
+        for place, layer in enumerate(layers):
+            if layer == int(number):
+                state[f"{stacks[0]}{place}.{rest}"] = tensor
+    model = type(target)._from_config(
+        config, dtype=torch.float32, attn_implementation=target.config._attn_implementation
+    )
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{name}: layers {layers} do not fit their new places ({' '.join(str(error).split())[:160]}); choose others"
+        ) from error
+    return model
+
+
+def _share(model, settings: Settings, target) -> None:
+    """Put the target's embeddings and head, frozen, in the place of the draft's; untie what is no longer one."""
+    origins = {"get_input_embeddings": settings.embeddings, "get_output_embeddings": settings.head}
+    tied = settings.embeddings == settings.head and model.config.tie_word_embeddings
+    if model.config.tie_word_embeddings and not tied:
+        model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
+        model.config.tie_word_embeddings = False
+    for get, origin in origins.items():
+        if origin == "own":
+            continue
+        mine, theirs = getattr(model, get)(), getattr(target, get)()
+        if mine.weight.shape != theirs.weight.shape:
+            raise ValueError(
+                f"the draft's hidden size {mine.weight.shape[1]} is not the target's {theirs.weight.shape[1]}, so its "
+                "embeddings and head cannot be shared; use own ones, or the target's hidden size"
+            )
+        for name, weight in theirs.named_parameters(recurse=False):
+            setattr(mine, name, nn.Parameter(weight.detach().to(mine.weight.dtype), requires_grad=False))
+    if tied:
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
+
+
+def _target_weights(model, settings: Settings) -> dict[str, str]:
+    """The tensors of the draft that are the target's: their names, and where in the target they are."""
+    names = {id(module): path for path, module in model.named_modules()}
+    places = {}
+    for place, origin in (("input_embeddings", settings.embeddings), ("output_embeddings", settings.head)):
+        module = getattr(model, f"get_{place}")()
+        if origin == "target":
+            places |= {f"{names[id(module)]}.{key}": f"{place}.{key}" for key, _ in module.named_parameters()}
+    return places
+
+
+def _among(parameter: nn.Parameter, others: list[nn.Parameter]) -> bool:
+    return any(parameter is other for other in others)

@@ -1,0 +1,199 @@
+"""The command `paceline evaluate`: what a drafter is worth, foretold from text and counted in decoding.
+
+First p[depth][rank] is counted: teacher-forced, on held-out rows or on the target's own greedy answers, or, for what
+cannot be judged so (prompt lookup, sampling), from a wide tree drafted at every position. From p a tree is planned,
+and with it the prompts are really decoded. Both go into one `acceptance.json`, with their denominators and how they
+came about.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from ..drafters.folder import read_folder
+from ..drafters.shipped import shipped_folder
+from ..spec.commands import load
+from ..spec.console import table
+from ..spec.executors import choose
+from ..spec.planner import Acceptance, Plan, default_tree
+from ..spec.planning import calibrate, first_turns
+from ..spec.plans import plan_path, read_shape
+from ..spec.tree import TreeShape
+from .acceptance import WIDTH, record
+from .card import write_card
+from .decoding import Prompts, Settings, by_category, counted, decode
+from .documents import file_fingerprint
+from .objective import Batch, count_ranks
+from .packing import pack
+from .prompts import digest, read_digests, turns_of
+from .ranks import accuracies, judge_of, spans, walk
+from .records import shown, write_whole
+from .rows import open_data
+from .versions import versions
+
+ROWS = 8  # judged together
+DEPTHS = 8  # that a draft model is judged to
+
+
+def evaluate(args) -> None:
+    """Evaluate a drafter and write what was found into its folder, or to `-o`."""
+    if not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature {args.temperature} is not a number of at least 0; 0 is greedy")
+    folder = _own_folder(args.drafter)
+    if folder is None and not args.output:
+        raise ValueError(f"{args.drafter} is no drafter folder here to keep its acceptance in; give a file with -o")
+    overlap = _overlap(folder, args.prompts)
+    model, tokenizer, drafter = load(args)
+    if drafter is None:
+        raise ValueError("none is no drafter; give a drafter's folder, its name, or ngram")
+    prompts = first_turns(args.prompts, tokenizer, model)
+    settings = Settings(args.max_new_tokens, args.temperature, args.verify, args.executor)
+    found, shape = _foretold(args, model, drafter, prompts, settings)
+    decoded = decode(model, prompts, drafter, shape, settings)
+    tree = {"nodes": len(shape), "depth": shape.max_depth, "parents": _static(shape) and list(shape.parents)}
+    found["measured"] = {**counted(decoded), **tree}
+    found["categories"] = by_category(prompts, decoded)
+    found["how"] |= {
+        "command": command(args),
+        "rule": args.verify,
+        "temperature": args.temperature,
+        "executor": args.executor,
+        "max_new_tokens": args.max_new_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "prompts": {
+            "file": Path(args.prompts).name,
+            "sha256": file_fingerprint(Path(args.prompts)),
+            "in_training": overlap,
+        },
+        "versions": versions(),
+    }
+    write_whole(args.output or folder / "acceptance.json", found)
+    if not args.output:
+        write_card(folder)
+    _show(found)
+
+
+def _own_folder(name: str) -> Path | None:
+    """The drafter folder on this machine that `name` means."""
+    path = Path(name) if Path(name).is_dir() else shipped_folder(name)
+    return path if path is not None and read_folder(path) is not None else None
+
+
+def _overlap(folder: Path | None, prompts: str) -> int | None:
+    """How many user turns of the prompts the drafter was trained on; None where that is not recorded."""
+    trained = read_digests(folder) if folder is not None else None
+    if trained is None:
+        return None
+    shared = sum(digest(turn) in trained for turn in turns_of(prompts))
+    if shared:
+        said = f"{shared} user turns of {prompts} are in the drafter's training data; it will look too good"
+        print(said, file=sys.stderr)
+    return shared
+
+
+def _foretold(args, model, drafter, prompts: Prompts, settings: Settings) -> tuple[dict, TreeShape]:
+    """The record of p and what it promises, and the tree to decode with."""
+    sampled = args.temperature > 0
+    asked = read_shape(args.tree, drafter) if args.tree not in (None, "auto") else None
+    deepest = max(DEPTHS, asked.max_depth if asked else 0)
+    judge = None if sampled or args.verify != "match" else judge_of(drafter, model, deepest)
+    if judge is None:
+        if args.data:
+            raise ValueError("--data judges heads and draft models on text, greedily; leave it out here")
+        encoded = [prompt for _, prompt in prompts]
+        replay = calibrate(model, drafter, encoded, args.verify, args.temperature, args.max_new_tokens)
+        counts = Acceptance.of(replay.walk(TreeShape.chain(0)))
+        shape = asked or _planned(args, model, drafter, counts.rates())
+        found = record(counts, _static(shape))
+        if _static(shape):
+            found["estimated"]["replayed"] = _replayed(len(replay.walk(shape)), sum(map(len, replay.texts)))
+        return {**found, "how": {"counted": "a wide tree drafted at every position of the target's own text"}}, shape
+    if args.data:
+        batches, text = _held_out(args.data), f"held-out rows of {Path(args.data).name}"
+    else:
+        batches, text = _answers(model, drafter, prompts, settings), "the target's own greedy answers to the prompts"
+    answers: list[torch.Tensor] = []
+    for batch in tqdm(batches, desc="judging", unit="batch"):
+        answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
+    if not answers:
+        raise ValueError("there is no token of the target's own in the text to judge the drafter on; give more")
+    depths = answers[0].shape[1]
+    counts = count_ranks(answers, depths, WIDTH)
+    shape = asked or _planned(args, model, drafter, counts.rates())
+    found = record(counts, _static(shape))
+    right, judged = accuracies(answers, depths)
+    found["accuracy"] = [hits / max(tried, 1) for hits, tried in zip(right, judged)]
+    found["labels"] = judged
+    if _static(shape):
+        found["estimated"]["replayed"] = _replayed(*walk(answers, shape))
+    return {**found, "how": {"counted": f"teacher-forced on {text}"}}, shape
+
+
+def _replayed(steps: int, tokens: int) -> dict:
+    return {"tokens_per_step": tokens / steps, "steps": steps, "tokens": tokens}
+
+
+def _static(shape) -> TreeShape | None:
+    return shape if isinstance(shape, TreeShape) else None
+
+
+def _planned(args, model, drafter, rates) -> TreeShape:
+    """The plan kept for this device, else a tree of modest size planned from p."""
+    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    kept = plan_path(model, drafter, executor, args.verify, args.temperature)
+    if kept.is_file():
+        return Plan.load(kept).shape
+    if args.tree == "auto":
+        raise ValueError(f"tree 'auto' has no plan for drafter {drafter.name!r} here; make one with paceline plan")
+    return default_tree(rates, drafter.deepest)
+
+
+def _held_out(folder: str) -> list[Batch]:
+    splits, _ = open_data(folder)
+    if "held_out" not in splits:
+        raise ValueError(f"data folder {folder} has no held-out rows; prepare it with --held-out")
+    rows = splits["held_out"]
+    return [rows.batch(list(range(start, min(start + ROWS, len(rows))))) for start in range(0, len(rows), ROWS)]
+
+
+def _answers(model, drafter, prompts: Prompts, settings: Settings) -> list[Batch]:
+    """The target's own answers as rows of one document each, of like length together."""
+    decoded = decode(model, prompts, drafter, drafter.default_shape, settings)
+    texts = []
+    for (_, prompt), events in zip(prompts, decoded):
+        known, new = prompt["input_ids"][0].tolist(), [token for event in events for token in event.committed]
+        texts.append(([*known, *new], [0] * len(known) + [1] * len(new)))
+    texts.sort(key=lambda text: len(text[0]))
+    batches = []
+    for start in range(0, len(texts), ROWS):
+        part = texts[start : start + ROWS]
+        rows = [pack([text], len(part[-1][0])) for text in part]
+        batches.append({name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+    return batches
+
+
+def command(args) -> str:
+    """The command to repeat this, with names in the place of absolute paths."""
+    parts = ["paceline", "evaluate", shown(args.drafter), "--model", shown(args.model)]
+    parts += ["--prompts", shown(args.prompts), "--max-new-tokens", str(args.max_new_tokens)]
+    given = {"--data": args.data and shown(args.data), "--tree": args.tree and shown(args.tree)}
+    given |= {"--temperature": args.temperature and f"{args.temperature:g}"}
+    given |= {"--verify": args.verify != "match" and args.verify, "--dtype": args.dtype != "auto" and args.dtype}
+    given |= {"--executor": args.executor != "eager" and args.executor}
+    return shlex.join([*parts, *(part for option, value in given.items() if value for part in (option, value))])
+
+
+def _show(found: dict) -> None:
+    if "accuracy" in found:
+        print(f"accuracy by depth: {' '.join(f'{share:.3f}' for share in found['accuracy'])}")
+    for name, own in found["estimated"].items():
+        print(f"estimated, {name}: {own['tokens_per_step']:.2f} tokens per step")
+    rows = [
+        [category or "-", str(own["prompts"]), str(own["steps"]), str(own["tokens"]), f"{own['tokens_per_step']:.2f}"]
+        for category, own in (*found["categories"].items(), ("together", found["measured"]))
+    ]
+    print(table(["category", "prompts", "steps", "tokens", "tokens per step"], rows))

@@ -1,0 +1,131 @@
+"""Losses between a draft's and the target's next-token distributions, chunk by chunk over tokens.
+
+With p the target's probabilities, q the draft's and y the text's token, per token:
+
+    forward_kl       KL(p || q)                       classic distillation
+    reverse_kl       KL(q || p)                       (DistillSpec, arXiv:2310.08461, compares the divergences)
+    jsd              half KL(p || m) + half KL(q || m), m = (p + q) / 2
+    total_variation  half the sum of |p - q|: one minus the acceptance rate (Leviathan et al., arXiv:2211.17192)
+    acceptance       -log of the sum of min(p, q): the acceptance rate itself (LK losses, arXiv:2602.23881)
+    cross_entropy    -log q(y)
+
+No (tokens, vocabulary) tensor is held beyond one chunk: the gradients of a chunk are taken at once, in the
+forward, and only those of the hidden states and of the head's own weights are kept. Knows nothing of batches.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def forward_kl(target: Tensor, draft: Tensor) -> Tensor:
+    """From log-probabilities (N, V) and (N, V) to (N,), like all that follow."""
+    return (target.exp() * (target - draft)).sum(-1)
+
+
+def reverse_kl(target: Tensor, draft: Tensor) -> Tensor:
+    return forward_kl(draft, target)
+
+
+def jsd(target: Tensor, draft: Tensor) -> Tensor:
+    middle = torch.logaddexp(target, draft) - math.log(2)
+    return (forward_kl(target, middle) + forward_kl(draft, middle)) / 2
+
+
+def total_variation(target: Tensor, draft: Tensor) -> Tensor:
+    return (target.exp() - draft.exp()).abs().sum(-1) / 2
+
+
+def acceptance(target: Tensor, draft: Tensor) -> Tensor:
+    return -torch.logsumexp(torch.minimum(target, draft), dim=-1)
+
+
+DIVERGENCES = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "jsd": jsd,
+    "total_variation": total_variation,
+    "acceptance": acceptance,
+}
+NAMES = ("cross_entropy", *DIVERGENCES)
+
+
+def check_mixture(mixture: dict[str, float]) -> dict[str, float]:
+    """The losses of weight above 0. Raises ValueError for unknown names, negative weights and where none is left."""
+    for name, weight in mixture.items():
+        if name not in NAMES:
+            raise ValueError(f"loss {name!r} is unknown; choose of {', '.join(NAMES)}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"loss {name} has weight {weight}; weights are at least 0")
+    if not sum(mixture.values()):
+        raise ValueError(f"the weights of the losses {list(mixture)} sum to zero; give at least one of them weight")
+    return {name: weight for name, weight in mixture.items() if weight}
+
+
+def mixed_loss(
+    mixture: dict[str, float],
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    target_hidden: Tensor | None = None,
+    target_head: nn.Module | None = None,
+    chunk: int = 256,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of losses over N tokens, a float32 scalar, and the draft's top-1 tokens (N,).
+
+    `hidden` (N, H) goes through the draft's `head`, `target_hidden` (N, H') through the frozen `target_head`;
+    the latter two may be None for a mixture of cross-entropy alone. `labels` (N,) are the text's tokens."""
+
+    def loss_of(part: slice, states: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states).float()  # (n, V)
+        log_probs = logits.log_softmax(-1)
+        divergences = [name for name in mixture if name != "cross_entropy"]
+        loss = logits.new_zeros(())
+        if "cross_entropy" in mixture:
+            picked = log_probs.gather(1, labels[part, None])
+            loss = loss - mixture["cross_entropy"] * picked.sum()
+        if divergences:
+            with torch.no_grad():
+                theirs = target_head(target_hidden[part]).float().log_softmax(-1)
+            for name in divergences:
+                loss = loss + mixture[name] * DIVERGENCES[name](theirs, log_probs).sum()
+        return loss, logits.argmax(-1)
+
+    return _Chunked.apply(loss_of, chunk, hidden, *head.parameters())
+
+
+class _Chunked(torch.autograd.Function):
+    """Sums `loss_of(slice, states) -> (scalar, top-1)` over chunks of `hidden`, keeping gradients and no graph."""
+
+    @staticmethod
+    def forward(ctx, loss_of: Callable, chunk: int, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        wanted = [weight for weight in weights if weight.requires_grad]
+        needed = any(ctx.needs_input_grad)
+        total = hidden.new_zeros((), dtype=torch.float32)
+        top, hidden_grad = [], torch.zeros_like(hidden) if needed else None
+        sums = [torch.zeros_like(weight) for weight in wanted] if needed else []
+        for start in range(0, len(hidden), chunk):
+            part = slice(start, start + chunk)
+            with torch.set_grad_enabled(needed):
+                states = hidden[part].detach().requires_grad_(needed)
+                loss, best = loss_of(part, states)
+            total += loss.detach()
+            top.append(best)
+            if needed:
+                own, *others = torch.autograd.grad(loss, [states, *wanted])
+                hidden_grad[part] = own
+                for sum_, gradient in zip(sums, others):
+                    sum_ += gradient
+        ctx.gradients = hidden_grad, iter(sums)
+        ctx.wanted = [weight.requires_grad for weight in weights]
+        top = torch.cat(top) if top else hidden.new_zeros(0, dtype=torch.int64)
+        ctx.mark_non_differentiable(top)
+        return total, top
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        hidden_grad, sums = ctx.gradients
+        gradients = [next(sums).mul_(grad) if wanted else None for wanted in ctx.wanted]
+        return None, None, hidden_grad * grad, *gradients

@@ -1,0 +1,100 @@
+"""What a run reports: sums over tokens, JSON lines, trackers, the progress line. Knows nothing of models."""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+
+def tokens_per_step(hits: list[float], tried: list[float]) -> float:
+    """What a chain of first guesses commits a step: 1 + sum over depths d of the product of hits_i / tried_i for i
+    up to d, where each depth counts the places at which the depths before it were right."""
+    estimate, survival = 1.0, 1.0
+    for right, all_ in zip(hits, tried):
+        survival *= right / all_ if all_ else 0.0
+        estimate += survival
+    return estimate
+
+
+@dataclass
+class Tally:
+    """Sums over tokens and processes; the figures made of them are weighted by tokens."""
+
+    total: float = 0.0  # loss
+    counted: float = 0.0
+    tokens: float = 0.0  # real tokens read, counted in the loss or not
+    hits: list[float] = field(default_factory=list)
+    tried: list[float] = field(default_factory=list)
+
+    def add(self, other: "Tally") -> None:
+        self.total, self.counted = self.total + other.total, self.counted + other.counted
+        self.tokens += other.tokens
+        zeros = [0.0] * len(other.hits)
+        self.hits = [a + b for a, b in zip(self.hits or zeros, other.hits)]
+        self.tried = [a + b for a, b in zip(self.tried or zeros, other.tried)]
+
+    def figures(self, split: str) -> dict[str, float | None]:
+        """Loss per token, accuracy of each depth given that those before it were right, tokens per step."""
+        accuracies = {
+            f"{split}/acc_{d}": h / t if t else None for d, (h, t) in enumerate(zip(self.hits, self.tried), 1)
+        }
+        loss = self.total / self.counted if self.counted else None
+        return {f"{split}/loss": loss, **accuracies, f"{split}/tokens_per_step": tokens_per_step(self.hits, self.tried)}
+
+
+class Report:
+    """Writes `metrics.jsonl`, feeds accelerate's trackers and shows a progress bar; on the main process only."""
+
+    def __init__(self, folder: Path, accelerator, steps: int, done: int, settings: dict):
+        self.path = folder / "metrics.jsonl"
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            _forget_after(self.path, done)
+        accelerator.init_trackers("paceline", config=settings)
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not accelerator.is_main_process)
+
+    def write(self, step: int, values: dict[str, float | None]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log({name: value for name, value in values.items() if value is not None}, step=step)
+
+    def show(self, tally: Tally, learning_rate: float, tokens_per_second: float) -> None:
+        figures = tally.figures("")
+        accuracies = "/".join(f"{v:.2f}" for name, v in figures.items() if "acc_" in name and v is not None)
+        loss = "-" if figures["/loss"] is None else f"{figures['/loss']:.3f}"
+        self.bar.set_postfix_str(
+            f"loss {loss}, lr {learning_rate:.1e}, acc {accuracies}, {figures['/tokens_per_step']:.2f} tokens/step, "
+            f"{tokens_per_second:.0f} tokens/s",
+            refresh=False,
+        )
+
+    def close(self) -> None:
+        self.bar.close()
+        self.accelerator.end_training()
+
+
+def check_trackers(names: list[str]) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"tracker {name} is not installed; pip install {name}, or take it out of run.trackers")
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop the lines of steps that will be run again, and a line that was cut off by a kill."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except ValueError:
+            pass
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(kept), encoding="utf-8")
+    os.replace(unfinished, path)

@@ -1,0 +1,68 @@
+"""Where the text's own tokens stand in a drafter's ranking, and what decoding would make of them.
+
+Label ranks (n, D) say, place by place, how many tokens the drafter holds more likely than the one that follows, and
+than the next, given the text before. From them come p[depth][rank], the accuracy of each depth, and an exact replay
+of greedy decoding with any tree: where the text is the target's own greedy text, the same steps. Knows no files.
+"""
+
+import copy
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from ..drafters.draft_model import ModelDrafter
+from ..drafters.medusa import MedusaDrafter
+from ..spec.planner import depth_within
+from ..spec.tree import TreeShape
+from .draft_lm import draft_ranks, next_tokens
+from .medusa import MedusaObjective
+from .objective import NO_LABEL, Batch, labelled
+from .target import OnlineTarget
+
+# A batch to the label ranks (n, D) of the true places of a mask (B, T), and that mask.
+Judge = Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+def judge_of(drafter, model, depths: int) -> Judge | None:
+    """What ranks the tokens of a text by `drafter` for the target `model`, in the arithmetic of decoding; heads give
+    as many depths as they are. None for a drafter that nothing but decoding can judge."""
+    if isinstance(drafter, ModelDrafter):
+        return lambda batch: (draft_ranks(drafter.model, batch, depths), next_tokens(batch)[1])
+    if not isinstance(drafter, MedusaDrafter):
+        return None
+    heads, target = drafter.heads, OnlineTarget(model)
+    objective = MedusaObjective(copy.deepcopy(heads)).to(heads.dtype).eval()  # which makes them float32 first
+
+    def ranks(batch: Batch) -> tuple[Tensor, Tensor]:
+        return objective.label_ranks(batch, target.view(batch, "", [])), labelled(batch, 1)[..., 0]
+
+    return ranks
+
+
+def spans(ranks: Tensor, judged: Tensor) -> list[Tensor]:
+    """Cut the ranks (n, D) of the true places of `judged` (B, T) into runs of neighbours, (m, D) each: the answers."""
+    rows, columns = judged.nonzero(as_tuple=True)
+    cuts = ((rows.diff() != 0) | (columns.diff() != 1)).nonzero()[:, 0] + 1
+    return [part.cpu() for part in ranks.tensor_split(cuts.cpu()) if len(part)]
+
+
+def accuracies(found: Iterable[Tensor], depths: int) -> tuple[list[int], list[int]]:
+    """Of how many labels at each depth the drafter's first guess was right, the text before being given."""
+    right, judged = torch.zeros(depths, dtype=torch.int64), torch.zeros(depths, dtype=torch.int64)
+    for ranks in found:
+        right += (ranks == 0).sum(0).cpu()
+        judged += (ranks != NO_LABEL).sum(0).cpu()
+    return right.tolist(), judged.tolist()
+
+
+def walk(found: Iterable[Tensor], shape: TreeShape) -> tuple[int, int]:
+    """The steps that greedy decoding with this tree takes over answers (m, D) each, and the tokens that they bring."""
+    steps = tokens = 0
+    for ranks in found:
+        place, rows = 0, ranks.tolist()
+        while place < len(rows):
+            place += 1 + depth_within(rows[place], shape)
+            steps += 1
+        tokens += len(rows)
+    return steps, tokens

@@ -1,0 +1,74 @@
+"""Append-only JSONL that survives a kill at any moment, and small files written whole or not at all.
+
+A line counts once it ends in a line break and is on the disk; a torn last line is cut when the file is opened
+again. Knows nothing of what the lines mean.
+"""
+
+import json
+import os
+from pathlib import Path
+
+
+class Journal:
+    """Records appended to `path`, one JSON object a line, each on the disk before `add` returns.
+
+    `records` are those that were there. Raises ValueError for a file that holds something else."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b")  # noqa: SIM115 (kept open, closed by `close`)
+        self.records = list(self._whole_lines())
+
+    def _whole_lines(self):
+        self.file.seek(0)
+        end = 0
+        for number, line in enumerate(self.file, 1):
+            if not line.endswith(b"\n"):
+                break
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.path}, line {number}: no JSON ({error}); it was not written here, choose another file"
+                ) from error
+            if not isinstance(record, dict):
+                raise ValueError(f"{self.path}, line {number}: no JSON object; choose another file")
+            end += len(line)
+            yield record
+        self.file.truncate(end)
+
+    def add(self, record: dict) -> None:
+        self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def shown(value):
+    """A value for a file that others will read: names in the place of absolute paths, wherever they are inside."""
+    if isinstance(value, dict):
+        return {key: shown(own) for key, own in value.items()}
+    if isinstance(value, list):
+        return [shown(own) for own in value]
+    return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
+
+
+def write_whole(path: str | Path, data: dict) -> None:
+    """Write a JSON file so that a kill leaves the old one or the new one."""
+    path = Path(path)
+    beside = path.with_name(path.name + ".new")
+    with open(beside, "w", encoding="utf-8") as file:
+        json.dump(data, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)

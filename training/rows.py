@@ -1,0 +1,80 @@
+"""The prepared data as the trainer reads it, and the order in which it does.
+
+The rows of a step are a function of (seed, step) alone: whatever the number of processes, and wherever a run
+was killed and resumed. Knows nothing of models.
+"""
+
+import hashlib
+import json
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import load_from_disk
+from torch import Tensor
+
+COLUMNS = ("input_ids", "loss_mask", "position_ids", "document")
+
+
+class Rows:
+    """One split of the prepared data: N packs of L tokens."""
+
+    def __init__(self, split):
+        self.split = split.with_format("numpy", columns=list(COLUMNS))
+        self.length = len(split[0]["input_ids"])
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def batch(self, rows: list[int], device="cpu") -> dict[str, Tensor]:
+        """The packs numbered `rows`: `input_ids`, `loss_mask`, `position_ids`, `document`, each (B, L)."""
+        taken = self.split[rows]
+        return {name: torch.from_numpy(np.stack(taken[name])).to(device, torch.int64) for name in COLUMNS}
+
+    def tokens_per_row(self, sample: int = 512) -> tuple[float, float]:
+        """Mean numbers of real tokens and of counted tokens in a row, over `sample` rows spread evenly."""
+        rows = sorted({round(place) for place in np.linspace(0, len(self) - 1, min(sample, len(self)))})
+        batch = self.batch(rows)
+        return [float(mask.float().sum() / len(rows)) for mask in (batch["document"] >= 0, batch["loss_mask"] > 0)]
+
+
+def open_data(folder: str | Path) -> tuple[dict[str, Rows], dict]:
+    """The splits `train` and `held_out` (which may be missing) of a folder made by `paceline data prepare`, and
+    its description."""
+    folder = Path(folder)
+    try:
+        about = json.loads((folder / "paceline.json").read_text(encoding="utf-8"))
+        splits = load_from_disk(str(folder))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"data folder {folder} cannot be read ({type(error).__name__}: {error}); make it with paceline data prepare"
+        ) from error
+    if not splits.get("train"):
+        raise ValueError(f"data folder {folder} has no rows to train on; prepare more text")
+    for name, split in splits.items():
+        if missing := [column for column in COLUMNS if column not in split.column_names]:
+            raise ValueError(f"{name} of {folder} has no column {missing[0]!r}; make it with paceline data prepare")
+    return {name: Rows(split) for name, split in splits.items() if name in ("train", "held_out")}, about
+
+
+def fingerprint(splits: dict[str, Rows], about: dict) -> str:
+    """Changes with the rows and how they were made, not with where they lie."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for name, rows in splits.items():
+        digest.update(f"{name} {len(rows)} {rows.length}".encode())
+        for row in (0, len(rows) // 2, len(rows) - 1):
+            digest.update(rows.batch([row])["input_ids"].numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def rows_of_step(step: int, batch: int, count: int, seed: int) -> list[int]:
+    """The `batch` rows of step `step`: a slice of one endless sequence of shuffled epochs of `count` rows each."""
+    places = range(step * batch, (step + 1) * batch)
+    orders = {epoch: _shuffled(seed, epoch, count) for epoch in {place // count for place in places}}
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+@lru_cache(2)
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(count)

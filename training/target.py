@@ -1,0 +1,149 @@
+"""The frozen target in training: what it saw on a batch, computed on the spot or read from disk.
+
+The last hidden state is taken at the one place that training and decoding share: the input of the LM head.
+Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
+ids that restart (tests/test_target.py). Knows nothing of objectives.
+"""
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .objective import TargetView
+
+ROWS_PER_FILE = 64
+
+
+def last_hidden_state(model, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+    """The input of the LM head (B, T, H) for packed rows (B, T), without computing any logits."""
+    seen = []
+
+    def keep(module, arguments):
+        seen.append(arguments[0])
+        return (arguments[0][:, :0],)  # nothing is left for the head to do
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(keep)
+    try:
+        model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+class ScaledHead(nn.Module):
+    """An LM head with what some families do to its logits: a factor (Cohere, Granite), a soft cap (Gemma 2)."""
+
+    def __init__(self, linear: nn.Module, factor: float, cap: float | None):
+        super().__init__()
+        self.linear, self.factor, self.cap = linear, factor, cap
+
+    @property
+    def weight(self) -> Tensor:
+        return self.linear.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.linear(hidden) * self.factor
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+
+@torch.no_grad()
+def lm_head(model) -> nn.Module:
+    """The module that turns last hidden states (..., H) into the model's logits (..., V).
+
+    Raises ValueError where the model's own logits come about in another way."""
+    linear = model.get_output_embeddings()
+    name = type(model).__name__
+    if linear is None:
+        raise ValueError(f"{name} has no LM head; drafters are trained for causal language models")
+    config = model.config.get_text_config()
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    head = linear if factor == 1 and cap is None else ScaledHead(linear, factor, cap)
+    ids = torch.arange(4, device=model.device)[None] % config.vocab_size
+    positions = torch.arange(4, device=model.device)[None]
+    training = model.training
+    model.eval()
+    mine = head(last_hidden_state(model, ids, positions)).float()
+    theirs = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    model.train(training)
+    error = (mine - theirs).square().mean().sqrt() / theirs.std().clamp(min=1e-12)
+    if not error < (1e-3 if model.dtype == torch.float32 else 0.05):
+        raise ValueError(
+            f"{name}: its LM head on its last hidden state gives other logits than its own (relative error "
+            f"{float(error):.2g}), so no drafter can be trained from it"
+        )
+    return head
+
+
+class OnlineTarget:
+    """Runs the frozen model on every batch; it stays outside of what the trainer wraps."""
+
+    def __init__(self, model):
+        self.model = model.eval().requires_grad_(False)
+        self.lm_head = lm_head(model)
+
+    @torch.no_grad()
+    def view(self, batch: dict[str, Tensor], split: str, rows: list[int]) -> TargetView:
+        hidden = last_hidden_state(self.model, batch["input_ids"], batch["position_ids"])
+        return TargetView(hidden, self.lm_head)
+
+
+class OfflineTarget:
+    """Reads what `write_hidden_states` wrote; of the model only the LM head is needed."""
+
+    def __init__(self, folder: str | Path, head: nn.Module):
+        self.folder = Path(folder)
+        self.lm_head = head.requires_grad_(False)
+
+    def view(self, batch: dict[str, Tensor], split: str, rows: list[int]) -> TargetView:
+        device = batch["input_ids"].device
+        hidden = torch.stack([self._row(split, row) for row in rows])  # (B, T, H)
+        return TargetView(hidden.to(device), self.lm_head)
+
+    def _row(self, split: str, row: int) -> Tensor:
+        path = _file(self.folder, split, row)
+        try:
+            with safe_open(path, framework="pt") as file:
+                return file.get_slice("hidden")[row % ROWS_PER_FILE]
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path} holds no hidden states ({error}); delete it and start again") from error
+
+
+def hidden_bytes(model, rows: int, length: int) -> int:
+    """The disk that the hidden states of `rows` packs of `length` tokens take."""
+    return rows * length * model.config.get_text_config().hidden_size * model.dtype.itemsize
+
+
+def write_hidden_states(model, split: str, data, folder: Path, rank: int = 0, ranks: int = 1, batch: int = 8) -> None:
+    """Write the hidden states of all rows of `data` (a `Rows`), one safetensors file for every 64 of them.
+
+    Files appear whole or not at all, and those that are there are kept, so that a killed run goes on where it
+    was. With several processes each writes its share. Raises ValueError where the disk is full."""
+    folder.mkdir(parents=True, exist_ok=True)
+    starts = range(rank * ROWS_PER_FILE, len(data), ranks * ROWS_PER_FILE)
+    for start in tqdm(starts, desc=f"hidden states, {split}", unit="file", disable=rank > 0):
+        path = _file(folder, split, start)
+        if path.exists():
+            continue
+        rows = list(range(start, min(start + ROWS_PER_FILE, len(data))))
+        hidden = []
+        for i in range(0, len(rows), batch):
+            packs = data.batch(rows[i : i + batch], model.device)
+            with torch.no_grad():
+                hidden.append(last_hidden_state(model, packs["input_ids"], packs["position_ids"]).cpu())
+        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
+        try:
+            save_file({"hidden": torch.cat(hidden).contiguous()}, unfinished)
+            os.replace(unfinished, path)
+        except (OSError, SafetensorError) as error:
+            unfinished.unlink(missing_ok=True)
+            raise ValueError(f"hidden states cannot be written to {folder} ({error}); free some space") from error
+
+
+def _file(folder: Path, split: str, row: int) -> Path:
+    return folder / f"{split}-{row // ROWS_PER_FILE:06d}.safetensors"

@@ -1,0 +1,153 @@
+"""The command `paceline train`: from a configuration to a trained drafter.
+
+It builds the parts (target, objective, data, trainer), prints the plan, and lets the trainer run.
+"""
+
+import json
+import signal
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
+
+from .. import load_drafter
+from ..spec.models import load_target
+from ..spec.planning import first_turns
+from ..spec.provenance import target_fingerprint
+from . import config as configuration
+from .budget import make_plan
+from .card import write_card, write_record
+from .config import Config, suggest
+from .decoding import Settings, counted, decode
+from .documents import tokenizer_fingerprint
+from .metrics import check_trackers
+from .rows import Rows, fingerprint, open_data
+from .target import OfflineTarget, OnlineTarget, hidden_bytes, lm_head, write_hidden_states
+from .trainer import Trainer, check_distribution
+from .versions import versions
+
+DECODED_TOKENS = 64  # per prompt of run.decode_prompts
+KINDS = {"draft_lm": (".draft_lm", "DraftObjective"), "medusa": (".medusa", "MedusaObjective")}
+
+
+def train(args) -> None:
+    """Train as the configuration says; `--plan` stops after the plan, `--resume` goes on where a run stopped."""
+    transformers.utils.logging.disable_progress_bar()
+    stopped = run(configuration.load(args.config, args.overrides), plan_only=args.plan, resume=args.resume)
+    if stopped is not None:
+        print("stopped and saved; go on with --resume", file=sys.stderr)
+        sys.exit(130 if stopped == signal.SIGINT else 143)
+
+
+def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | None:
+    """Train; the number of the signal that stopped it, if one did. Raises ValueError for what a user can mend."""
+    kind = _kind(config.objective)
+    check_trackers(config.run.trackers)
+    folder = Path(config.run.folder)
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.optimisation.mixed_precision,
+        log_with=config.run.trackers or None,
+        project_dir=folder,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no buffer is ever changed
+    )
+    check_distribution(accelerator)
+    if not resume and not plan_only and any(folder.glob("step-*")):
+        raise ValueError(f"run.folder {folder} holds a run; go on with it by --resume, or choose another folder")
+    splits, about = open_data(config.data.folder)
+    target = config.target
+    model, tokenizer = load_target(target.model, target.dtype, accelerator.device, target.trust_remote_code)
+    _check_tokenizer(about, tokenizer, config.data.folder)
+    set_seed(config.run.seed)
+    objective = kind.build(config.objective, model, splits["train"].split)
+    vocabulary = model.config.get_text_config().vocab_size
+    need = _hidden_bytes(config, objective, model, splits)
+    if need:
+        accelerator.print(make_plan(config, objective, vocabulary, splits["train"], need).show())
+        if plan_only:  # the time could be measured only after writing them
+            return None
+    seen = None if objective.needs == "nothing" else _target(config, model, splits, accelerator)
+    identity = {
+        "target": target_fingerprint(model),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "data": fingerprint(splits, about),
+        "objective": config.objective,
+        "order": {"seed": config.run.seed, "batch": config.optimisation.batch},
+    }
+    decoding = _decoding(config, model, tokenizer)
+    del model
+    trainer = Trainer(config, accelerator, objective, seen, splits, identity, _documents(config), decoding)
+    speed = trainer.measure()
+    plan = make_plan(config, trainer.objective, vocabulary, splits["train"], need, speed)
+    accelerator.print(plan.show())
+    if plan_only:
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    if resume and not trainer.resume():
+        accelerator.print(f"{folder} holds no checkpoint; starting from the beginning", file=sys.stderr)
+    for name, text in _documents(config).items() if accelerator.is_main_process else ():
+        (folder / name).write_text(text, encoding="utf-8")
+    stopped = trainer.train(plan.steps)
+    if accelerator.is_main_process:
+        for name in ("latest", "best"):
+            if (folder / name).exists():
+                write_record(folder / name, about, config)
+                write_card(folder / name)
+    return stopped
+
+
+def _kind(settings: dict):
+    name = settings.get("kind")
+    if name not in KINDS:
+        raise ValueError(f"config: objective.kind is {name!r}{suggest(str(name), KINDS)}")
+    module, attribute = KINDS[name]
+    return getattr(import_module(module, __package__), attribute)
+
+
+def _hidden_bytes(config: Config, objective, model, splits: dict[str, Rows]) -> int:
+    if config.target.hidden == "online" or objective.needs == "nothing":
+        return 0
+    return sum(hidden_bytes(model, len(rows), rows.length) for rows in splits.values())
+
+
+def _target(config: Config, model, splits: dict[str, Rows], accelerator: Accelerator):
+    """The target as the objective sees it; for hidden states on disk, after writing those that are not there."""
+    if config.target.hidden == "online":
+        return OnlineTarget(model)
+    name = f"hidden-{target_fingerprint(model)[:12]}-{str(model.dtype).removeprefix('torch.')}"
+    folder = Path(config.target.hidden_folder or config.data.folder) / name
+    for split, rows in splits.items():
+        write_hidden_states(model, split, rows, folder, accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    return OfflineTarget(folder, lm_head(model))
+
+
+def _decoding(config: Config, model, tokenizer):
+    """What decodes `run.decode_prompts` with the drafter in a folder: tokens per step."""
+    if config.run.decode_prompts is None:
+        return None
+    prompts = first_turns(config.run.decode_prompts, tokenizer, model)
+
+    def tokens_per_step(folder: Path) -> float:
+        drafter = load_drafter(folder, model)
+        decoded = decode(model, prompts, drafter, drafter.default_shape, Settings(DECODED_TOKENS))
+        return counted(decoded)["tokens_per_step"]
+
+    return tokens_per_step
+
+
+def _check_tokenizer(about: dict, tokenizer, folder: str) -> None:
+    theirs = about.get("tokenizer")
+    if isinstance(theirs, str) and theirs != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"data folder {folder} was prepared with another tokenizer than the target's; prepare it for this target"
+        )
+
+
+def _documents(config: Config) -> dict[str, str]:
+    """What is written beside every checkpoint: the resolved configuration and what it ran with."""
+    return {"config.yaml": configuration.dump(config), "versions.json": json.dumps(versions(), indent=1) + "\n"}

@@ -1,0 +1,352 @@
+"""The one training loop, for every objective, on accelerate.
+
+A step reads `batch` rows, the same ones whatever the number of processes, sums the loss over all counted tokens
+of all micro-batches and processes, and divides the gradient by their number. Everything random is seeded by
+(seed, step, process), so that a run goes on exactly where a checkpoint left it. Knows nothing of drafters.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, broadcast_object_list, set_seed
+from torch import Tensor, nn
+
+from ..spec.planner import Acceptance, default_tree
+from .acceptance import WIDTH, record
+from .checkpoint import Checkpoints, differences, gather, read_state, restore, write_json, write_state
+from .config import Config
+from .metrics import Report, Tally
+from .objective import Batch, Losses, TargetView, count_ranks
+from .optimisation import adamw, schedule
+from .rows import Rows, rows_of_step
+
+
+class Trainer:
+    """Trains `objective` for `steps` steps on `splits`, looking at `target` (an Online- or OfflineTarget, or None).
+
+    `identity` is what a checkpoint must agree with to be resumed; `documents` are files (name: text) that are
+    written beside every checkpoint. `decoding`, where given, measures tokens per step of a drafter folder."""
+
+    def __init__(
+        self,
+        config: Config,
+        accelerator: Accelerator,
+        objective: nn.Module,
+        target,
+        splits: dict[str, Rows],
+        identity: dict,
+        documents: dict[str, str],
+        decoding: Callable[[Path], float] | None = None,
+    ):
+        ranks, batch = accelerator.num_processes, config.optimisation.batch
+        if batch % ranks:
+            raise ValueError(f"optimisation.batch {batch} does not divide by {ranks} processes; choose a multiple")
+        self.config, self.accelerator, self.target = config, accelerator, target
+        self.splits, self.identity, self.documents, self.decoding = splits, identity, documents, decoding
+        self.depths = objective.depths
+        self.steps = 0
+        # Under FSDP2 the weights are shards; this copy takes the whole ones to save itself.
+        self.sharded = accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and decoding is not None:
+            raise ValueError("run.decode_prompts decodes with whole weights and FSDP shards them; leave it out")
+        self.saved = copy.deepcopy(objective).cpu() if self.sharded and accelerator.is_main_process else None
+        optimizer = adamw(objective, config.optimisation)
+        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.objective = accelerator.unwrap_model(self.model)
+        self.checkpoints = Checkpoints(Path(config.run.folder), config.run.keep)
+        self.step, self.window, self.tokens = 0, Tally(), 0.0
+        self.best: dict | None = None  # step and tokens_per_step
+        self.acceptance = -1, Acceptance([], [])  # the step evaluated last, and what was counted there
+        self.signal: int | None = None  # that this process got
+        self.stopping: int | None = None  # that all processes have heard of
+
+    def train(self, steps: int) -> int | None:
+        """Train up to step `steps`; the number of the signal that stopped it, if one did.
+
+        Raises ValueError where the loss is no number or a checkpoint cannot be written; earlier ones stay."""
+        self.steps, run = steps, self.config.run
+        report = Report(Path(run.folder), self.accelerator, steps, self.step, _flat(dataclasses.asdict(self.config)))
+        with self._heeding_signals(), contextlib.closing(report):
+            started, tokens = time.perf_counter(), self.tokens
+            while self.step < steps and self.stopping is None:
+                rate, norm = self._train_step()
+                report.bar.update()
+                speed = (self.tokens - tokens) / (time.perf_counter() - started)
+                report.show(self.window, rate, speed)
+                if self.step % run.log_every == 0 or self.step == steps:
+                    extra = {"learning_rate": rate, "gradient_norm": norm, "tokens": self.tokens}
+                    report.write(self.step, {**self.window.figures("train"), **extra, "tokens_per_second": speed})
+                    self.window = Tally()
+                better = False
+                if self.step % run.evaluate_every == 0 or self.step == steps:
+                    better = self._evaluate(report)
+                if self.step % run.save_every == 0 or better or self.step == steps or self.stopping is not None:
+                    self.save()
+        return self.stopping
+
+    def _train_step(self) -> tuple[float, float]:
+        """One step; the learning rate and the norm of the gradient."""
+        accelerator, settings = self.accelerator, self.config.optimisation
+        rate = self._begin_step()
+        rows = rows_of_step(self.step, settings.batch, len(self.splits["train"]), self.config.run.seed)
+        tally = self._gradient(rows)
+        if not math.isfinite(tally.total):
+            raise self._not_a_number("the loss", rows)
+        if tally.counted:  # else there is nothing to learn from these rows
+            factor = self._nominal() / tally.counted
+            for parameter in self.objective.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.mul_(factor)
+            norm = float(_whole(accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)))
+            if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips the step instead
+                raise self._not_a_number("the gradient", rows)
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        self.window.add(tally)
+        self.tokens += tally.tokens
+        return rate, norm if tally.counted else 0.0
+
+    def _begin_step(self) -> float:
+        """Seed what is random in this step and set its learning rates."""
+        set_seed((self.config.run.seed * 1_000_003 + self.step) * 4_099 + self.accelerator.process_index & 0xFFFFFFFF)
+        share = schedule(self.step, self.steps, self.config.optimisation)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["highest"] * share
+        return self.config.optimisation.learning_rate * share
+
+    def _nominal(self) -> int:
+        """A number of tokens to scale sums by before the true one is known, so that float16 can hold them."""
+        return self.config.optimisation.batch * self.splits["train"].length
+
+    def _gradient(self, rows: list[int]) -> Tally:
+        """Leave the gradient of the summed loss of `rows`, divided by the nominal count, in the parameters."""
+        accelerator, micro = self.accelerator, self.config.optimisation.micro_batch
+        self.model.train()
+        mine = rows[accelerator.process_index :: accelerator.num_processes]
+        parts = [mine[start : start + micro] for start in range(0, len(mine), micro)]
+        # Wrappers average gradients over the processes; the sum is wanted.
+        scale = accelerator.num_processes / self._nominal()
+        sums = self._zeros()
+        for number, part in enumerate(parts):
+            last = number == len(parts) - 1
+            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
+                losses, numbers = self._forward(*self._read("train", part))
+                accelerator.backward(losses.total * scale)
+            sums += numbers
+        return self._reduce(sums)
+
+    def _read(self, split: str, rows: list[int], counting: int | None = None) -> tuple[Batch, TargetView | None]:
+        """Some rows, and what the target saw on them; rows from place `counting` on count for nothing."""
+        batch = self.splits[split].batch(rows, self.accelerator.device)
+        if counting is not None:
+            batch["loss_mask"][counting:] = 0
+            batch["document"][counting:] = -1
+        seen = None if self.objective.needs == "nothing" else self.target.view(batch, split, rows)
+        return batch, seen
+
+    def _forward(self, batch: Batch, seen: TargetView | None) -> tuple[Losses, Tensor]:
+        """The losses of a batch, and their sums as one vector."""
+        losses = self.model(batch, seen)
+        tokens = (batch["document"] >= 0).sum()
+        sums = self._zeros()
+        sums[:3] = torch.stack([losses.total.detach().to(sums), losses.counted.to(sums), tokens.to(sums)])
+        sums[3:-1] = torch.cat([losses.hits.to(sums), losses.tried.to(sums)])
+        return losses, sums
+
+    def _zeros(self) -> Tensor:
+        """total, counted, tokens, hits, tried, stop."""
+        device = self.accelerator.device
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+        return torch.zeros(4 + 2 * self.depths, dtype=dtype, device=device)
+
+    def _reduce(self, sums: Tensor) -> Tally:
+        """The sums over all processes. A signal that any of them got reaches all of them on the way."""
+        sums[-1] = self.signal is not None
+        values = self.accelerator.reduce(sums, "sum").tolist()
+        if values[-1]:
+            self.stopping = self.signal or signal.SIGTERM
+        return Tally(*values[:3], hits=values[3 : 3 + self.depths], tried=values[3 + self.depths : -1])
+
+    @torch.no_grad()
+    def evaluate(self) -> Tally:
+        """The tally over the held-out rows; the same number of forwards in every process."""
+        accelerator, micro = self.accelerator, self.config.optimisation.micro_batch
+        count = min(len(self.splits.get("held_out", ())), self.config.data.held_out_rows)
+        self.model.eval()
+        sums, ranks = self._zeros(), []
+        for start in range(0, count, micro * accelerator.num_processes):
+            first = start + accelerator.process_index * micro
+            rows = list(range(first, min(first + micro, count)))
+            read = self._read("held_out", rows or [0], counting=len(rows))
+            sums += self._forward(*read)[1]
+            if not self.sharded:  # shards are whole in forwards only
+                ranks.append(self.objective.label_ranks(*read))
+        if count and not self.sharded:
+            counts = count_ranks(ranks, self.depths, WIDTH)
+            both = torch.tensor([counts.hits, counts.trials], device=accelerator.device)  # (2, depths, width)
+            self.acceptance = self.step, Acceptance(*accelerator.reduce(both, "sum").tolist())
+        return self._reduce(sums)
+
+    def _evaluate(self, report: Report) -> bool:
+        """Evaluate on held-out text; whether it is the best so far."""
+        tally = self.evaluate()
+        if not tally.counted:
+            return False
+        if not math.isfinite(tally.total):
+            raise self._not_a_number("the loss on held-out text", [])
+        figures = tally.figures("eval")
+        if self.decoding is not None:
+            self._on_main(lambda: figures.update({"eval/measured_tokens_per_step": self._decoded()}))
+        report.write(self.step, figures)
+        found = figures["eval/tokens_per_step"]
+        better = self.best is None or found > self.best["tokens_per_step"]
+        if better:
+            self.best = {"step": self.step, "tokens_per_step": found}
+        return better
+
+    def _decoded(self) -> float:
+        """Tokens per step of real decoding, by the drafter as it would be saved now."""
+        with tempfile.TemporaryDirectory() as folder:
+            self._save_drafter(Path(folder))
+            return self.decoding(Path(folder))
+
+    def _save_drafter(self, folder: Path) -> None:
+        """A drafter folder, with its acceptance where it has been evaluated at this step."""
+        (self.saved or self.objective).save(folder)
+        step, counts = self.acceptance
+        if step == self.step:
+            how = {"counted": "teacher-forced on held-out rows in training", "step": step}
+            shape = default_tree(counts.rates(), self.depths)
+            write_json(folder / "acceptance.json", {**record(counts, shape), "how": how})
+
+    def measure(self, steps: int = 2) -> float:
+        """Tokens per second of a few steps that change nothing; the first one warms up."""
+        self.steps = steps
+        for step in range(steps):
+            started = time.perf_counter()
+            self._begin_step()
+            tally = self._gradient(rows_of_step(step, self.config.optimisation.batch, len(self.splits["train"]), 0))
+        self.optimizer.zero_grad()
+        return tally.tokens / (time.perf_counter() - started)
+
+    def save(self) -> None:
+        """Write the checkpoint of this step and let `latest` and `best` follow. Every process must call it."""
+        weights, moments = gather(self.objective, self.optimizer)
+        self._on_main(lambda: self._write(weights, moments))
+
+    def _write(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        best, checkpoints = self.best, self.checkpoints
+        scaler = self.accelerator.scaler
+        state = {
+            "step": self.step, "tokens": self.tokens, "best": best, "window": dataclasses.asdict(self.window),
+            "identity": self.identity, "scaler": scaler.state_dict() if scaler else None,
+        }  # fmt: skip
+
+        def fill(folder: Path) -> None:
+            if self.saved is not None:
+                self.saved.load_state_dict(weights, strict=False)
+            self._save_drafter(folder)
+            write_state(folder / "trainer", weights, moments, state)
+            for name, text in self.documents.items():
+                (folder / "trainer" / name).write_text(text, encoding="utf-8")
+
+        if self.step not in checkpoints.steps():
+            checkpoints.write(self.step, fill)
+        self._point(checkpoints)
+
+    def _point(self, checkpoints: Checkpoints) -> None:
+        checkpoints.point("latest", checkpoints.steps()[-1])
+        if self.best is not None and self.best["step"] in checkpoints.steps():
+            checkpoints.point("best", self.best["step"])
+        checkpoints.rotate(self.best["step"] if self.best else None)
+
+    def resume(self) -> bool:
+        """Go on from the newest checkpoint; False where there is none.
+
+        Raises ValueError, with all differences, where it is of another target, tokenizer, data or objective."""
+        self._on_main(self.checkpoints.clean)
+        steps = self.checkpoints.steps()
+        if not steps:
+            return False
+        folder = self.checkpoints.folder(steps[-1])
+        weights, moments, state = read_state(folder / "trainer")
+        if found := differences(self.identity, state["identity"]):
+            raise ValueError(
+                f"{folder} cannot be resumed: {'; '.join(found)}; restore that, or train into another run.folder"
+            )
+        restore(self.objective, self.optimizer, weights, moments)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.step, self.tokens, self.best = state["step"], state["tokens"], state["best"]
+        self.window = Tally(**state["window"])
+        self._on_main(lambda: self._point(self.checkpoints))
+        return True
+
+    def _on_main(self, act) -> None:
+        """Act in the main process; a user's error there is raised in all of them."""
+        said: list[str | None] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                act()
+            except ValueError as error:
+                said = [str(error)]
+        broadcast_object_list(said)
+        if said[0] is not None:
+            raise ValueError(said[0])
+
+    def _not_a_number(self, what: str, rows: list[int]) -> ValueError:
+        kept = self.checkpoints.steps()
+        place = f" on rows {rows} of the data" if rows else ""
+        last = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
+        return ValueError(
+            f"{what} of step {self.step} is not a finite number{place}; {last}; lower optimisation.learning_rate or "
+            "look at these rows"
+        )
+
+    @contextlib.contextmanager
+    def _heeding_signals(self):
+        """The first SIGINT or SIGTERM ends the run after the step at hand; a second one acts as usual."""
+        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def heed(number, frame):
+            self.signal = number
+            for each, handler in usual.items():
+                signal.signal(each, handler)
+
+        for number in usual:
+            signal.signal(number, heed)
+        try:
+            yield
+        finally:
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+
+
+def check_distribution(accelerator: Accelerator) -> None:
+    """Refuse what would train wrongly or could not be resumed."""
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"accelerate is set up for {kind.value}; use DDP (the default) or FSDP2 (configs/fsdp2.yaml)")
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
