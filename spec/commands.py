@@ -12,10 +12,15 @@ from .generate import generate as generate_tokens
 from .models import NAMED, cache_folder, load_target
 
 
+def load_model(args):
+    """The model and tokenizer that the options name."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_target(args.model, args.dtype, device, args.trust_remote_code)
+
+
 def load(args):
     """The model, tokenizer and drafter that the options name."""
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_target(args.model, args.dtype, device, args.trust_remote_code)
+    model, tokenizer = load_model(args)
     drafter = None
     if args.drafter != "none":
         from .. import load_drafter

@@ -1,0 +1,138 @@
+"""Acceptance figures: pure functions of trace events.
+
+Field names are vLLM's where vLLM has one. A step's *depth* counts drafted levels from 1. Knows nothing of models,
+clocks or files.
+
+    tokens_per_step          committed tokens / steps: the bonus counts, what stands behind an end of text does not
+    draft_acceptance_rate    accepted / drafted tokens
+    examined_acceptance_rate accepted / examined: children of the nodes that were reached, the ones that a rule looks at
+    survival[d - 1]          steps that accepted at least d tokens / all steps (vLLM's per-position rate)
+    conditional[d - 1]       the same count / steps that offered a child at depth d to an accepted node
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .trace import Event
+
+Counts = tuple[list[list[int]], list[list[int]]]
+PREFIX = "paceline_"
+_LABELS = {"acceptance_histogram": "accepted", "tokens_per_step_histogram": "tokens", "seconds": "phase"}
+_COUNTERS = {"acceptance_histogram", "tokens_per_step_histogram", "seconds"}
+
+
+def offers(events: Iterable["Event"]) -> Counts:
+    """(hits, trials): of `trials[d][r]` times that an accepted node at depth d was offered a child of rank r, the
+    child was accepted `hits[d][r]` times. A node left empty was offered and missed; where a text ended inside a
+    step, the children of its last node were not examined."""
+    counts: dict[tuple[int, int], list[int]] = {}
+    for event in events:
+        for depth, children in enumerate(event.offered()):
+            for rank, child in enumerate(children):
+                cell = counts.setdefault((depth, rank), [0, 0])
+                cell[0] += child in event.accepted
+                cell[1] += 1
+    depths = 1 + max((depth for depth, _ in counts), default=-1)
+    widths = [1 + max(rank for d, rank in counts if d == depth) for depth in range(depths)]
+    rows = [[counts[depth, rank] for rank in range(width)] for depth, width in enumerate(widths)]
+    return [[hit for hit, _ in row] for row in rows], [[trial for _, trial in row] for row in rows]
+
+
+def summary(events: list["Event"]) -> dict:
+    """All figures over `events`; rates are None where their denominator is 0. Seconds are sums over steps.
+
+    `mean_acceptance_length` is 1 + accepted / steps (the bonus counted in every step, as in vLLM), `tokens_per_step`
+    is lower where a text ended inside a step. Entry i of `acceptance_histogram` counts the steps that accepted i
+    draft tokens, entry i of `tokens_per_step_histogram` those that committed i tokens."""
+    steps = len(events)
+    accepted = [len(event.accepted) for event in events]
+    committed = [len(event.committed) for event in events]
+    drafted = sum(event.drafted for event in events)
+    examined = sum(event.examined for event in events)
+    hits, trials = offers(events)
+    per_step = {(event.group, event.step): event.seconds for event in events}
+    seconds: Counter[str] = Counter()
+    for phases in per_step.values():
+        seconds.update(phases)
+    return {
+        "mean_acceptance_length": 1 + sum(accepted) / steps if steps else None,
+        "draft_acceptance_rate": sum(accepted) / drafted if drafted else None,
+        "examined_acceptance_rate": sum(accepted) / examined if examined else None,
+        "acceptance_histogram": histogram(accepted),
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": sum(accepted),
+        "num_draft_tokens": drafted,
+        "num_examined_draft_tokens": examined,
+        "num_tokens": sum(committed),
+        "tokens_per_step": sum(committed) / steps if steps else None,
+        "tokens_per_step_histogram": histogram(committed),
+        "survival": [sum(row) / steps for row in hits],
+        "conditional": [sum(hit) / trial[0] for hit, trial in zip(hits, trials)],
+        "seconds": dict(seconds),
+    }
+
+
+def histogram(values: list[int]) -> list[int]:
+    counted = Counter(values)
+    return [counted[i] for i in range(max(values, default=0) + 1)]
+
+
+def node_use(events: list["Event"]) -> tuple[list[int], list[int], int] | None:
+    """(parents, times that each node was accepted, steps) of the tree that most steps had, the root in all of them.
+
+    None where there are no steps or the drafter grew a new tree at most of them."""
+    shapes = Counter(tuple(event.parents) for event in events)
+    if not shapes:
+        return None
+    parents, steps = shapes.most_common(1)[0]
+    if 2 * steps < len(events):
+        return None
+    use = [0] * len(parents)
+    for event in events:
+        if tuple(event.parents) == parents:
+            for node in (0, *event.accepted):
+                use[node] += 1
+    return list(parents), use, steps
+
+
+def smallest_tree(parents: list[int], use: list[int], share: float = 0.97) -> list[int]:
+    """The fewest nodes, in order, whose tree keeps `share` of the accepted and bonus tokens that `use` counts.
+
+    A path that leaves the smaller tree ends there. No node is used more than its parent, so taking nodes by use is
+    best of each size. What the next steps would have drafted from there is not known, so it is an estimate."""
+    wanted, kept, total = share * (use[0] + sum(use[1:])), [], 0
+    for node in sorted(range(len(parents)), key=lambda node: (-use[node], node)):
+        if total >= wanted:
+            break
+        kept.append(node)
+        total += use[node]
+    return sorted(kept)
+
+
+def prometheus(figures: Mapping, labels: Mapping[str, str] | None = None) -> str:
+    """`summary()` in Prometheus' text format: the same names with `paceline_` before them; what is None is absent.
+
+    Lists are labelled by `accepted`, `tokens` or `depth`, seconds by `phase`."""
+    lines = []
+    for name, value in figures.items():
+        entries: list[tuple[dict, float | None]] = [({}, value)]
+        if isinstance(value, Mapping):
+            entries = [({_LABELS[name]: key}, one) for key, one in value.items()]
+        elif isinstance(value, list):
+            first = 0 if name in _LABELS else 1
+            entries = [({_LABELS.get(name, "depth"): str(key)}, one) for key, one in enumerate(value, first)]
+        entries = [(own, one) for own, one in entries if one is not None]
+        if not entries:
+            continue
+        kind = "counter" if name.startswith("num_") or name in _COUNTERS else "gauge"
+        lines.append(f"# TYPE {PREFIX}{name} {kind}")
+        for own, one in entries:
+            marks = ",".join(f'{key}="{_escaped(text)}"' for key, text in {**(labels or {}), **own}.items())
+            lines.append(f"{PREFIX}{name}{{{marks}}} {one}" if marks else f"{PREFIX}{name} {one}")
+    return "".join(line + "\n" for line in lines)
+
+
+def _escaped(text: str) -> str:
+    return str(text).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

@@ -1,0 +1,68 @@
+"""What a measurement was made with: machine, versions, commit, command. Knows nothing of what is measured."""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from .. import __version__
+
+_ESSENTIALS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+
+
+def machine() -> dict:
+    """The processor, the cores that this process may use, memory and accelerator."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"system": f"{platform.system()} {platform.machine()}", "cpu": _processor(), "cores": cores, "gpu": gpu}
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def versions() -> dict:
+    packages = {name: version(name) for name in ("torch", "transformers")}
+    return {"paceline": __version__, "python": platform.python_version(), **packages}
+
+
+def command() -> str:
+    """The command line as it could be typed again."""
+    return shlex.join(["paceline", *sys.argv[1:]])
+
+
+def git_commit() -> str | None:
+    """The commit of a checkout of this package, marked where files were changed; None where it is installed."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        options = dict(cwd=root, capture_output=True, text=True, check=True)
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return commit + ("+changes" if changed else "")
+
+
+def target_fingerprint(model) -> str:
+    """SHA-256 of what makes a target the one that a drafter or a run was made for: its essential sizes, and a few rows
+    of its embeddings and LM head, rounded to bfloat16 so that a float32 and a bfloat16 load of a model agree."""
+    config = model.config.get_text_config()
+    digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
+    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+        rows = torch.linspace(0, len(module.weight) - 1, 8).long().to(module.weight.device)
+        sample = module.weight.detach()[rows].float().to(torch.bfloat16).cpu()
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
