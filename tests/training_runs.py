@@ -96,16 +96,20 @@ def children(config: configuration.Config, resume: bool = False, ranks: int = 1)
     context.set_forkserver_preload(["training_runs", "paceline.training.train", "paceline.training.draft_lm"])
     port = free_port()
     arguments = [(config, resume, rank, ranks, port) for rank in range(ranks)]
-    processes = [context.Process(target=train_in_process, args=each) for each in arguments]
+    processes = [context.Process(target=train_in_process, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()
     return processes
 
 
-def exit_codes(processes: list) -> list[int]:
+def exit_codes(processes: list) -> list[int | None]:
+    """The exit codes; None for one that hangs, which is ended."""
     for process in processes:
-        process.join(timeout=240)
-    return [process.exitcode for process in processes]
+        process.join(timeout=120)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def free_port() -> int:

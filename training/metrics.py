@@ -75,7 +75,6 @@ class Report:
 
     def close(self) -> None:
         self.bar.close()
-        self.accelerator.end_training()
 
 
 def check_trackers(names: list[str]) -> None:

@@ -75,7 +75,7 @@ class Trainer:
         Raises ValueError where the loss is no number or a checkpoint cannot be written; earlier ones stay."""
         self.steps, run = steps, self.config.run
         report = Report(Path(run.folder), self.accelerator, steps, self.step, _flat(dataclasses.asdict(self.config)))
-        with self._heeding_signals(), contextlib.closing(report):
+        with self._heeding_signals(), contextlib.closing(self), contextlib.closing(report):
             started, tokens = time.perf_counter(), self.tokens
             while self.step < steps and self.stopping is None:
                 rate, norm = self._train_step()
@@ -92,6 +92,13 @@ class Trainer:
                 if self.step % run.save_every == 0 or better or self.step == steps or self.stopping is not None:
                     self.save()
         return self.stopping
+
+    def close(self) -> None:
+        """Leave the other processes. The wrapper goes first: as the last owner of the process group it would hold the
+        interpreter while it waits for gloo's threads, and they may be waiting for the interpreter."""
+        self.model = self.objective
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def _train_step(self) -> tuple[float, float]:
         """One step; the learning rate and the norm of the gradient."""
