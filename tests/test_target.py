@@ -32,7 +32,7 @@ def tiny(family, **options):
 def test_documents_of_a_pack_do_not_see_each_other(attention):
     model = tiny_llama(attn_implementation=attention)
     texts = [list(range(3, 12)), list(range(20, 25)), [7, 7, 8]]
-    row = pack([(text, [1] * len(text)) for text in texts], length=24)
+    row = pack([(text, [1] * len(text)) for text in texts], 24)
     ids, positions = (torch.tensor([row[name]]) for name in ("input_ids", "position_ids"))
     with torch.no_grad():
         hidden = last_hidden_state(model, ids, positions)
