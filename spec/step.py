@@ -47,6 +47,12 @@ class Engine:
             state.hidden[slice(None) if rows is None else rows] = hidden
         self.session.prefill(state, chunk, rows)
 
+    @property
+    def models(self) -> list[torch.nn.Module]:
+        """Those that the step runs."""
+        drafting = getattr(self.session, "slots", None)
+        return [self.target.model] if drafting is None else [self.target.model, drafting.model]
+
     def idle_step(self) -> None:
         """A step in which every row is done: it changes no text, and allocates what is made on first use."""
         self.state.done.fill_(True)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 import torch
+from paceline import generate
 from paceline.spec import noise
 
 EPSILON, DELTA = 0.09, 0.3
@@ -92,3 +93,19 @@ def plain_text(model, prompt, count, processors=(), key=None):
         token = int(scores.argmax()) if key is None else plain_draw(scores[0], key, text.shape[1])
         text = torch.cat([text, torch.tensor([[token]])], dim=1)
     return text[0, len(prompt) :].tolist()
+
+
+def two_token_law(model, drafter, rule: str, rows: int = 4_000):
+    """The total variation between the joint law of two tokens behind one prompt, as a `model` of four tokens has
+    it, and as many rows of whole drafted decoding show it; and the share of drafted tokens that stood."""
+    prompt = torch.tensor([[2, 3, 1]])
+    with torch.no_grad():
+        first = model(prompt).logits[0, -1].softmax(-1)
+        longer = torch.cat([prompt.expand(4, -1), torch.arange(4)[:, None]], dim=1)
+        joint = (first[:, None] * model(longer).logits[:, -1].softmax(-1)).flatten()
+    out = generate(
+        model, prompt.expand(rows, -1), drafter=drafter, tree="2x1", verify=rule, seed=8, do_sample=True, top_k=0,
+        max_new_tokens=2, return_dict_in_generate=True,
+    )  # fmt: skip
+    pairs = (out.sequences[:, 3] * 4 + out.sequences[:, 4]).bincount(minlength=16) / rows
+    return (pairs - joint).abs().sum() / 2, out.trace.summary()["draft_acceptance_rate"]

@@ -13,6 +13,7 @@ from paceline.spec.state import DecodeState
 from paceline.spec.tree import TreeShape
 
 from conftest import fitted_heads, tiny_llama
+from reference import two_token_law
 from test_families import SUPPORTED, build
 
 MODES = ["independent", "markov", "hydra"]
@@ -173,18 +174,8 @@ def test_decoding_with_trimmed_heads_has_the_targets_law(rule):
     that know three of four tokens; chance alone gives a total variation of about 0.025."""
     model = tiny_llama(vocab=4, seed=1, bos_token_id=None)
     drafter = MedusaDrafter(fitted_heads(model, "hydra", known=3, steps=20))
-    rows, prompt = 4_000, torch.tensor([[2, 3, 1]])
-    with torch.no_grad():
-        first = model(prompt).logits[0, -1].softmax(-1)
-        longer = torch.cat([prompt.expand(4, -1), torch.arange(4)[:, None]], dim=1)
-        joint = (first[:, None] * model(longer).logits[:, -1].softmax(-1)).flatten()
-    out = paceline.generate(
-        model, prompt.expand(rows, -1), drafter=drafter, tree="2x1", verify=rule, seed=8, do_sample=True, top_k=0,
-        max_new_tokens=2, return_dict_in_generate=True,
-    )  # fmt: skip
-    pairs = (out.sequences[:, 3] * 4 + out.sequences[:, 4]).bincount(minlength=16) / rows
-    assert (pairs - joint).abs().sum() / 2 < 0.045
-    assert 0.1 < out.trace.summary()["draft_acceptance_rate"] < 0.95
+    distance, accepted = two_token_law(model, drafter, rule)
+    assert distance < 0.045 and 0.1 < accepted < 0.95
 
 
 def test_what_heads_cannot_do_is_refused_in_a_sentence(target, heads, ragged):

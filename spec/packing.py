@@ -1,0 +1,81 @@
+"""Linear layers in oneDNN's own layout of weights, for compiled bfloat16 steps on a CPU.
+
+With weights as they are, oneDNN reads them at half the speed of the memory, and a decoding step is little else than
+reading weights. Here each `nn.Linear` keeps a second copy in the blocked layout that oneDNN prefers for few rows; the
+products are the same numbers. `packed_linears` lets a trace use them; everything else goes on with the weights as they
+are. Knows nothing of steps or executors.
+"""
+
+import contextlib
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ROWS = 16  # that the layout is chosen for; it suits 1 to 64
+
+# Through an operator of its own, because inductor takes packed weights only as constants.
+_library = torch.library.Library("paceline", "FRAGMENT")
+_library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
+for _backend in ("CPU", "MkldnnCPU"):
+    _library.impl(
+        "packed_linear",
+        lambda x, packed, bias: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""),
+        _backend,
+    )
+
+
+@torch.library.register_fake("paceline::packed_linear", lib=_library)
+def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], packed.shape[0])
+
+
+class PackedWeight:
+    """A packed copy and the checksum of the weight that it was made of. Copies of a module do not take it along."""
+
+    def __init__(self, tensor: Tensor | None = None, checksum: int | None = None):
+        self.tensor, self.checksum = tensor, checksum
+
+    def __deepcopy__(self, memo) -> "PackedWeight":
+        return PackedWeight()
+
+    def __reduce__(self):
+        return PackedWeight, ()
+
+
+def pack(models: Iterable[nn.Module]) -> None:
+    """Pack the linear layers of `models` that are bfloat16 on a CPU, and again those whose weights have changed."""
+    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    for layer in (module for model in models for module in model.modules() if type(module) is nn.Linear):
+        weight, kept = layer.weight.detach(), getattr(layer, "packed_weight", PackedWeight())
+        if not (able and _can_be_packed(weight)):
+            layer.__dict__.pop("packed_weight", None)
+            continue
+        checksum = int(weight.view(-1).view(torch.int32).sum(dtype=torch.int32))
+        if kept.checksum != checksum:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+            layer.packed_weight = PackedWeight(packed, checksum)
+
+
+def _can_be_packed(weight: Tensor) -> bool:
+    there = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
+    return there and weight.is_contiguous() and weight.numel() % 2 == 0  # for the checksum
+
+
+@contextlib.contextmanager
+def packed_linears():
+    """What is traced inside reads the packed weights, where there are any."""
+    usual = nn.Linear.forward
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        packed = getattr(self, "packed_weight", None)
+        if packed is None or packed.tensor is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.paceline.packed_linear(x, packed.tensor, self.bias)
+
+    nn.Linear.forward = forward
+    try:
+        yield
+    finally:
+        nn.Linear.forward = usual

@@ -1,0 +1,93 @@
+"""Packed weights: the same products, packed again when weights change, left behind by copies."""
+
+import copy
+import pickle
+
+import paceline
+import pytest
+import torch
+from paceline.spec import runs
+from paceline.spec.packing import pack, packed_linears
+from torch import nn
+
+from conftest import tiny_llama
+
+pytestmark = pytest.mark.skipif(
+    not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()),
+    reason="oneDNN has no bfloat16 on this CPU",
+)
+
+
+def linear(inputs: int, outputs: int, bias: bool, dtype=torch.bfloat16) -> nn.Linear:
+    torch.manual_seed(inputs + outputs)
+    return nn.Linear(inputs, outputs, bias=bias).to(dtype).requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [(1,), (5,), (2, 16), (1, 3, 70)])
+def test_packed_products_are_the_products(rows, bias):
+    layer = linear(96, 61, bias)
+    x = torch.randn(*rows, 96).bfloat16()
+    exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    pack([layer])
+    with packed_linears():
+        found = layer(x)
+    assert found.shape == exact.shape and found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=2**-8)
+
+
+def test_packed_weights_are_read_only_inside_and_follow_the_weights():
+    layer, x = linear(32, 32, False), torch.randn(3, 32).bfloat16()
+    pack([layer])
+    first = layer.packed_weight.tensor
+    before = layer(x)
+    layer.weight.data.mul_(-2)  # which no version counter sees
+    with packed_linears():
+        assert torch.equal(layer(x), before), "the packed copy is read"
+    assert torch.equal(layer(x), before * -2), "outside, the weights are"
+    pack([layer])
+    with packed_linears():
+        assert torch.equal(layer(x), before * -2)
+    second = layer.packed_weight.tensor
+    pack([layer])
+    assert layer.packed_weight.tensor is second is not first, "packed again where weights changed, and only there"
+
+
+def test_copies_leave_packed_weights_behind():
+    layer, x = linear(32, 32, True), torch.randn(3, 32).bfloat16()
+    pack([layer])
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        other.weight.data.mul_(2)
+        with packed_linears():
+            assert torch.equal(other(x), nn.functional.linear(x, other.weight, other.bias))
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+def test_what_gains_nothing_is_left_alone():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    layers = nn.ModuleList([linear(32, 32, False, torch.float32), Own(4, 4).bfloat16()])
+    pack([layers])
+    assert not any(hasattr(layer, "packed_weight") for layer in layers)
+    layer = linear(32, 32, False)
+    pack([layer])
+    pack([layer.float()])
+    assert not hasattr(layer, "packed_weight"), "no longer bfloat16"
+
+
+def test_a_compiled_step_follows_weights_that_change(ragged):
+    """The kept step, with the packed weights of now, gives the text of a step compiled now."""
+    model = tiny_llama().bfloat16()
+    options = dict(do_sample=False, max_new_tokens=8, executor="compiled")
+    first = paceline.generate(model, *ragged, **options)
+    assert model.lm_head.packed_weight.tensor is not None
+    for parameter in model.parameters():
+        parameter.data.mul_(-1.5)
+    second = paceline.generate(model, *ragged, **options)
+    runs.reset(model)
+    for module in model.modules():
+        module.__dict__.pop("packed_weight", None)
+    assert torch.equal(second, paceline.generate(model, *ragged, **options))
+    assert not torch.equal(first, second)
