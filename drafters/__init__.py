@@ -26,6 +26,7 @@ def load_drafter(name_or_path: str | Path, target):
     from .complete import complete
     from .draft_model import ModelDrafter
     from .folder import read_folder
+    from .known_tokens import read_known
 
     name_or_path = shipped_folder(name_or_path) or name_or_path
     name = Path(str(name_or_path)).name
@@ -36,9 +37,9 @@ def load_drafter(name_or_path: str | Path, target):
             from .medusa import MedusaDrafter, MedusaHeads
 
             return MedusaDrafter(MedusaHeads.load(folder, target), name, folder.rates())
-    rates = folder.rates() if folder is not None else None
-    drafter = ModelDrafter(complete(name_or_path, target), name, rates)
     vocab = target.config.get_text_config().vocab_size
+    rates, known = (folder.rates(), read_known(folder.path, vocab)) if folder is not None else (None, None)
+    drafter = ModelDrafter(complete(name_or_path, target), name, rates, known)
     if drafter.vocab_size != vocab:
         raise ValueError(
             f"drafter {name_or_path} has a vocabulary of {drafter.vocab_size} tokens and the target one of {vocab}; "

@@ -14,18 +14,24 @@ from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TreeShape
 from ..spec.verify import Verdict
+from .known_tokens import trimmed_head
 from .static_tree import StaticTree, check_children
 
 
 class ModelDrafter:
     """`model` is any causal LM with the target's vocabulary that passes the same self-test as a target. `rates` is
-    the acceptance p[depth][rank] that the default tree is planned from, a chain where there is none."""
+    the acceptance p[depth][rank] that the default tree is planned from, a chain where there is none. With
+    `vocabulary` (V',), ascending ids, it drafts these tokens only, and its LM head is replaced by one that gives
+    their logits."""
 
     deepest = 4  # levels of the default tree: each costs a forward
 
-    def __init__(self, model, name: str = "draft model", rates: Rates | None = None):
+    def __init__(self, model, name: str = "draft model", rates: Rates | None = None, vocabulary: Tensor | None = None):
         attach(model)
         self.model = model
+        self.vocabulary = None if vocabulary is None else vocabulary.to(model.device)
+        if vocabulary is not None:
+            model.set_output_embeddings(trimmed_head(model.get_output_embeddings(), self.vocabulary))
         self.name = name
         self.default_shape = default_tree(rates, self.deepest) if rates else TreeShape.chain(self.deepest)
         self.vocab_size = model.config.get_text_config().vocab_size
@@ -35,18 +41,19 @@ class ModelDrafter:
             raise ValueError(
                 f"drafter {self.name} is on {self.model.device} and the target on {request.device}; move it"
             )
-        check_children(request.shape, request.vocab_size)
+        check_children(request.shape, request.vocab_size if self.vocabulary is None else len(self.vocabulary))
         if isinstance(request.shape, DynamicShape):
             from .dynamic_tree import DynamicDraftSession
 
-            return DynamicDraftSession(self.model, request)
-        return StaticDraftSession(self.model, request)
+            return DynamicDraftSession(self.model, request, self.vocabulary)
+        return StaticDraftSession(self.model, request, self.vocabulary)
 
 
 class ModelDraftSession:
     """What every run of a draft model has: a cache, and how a step begins."""
 
-    def __init__(self, model, request: DraftRequest):
+    def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
+        self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
         self.slots = SlotModel(model, request.capacity)
         self.shape = request.shape
         self.sampling = request.sampling
@@ -56,7 +63,7 @@ class ModelDraftSession:
 
     def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
         """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
-        the last tree. A row of one token has none before it: that column is padding. (B, 1, V)"""
+        the last tree. A row of one token has none before it: that column is padding. (B, 1, V')"""
         pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
         tokens = state.tokens.gather(1, pair.clamp(min=0))
         return self.slots.forward_text(tokens, pair, keep=1)
@@ -65,17 +72,17 @@ class ModelDraftSession:
 class StaticDraftSession(ModelDraftSession):
     """A fixed tree: the inner nodes of each level are forwarded together."""
 
-    def __init__(self, model, request: DraftRequest):
-        super().__init__(model, request)
-        self.static = StaticTree(request)
+    def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
+        super().__init__(model, request, vocabulary)
+        self.static = StaticTree(request, vocabulary)
 
     def propose(self, state: DecodeState) -> Proposal:
         base = state.lengths - 1
 
         def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
             if depth == 0:
-                return self._root_logits(state, base)  # (B, 1, V)
-            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner)  # (B, n, V)
+                return self._root_logits(state, base)  # (B, 1, V')
+            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner)  # (B, n, V')
 
         return self.static.fill(state, logits_of)
 

@@ -22,8 +22,8 @@ _EDGE = 1e-3
 class DynamicDraftSession(ModelDraftSession):
     """`request.shape` is a `DynamicShape`: N nodes, D levels, W paths forwarded a level, W children each."""
 
-    def __init__(self, model, request: DraftRequest):
-        super().__init__(model, request)
+    def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
+        super().__init__(model, request, vocabulary)
         shape, device = request.shape, request.device
         forwarded = 1 + shape.width * (shape.max_depth - 1)
         self.forward_parents = torch.full((request.batch, forwarded), -1, device=device)  # (B, F)
@@ -54,10 +54,11 @@ class DynamicDraftSession(ModelDraftSession):
         return Proposal(torch.cat([state.roots(), tokens], dim=1), tree, "deterministic", "own")
 
     def _children(self, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The W most probable children of each node and their path scores: (B, n, V), (B, n) -> (B, n * W) each."""
+        """The W most probable children of each node and their path scores: (B, n, V'), (B, n) -> (B, n * W) each."""
         log_probs = (logits / self.sampling.temperature).log_softmax(-1)
         best = log_probs.topk(self.shape.width, dim=-1)
-        return best.indices.flatten(1), (scores[..., None] + best.values - _EDGE).flatten(1)
+        tokens = best.indices if self.vocabulary is None else self.vocabulary[best.indices]
+        return tokens.flatten(1), (scores[..., None] + best.values - _EDGE).flatten(1)
 
     def commit(self, state: DecodeState, verdict: Verdict) -> None:
         self.slots.cache.compact(state.lengths - 1, self.slot_of_node.gather(1, verdict.path))

@@ -28,6 +28,7 @@ from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape
 from ..spec.verify import Verdict
 from .folder import DrafterFolder, target_identity, write_folder
+from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree
 
 # What heads are like, roughly: the default tree where no acceptance has been measured.
@@ -73,9 +74,7 @@ class MedusaHeads(nn.Module):
         ids = torch.arange(self.vocab_size, device=device) if vocabulary is None else vocabulary.to(device)
         check_vocabulary(ids, self.vocab_size)
         self.register_buffer("vocabulary", ids, persistent=self.trimmed)
-        place = torch.full((self.vocab_size,), len(ids), device=device)
-        place[ids] = torch.arange(len(ids), device=device)
-        self.register_buffer("place", place, persistent=False)  # (V,): where an id stands in V', or V'
+        self.register_buffer("place", places(ids, self.vocab_size), persistent=False)  # (V,)
         rows = head.weight.detach()[ids] if self.trimmed else head.weight.detach()  # (V', H), not stored
         if settings.own_heads:
             self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))  # (K, V', H)
@@ -188,13 +187,6 @@ class HydraHeads(MedusaHeads):
 
 
 KINDS: dict[str, type[MedusaHeads]] = {"independent": MedusaHeads, "markov": MarkovHeads, "hydra": HydraHeads}
-
-
-def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
-    """Raise ValueError unless `ids` are ascending token ids of a vocabulary of `vocab_size`."""
-    rising = len(ids) > 0 and bool((ids[1:] > ids[:-1]).all())
-    if ids.is_floating_point() or not rising or ids[0] < 0 or ids[-1] >= vocab_size:
-        raise ValueError(f"a head vocabulary must be ascending token ids from 0 to {vocab_size - 1}, each once")
 
 
 class MedusaDrafter:

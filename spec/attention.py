@@ -2,19 +2,23 @@
 
 transformers' sdpa repeats keys and values for every query head whenever a mask is given, over the whole
 preallocated buffer. Here the query heads of a group are packed beside their tree nodes instead, so that
-each key is read once: (B, H, n, D) becomes (B, Hkv, H/Hkv * n, D). It answers to "sdpa" in transformers'
-attention registry while a slot forward runs, and hands everything else to the stock function. Importing
-this module puts it there.
+each key is read once: (B, H, n, D) becomes (B, Hkv, H/Hkv * n, D). On a CPU a few queries are attended by code
+of our own, which also looks at no slot beyond those in use. It answers to "sdpa" in transformers' attention
+registry while a slot forward runs, and hands everything else to the stock function. Importing this module puts
+it there.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from . import native
 from .masks import active_view
 
 _stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 LONGEST = 128  # query tokens; beyond it a prompt is read, where the stock kernel is as good
+FEW = 64  # queries of a group of heads, for which our own code is faster
 
 
 def packed_attention(
@@ -31,8 +35,13 @@ def packed_attention(
     boolean mask (B, 1, n, T); returns (B, n, H, Dv) and no weights."""
     batch, heads, nodes, width = query.shape
     groups = heads // key.shape[1]
-    plain = groups == 1 or nodes > LONGEST or kwargs.get("position_bias") is not None
-    if plain or active_view() is None or attention_mask is None:
+    other = attention_mask is None or kwargs.get("position_bias") is not None or nodes > LONGEST
+    if active_view() is None or other:
+        return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if groups * nodes <= FEW and native.can_attend(query, key, value, attention_mask):
+        scale = width**-0.5 if scaling is None else scaling
+        return torch.ops.paceline.slot_attention(query, key, value, attention_mask, scale), None
+    if groups == 1:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     packed = query.reshape(batch, key.shape[1], groups * nodes, width)
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * nodes, -1)

@@ -140,7 +140,7 @@ class _Call:
         if self.shape is None:
             self._plan(model, sampler, new_tokens * len(prompt))
         check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
-        slots = prompt.shape[1] + new_tokens + len(self.shape) + 1
+        slots = prompt.shape[1] + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
         what = self.drafter, self.shape, self.rule, self.executor
         asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, placed(model))

@@ -83,7 +83,7 @@ def decode_texts(
             break
         rows = min(batch, len(group))
         sampler = _sampler(temperature, top_p, rows, model.device)
-        capacity = max(text.room for text in group) + len(shape) + 1
+        capacity = max(text.room for text in group) + shape.slots + 1
         asked = RunSpec(
             drafter, shape, "match", executor, rows, capacity, len(ends), False, sampler.signature, placed(model)
         )  # fmt: skip

@@ -8,7 +8,10 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 import torch
 from torch import Tensor
 
-from . import attention  # noqa: F401  (answers to "sdpa" while a slot forward runs)
+from . import (
+    attention,  # noqa: F401  (answers to "sdpa" while a slot forward runs)
+    native,
+)
 from .cache import SlotCache
 from .hidden import last_heard, listen, listening
 from .masks import SlotView, showing
@@ -32,6 +35,8 @@ class SlotModel:
         self.hidden: Tensor | None = None  # (B, n, H)
         if keep_hidden:
             listen(model)
+        if model.device.type == "cpu":
+            native.prepare()
 
     def forward(
         self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int | Tensor = 0

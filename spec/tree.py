@@ -85,6 +85,11 @@ class TreeShape:
     def __len__(self) -> int:
         return len(self.parents)
 
+    @property
+    def slots(self) -> int:
+        """How many cache slots a step may write, from the root's on."""
+        return len(self)
+
     @cached_property
     def depths(self) -> tuple[int, ...]:
         depths = [0]
@@ -138,6 +143,11 @@ class DynamicShape:
 
     def __len__(self) -> int:
         return self.nodes
+
+    @property
+    def slots(self) -> int:
+        """How many cache slots a step may write, from the root's on, the drafter's forwards included."""
+        return max(self.nodes, 1 + self.width * (self.max_depth - 1))
 
     @property
     def max_children(self) -> int:

@@ -66,7 +66,8 @@ def whole_rows(input_ids):
 def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
     """Heads of three levels that have learned a little of the model's own text: right now and then."""
     from paceline.drafters.medusa import HeadSettings, MedusaHeads
-    from paceline.training.medusa import MedusaObjective, frequent_tokens
+    from paceline.training.known_tokens import frequent_tokens
+    from paceline.training.medusa import MedusaObjective
 
     torch.manual_seed(seed)
     vocab = model.config.vocab_size

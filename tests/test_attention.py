@@ -1,10 +1,10 @@
-"""Grouped-query attention against transformers' own sdpa, and that decoding really runs it."""
+"""Grouped-query attention against transformers' own sdpa, our C++ against the formula, and that decoding runs them."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paceline.spec import attention
+from paceline.spec import attention, native
 from paceline.spec.masks import SlotView, showing
 from paceline.spec.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
@@ -70,3 +70,100 @@ def test_short_blocks_never_reach_the_stock_attention(monkeypatch, nodes, stock_
     with torch.no_grad():
         model(torch.ones(1, 5, dtype=torch.long))
     assert len(calls) == model.config.num_hidden_layers  # not ours outside a slot forward
+
+
+def plain_attention(query, key, value, mask, scale):
+    """The formula, query by query, in float64: (B, H, n, D), (B, Hkv, T, D), (B, Hkv, T, Dv) -> (B, n, H, Dv)."""
+    batch, heads, nodes, _ = query.shape
+    out = torch.zeros(batch, nodes, heads, value.shape[-1], dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            group = h // (heads // key.shape[1])
+            for i in range(nodes):
+                seen = mask[b, 0, i]
+                if seen.any():
+                    scores = key[b, group, seen].double() @ query[b, h, i].double() * scale
+                    out[b, i, h] = scores.softmax(0) @ value[b, group, seen].double()
+    return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_source():
+    native.prepare()
+    if native._loaded is None:
+        pytest.skip("no C++ compiler here")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    nodes=st.sampled_from([1, 2, 7, 16]),
+    slots=st.sampled_from([1, 15, 16, 17, 127, 128, 129, 300]),
+    widths=st.tuples(st.sampled_from([4, 16, 20, 64, 80]), st.sampled_from([4, 64, 130])),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seen=st.floats(0.0, 1.0),
+    seed=st.integers(0, 1000),
+)
+def test_our_own_attention_is_the_formula(batch, kv_heads, groups, nodes, slots, widths, dtype, seen, seed):
+    """Keys and values lie as in the slot cache, the slots behind the last one seen hold NaN, and a query that sees
+    nothing gives zeros."""
+    torch.manual_seed(seed)
+    query = torch.randn(batch, nodes, kv_heads * groups, widths[0]).to(dtype).transpose(1, 2) * 3
+    key, value = (torch.randn(batch, slots, kv_heads, width).to(dtype).transpose(1, 2) for width in widths)
+    mask = torch.rand(batch, 1, nodes, slots) < seen
+    reach = torch.randint(0, slots + 1, (batch,))
+    mask &= torch.arange(slots) < reach[:, None, None, None]
+    wanted = plain_attention(query, key, value, mask, 0.3)
+    for row in range(batch):
+        last = int(mask[row].any(0).any(0).nonzero().max()) + 1 if mask[row].any() else 0
+        key[row, :, last:] = value[row, :, last:] = float("nan")
+    assert native.can_attend(query, key, value, mask)
+    got = torch.ops.paceline.slot_attention(query, key, value, mask, 0.3)
+    assert got.dtype == dtype and got.is_contiguous()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.double(), wanted, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("place", ["query", "key", "value"])
+def test_our_own_attention_hides_no_nan(place):
+    tensors = {name: torch.randn(2, 3, 40, 8) for name in ("query", "key", "value")}
+    tensors["query"] = torch.randn(2, 6, 2, 8)
+    tensors[place][1, 1, 1, 1] = float("nan")
+    mask = torch.ones(2, 1, 2, 40, dtype=torch.bool)
+    out = torch.ops.paceline.slot_attention(*tensors.values(), mask, 0.5)
+    assert out[0].isfinite().all() and out[1].isnan().any()
+
+
+@torch.no_grad()
+def test_a_short_block_is_attended_by_our_own_code_and_a_long_one_is_not(monkeypatch):
+    model = tiny_llama()
+    calls = []
+    monkeypatch.setattr(native, "can_attend", lambda *tensors: calls.append(tensors) or True)
+    slots, tree = SlotModel(model, 200), TokenTree.of(TreeShape.chain(4), torch.device("cpu"))
+    slots.forward_nodes(torch.ones(1, 5, dtype=torch.long), torch.tensor([0]), tree)
+    assert len(calls) == model.config.num_hidden_layers
+    slots.forward_text(torch.ones(1, 100, dtype=torch.long), torch.arange(100)[None])
+    assert len(calls) == model.config.num_hidden_layers, "a prompt is read by the general kernel"
+
+
+def test_without_a_compiler_there_is_no_own_attention(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "_loaded", native._loaded)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    native._library_file.cache_clear()
+    native.prepare()
+    query = torch.randn(1, 2, 1, 8)
+    assert native._loaded is None and not native.can_attend(query, query, query, torch.ones(1, 1, 1, 1).bool())
+    native._library_file.cache_clear()
+
+
+def test_source_that_does_not_compile_is_no_error(monkeypatch, tmp_path):
+    broken = tmp_path / "attention.cpp"
+    broken.write_text("this is no C++")
+    monkeypatch.setattr(native, "SOURCE", broken)
+    monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
+    native._library_file.cache_clear()
+    assert native._library_file() is None
+    native._library_file.cache_clear()

@@ -6,6 +6,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.complete import complete
+from paceline.spec import step as step_module
 from paceline.spec.models import load_target
 from paceline.training.draft_lm import DraftObjective, chain_statistics, from_layers, next_tokens
 from paceline.training.objective import NO_LABEL, acceptance
@@ -217,3 +218,92 @@ def test_a_folder_without_the_targets_weights_is_completed_by_it(model, tmp_path
 def test_mistakes_are_named(model, settings, words):
     with pytest.raises(ValueError, match=words):
         build(model, **settings)
+
+
+KNOWN = {"sizes": SIZES | {"hidden_size": 16}, "embeddings": "target", "head": "target", "known_tokens": 12}
+
+
+@pytest.fixture
+def trimmed(model, batch):
+    """A draft that knows 12 tokens, trained until it is right now and then, and the rows that say which."""
+    hidden = model.config.hidden_size
+    settings = {**KNOWN, "sizes": {**SIZES, "hidden_size": hidden}, "save": {"without_target_weights": True}}
+    rows = [{name: batch[name][row] for name in ("input_ids", "loss_mask")} for row in range(len(batch["input_ids"]))]
+    objective = DraftObjective.build({"kind": "draft_lm", **settings}, model, rows)
+    optimizer = torch.optim.Adam([p for p in objective.parameters() if p.requires_grad], 0.02)
+    for _ in range(15):
+        losses = objective(batch, None)
+        (losses.total / losses.counted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return objective.eval()
+
+
+def test_a_trimmed_draft_learns_and_ranks_what_it_knows(model, batch, trimmed):
+    """Loss and ranks against the whole logits of the same network, cut to the known ids by hand."""
+    labels, counted = next_tokens(batch)
+    own, ids = labels[counted], trimmed.known.ids
+    assert len(ids) == 12
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
+    with torch.no_grad():
+        logits = trimmed.model(**inputs).logits[:, :-1][counted][:, ids]  # (N, 12)
+        theirs = model(**inputs).logits[:, :-1][counted][:, ids].log_softmax(-1)
+        losses = trimmed(batch, None)
+        ranks = trimmed.label_ranks(batch, None)[:, 0]
+    known = (own[:, None] == ids).any(1)
+    assert 0 < known.sum() < len(own), "some labels are known and some are not"
+    place = (own[known][:, None] == ids).long().argmax(1)
+    wanted = -logits[known].log_softmax(-1).gather(1, place[:, None]).sum()
+    torch.testing.assert_close(losses.total, wanted)
+    assert losses.counted == known.sum() and losses.tried[0] == len(own)
+    assert losses.hits[0] == (logits[known].argmax(1) == place).sum()
+    better = (logits[known] > logits[known].gather(1, place[:, None])).sum(1)
+    assert torch.equal(ranks[known], better) and (ranks[~known] == model.config.vocab_size).all()
+    trimmed.losses = {"forward_kl": 1.0}
+    seen = OnlineTarget(model).view(batch, "train", [0, 1, 2])
+    q = logits[known].log_softmax(-1)
+    divergence = (theirs[known].exp() * (theirs[known] - q)).sum()
+    torch.testing.assert_close(trimmed(batch, seen).total.detach(), divergence)
+
+
+@pytest.mark.parametrize("tree", ["3x2", "chain:3", "dynamic:9x3x3"])
+def test_a_trimmed_draft_drafts_what_it_knows_and_loses_nothing(model, trimmed, tmp_path, tree):
+    trimmed.save(tmp_path / "draft")
+    drafter = paceline.load_drafter(tmp_path / "draft", model)
+    ids = trimmed.known.ids
+    assert torch.equal(drafter.vocabulary, ids) and drafter.model.get_output_embeddings().weight.shape[0] == 12
+    prompt = torch.tensor([[5, 9, 11, 4]])
+    options = {"max_new_tokens": 20, "do_sample": True, "seed": 3, "return_dict_in_generate": True}
+    for sampled in (True, False):
+        options["do_sample"] = sampled
+        plain = paceline.generate(model, prompt, drafter=None, **options)
+        out = paceline.generate(model, prompt, drafter=drafter, tree=tree, **options)
+        assert torch.equal(out.sequences, plain.sequences)
+        drafted = {token for event in out.trace.events for token in event.tokens[1:]}
+        assert drafted <= set(ids.tolist())
+    whole = complete(tmp_path / "draft", model)
+    torch.testing.assert_close(whole(prompt).logits[..., ids], drafter.model(prompt).logits)
+
+
+def test_a_trimmed_draft_hands_over_the_law_of_all_tokens(model, trimmed, tmp_path, monkeypatch):
+    """Under `residual` tokens that the draft does not know are impossible, and its own law is over the others."""
+    trimmed.save(tmp_path / "draft")
+    drafter = paceline.load_drafter(tmp_path / "draft", model)
+    proposals, real = [], step_module.verify
+    monkeypatch.setattr(step_module, "verify", lambda rule, scores, proposal, *rest: proposals.append(proposal) or
+                        real(rule, scores, proposal, *rest))  # fmt: skip
+    prompt = torch.tensor([[5, 9, 11, 4]])
+    options = dict(max_new_tokens=12, do_sample=True, seed=1, verify="residual")
+    paceline.generate(model, prompt, drafter=drafter, tree="2x1", **options)
+    law, ids = proposals[0].draft_logits[0, 0], trimmed.known.ids
+    torch.testing.assert_close(law[ids], drafter.model(prompt).logits[0, -1])
+    assert law.isfinite().sum() == len(ids)
+
+
+def test_bad_known_tokens_are_named(model, trimmed, tmp_path):
+    with pytest.raises(ValueError, match="known_tokens needs the target's LM head"):
+        build(model, sizes=SIZES, known_tokens=5)
+    trimmed.save(tmp_path / "draft")
+    (tmp_path / "draft" / "known_tokens.safetensors").write_bytes(b"junk")
+    with pytest.raises(ValueError, match=r"known_tokens.safetensors cannot be read .* fetch the drafter again"):
+        paceline.load_drafter(tmp_path / "draft", model)

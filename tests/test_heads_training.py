@@ -9,7 +9,8 @@ import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.spec.tree import TreeShape
 from paceline.training import medusa
-from paceline.training.medusa import MedusaObjective, frequent_tokens
+from paceline.training.known_tokens import frequent_tokens
+from paceline.training.medusa import MedusaObjective
 from paceline.training.objective import NO_LABEL, Losses, acceptance, labelled
 
 from conftest import fitted_heads, target_view, tiny_llama, whole_rows

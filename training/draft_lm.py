@@ -20,10 +20,12 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from ..drafters.complete import complete
 from ..drafters.folder import FORMAT, target_identity
+from ..drafters.known_tokens import places, trimmed_head, write_known
 from .config import read
+from .known_tokens import frequent_tokens
 from .losses import check_mixture, mixed_loss
 from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, windows
-from .target import last_hidden_state
+from .target import ScaledHead, last_hidden_state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +55,7 @@ class Settings:
     start: str | None = None  # the folder of an earlier draft, for example a pretrained one
     embeddings: Literal["own", "target"] = "own"  # target: the target's, frozen
     head: Literal["own", "target"] = "own"
+    known_tokens: int | None = None  # draft only so many of the commonest in the data; None is the whole vocabulary
     losses: dict[str, float] = field(default_factory=lambda: {"cross_entropy": 1.0})  # weights, see losses.py
     depths: int = 4  # steps of a chain to report
     chunk: int = 256  # tokens whose logits are held at once
@@ -62,9 +65,10 @@ class Settings:
 class DraftObjective(Objective):
     """`model` is the draft; `target` is asked for its identity and tokenizer only."""
 
-    def __init__(self, model, settings: Settings, target):
+    def __init__(self, model, settings: Settings, target, vocabulary: Tensor | None = None):
         super().__init__()
         self.model = model
+        self.known = None if vocabulary is None else Known(model, vocabulary)
         self.depths = settings.depths
         self.losses = check_mixture(settings.losses)
         self.needs = "nothing" if set(self.losses) == {"cross_entropy"} else "logits"
@@ -81,8 +85,8 @@ class DraftObjective(Objective):
     @classmethod
     def build(cls, settings: dict, target, rows: Iterable[dict] = ()) -> "DraftObjective":
         """The objective that the `objective` section of a configuration describes, in float32 on the target's
-        device; a draft model needs no `rows` of training data to begin with. Raises ValueError for settings that
-        do not fit the target or one another."""
+        device; `rows` of training data say which tokens are common. Raises ValueError for settings that do not fit
+        the target or one another."""
         read_ = read(Settings, settings, "objective")
         given = [name for name in ("sizes", "layers", "start") if getattr(read_, name) is not None]
         if len(given) != 1:
@@ -94,22 +98,36 @@ class DraftObjective(Objective):
                 "objective.save.without_target_weights leaves out what is frozen from the target, and nothing is; "
                 "set objective.embeddings or objective.head to target"
             )
+        if read_.known_tokens is not None and read_.head != "target":
+            raise ValueError("objective.known_tokens needs the target's LM head; set objective.head to target")
         model = _network(read_, target).to(target.device).train()
         _share(model, read_, target)
-        return cls(model, read_, target)
+        vocabulary = None
+        if read_.known_tokens is not None:
+            size = target.config.get_text_config().vocab_size
+            vocabulary = frequent_tokens(rows, read_.known_tokens, size).to(target.device)
+        return cls(model, read_, target, vocabulary)
 
     def forward(self, batch: Batch, seen: TargetView | None) -> Losses:
+        """Labels that the draft does not know count as misses and have no loss."""
         labels, counted = next_tokens(batch)  # (B, T-1)
-        hidden = last_hidden_state(self.model, batch["input_ids"], batch["position_ids"])[:, :-1][counted]  # (N, H)
-        theirs = (None, None) if seen is None else (seen.hidden[:, :-1][counted], seen.lm_head)
-        head = self.model.get_output_embeddings()
-        total, top = mixed_loss(self.losses, hidden, head, labels[counted], *theirs, chunk=self.chunk)
-        right = torch.zeros_like(counted).masked_scatter(counted, top == labels[counted])
-        return Losses(total, counted.sum(), *chain_statistics(right, counted, self.depths))
+        head, judged = self.model.get_output_embeddings(), counted
+        if self.known is not None:
+            head, labels = self.known.head, self.known.place[labels]
+            judged = counted & (labels < len(self.known.ids))
+        hidden = last_hidden_state(self.model, batch["input_ids"], batch["position_ids"])[:, :-1][judged]  # (N, H)
+        theirs = (None, None)
+        if seen is not None:
+            law = seen.lm_head if self.known is None else self.known.law(seen.lm_head)
+            theirs = seen.hidden[:, :-1][judged], law
+        total, top = mixed_loss(self.losses, hidden, head, labels[judged], *theirs, chunk=self.chunk)
+        right = torch.zeros_like(counted).masked_scatter(judged, top == labels[judged])
+        return Losses(total, judged.sum(), *chain_statistics(right, counted, self.depths))
 
     @torch.no_grad()
     def label_ranks(self, batch: Batch, seen: TargetView | None) -> Tensor:
-        return draft_ranks(self.model, batch, self.depths, self.chunk)
+        head, known = (None, None) if self.known is None else (self.known.head, self.known.ids)
+        return draft_ranks(self.model, batch, self.depths, self.chunk, head, known)
 
     def parameter_groups(self) -> dict[str, list[nn.Parameter]]:
         """`embeddings`, `head` (where it is not tied to them) and `layers`, as far as they are trained."""
@@ -131,6 +149,8 @@ class DraftObjective(Objective):
             kept = {name: tensor for name, tensor in load_file(file).items() if name not in left_out}
             save_file(kept, unfinished, metadata={"format": "pt"})
             os.replace(unfinished, file)
+        if self.known is not None:
+            write_known(folder, self.known.ids)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -142,16 +162,43 @@ def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     return batch["input_ids"][:, 1:], counted
 
 
+class Known:
+    """The tokens that a draft is to know, `ids` (V',), and LM heads of these alone. Holds no parameters of a module."""
+
+    def __init__(self, model, ids: Tensor):
+        head = model.get_output_embeddings()
+        self.ids, self.head = ids, trimmed_head(head, ids)
+        self.place = places(ids, len(head.weight))  # (V,)
+        self._law: nn.Module | None = None
+
+    def law(self, head: nn.Module) -> nn.Module:
+        """The target's LM head, for these tokens alone; their law given that one of them comes."""
+        if self._law is None:
+            self._law = copy.copy(head) if isinstance(head, ScaledHead) else trimmed_head(head, self.ids)
+            if isinstance(head, ScaledHead):
+                self._law._modules = {"linear": trimmed_head(head.linear, self.ids)}
+        return self._law
+
+
 @torch.no_grad()
-def draft_ranks(model, batch: Batch, depths: int, chunk: int = 256) -> Tensor:
-    """`Objective.label_ranks` of any causal LM that drafts: (n, depths), ties in the order of ids."""
+def draft_ranks(
+    model, batch: Batch, depths: int, chunk: int = 256, head: nn.Module | None = None, known: Tensor | None = None
+) -> Tensor:
+    """`Objective.label_ranks` of any causal LM that drafts: (n, depths), ties in the order of ids.
+
+    `head` (the model's own if None) gives the logits of the tokens `known` (V',), or of all."""
     labels, counted = next_tokens(batch)  # (B, T-1)
     hidden = last_hidden_state(model, batch["input_ids"], batch["position_ids"])[:, :-1][counted]  # (N, H)
-    head, ranks = model.get_output_embeddings(), []
+    vocab_size = model.config.get_text_config().vocab_size
+    place = None if known is None else places(known, vocab_size)
+    head, ranks = head or model.get_output_embeddings(), []
     for states, own in zip(hidden.split(chunk), labels[counted, None].split(chunk)):
-        logits = head(states)  # (n, V)
-        mine, earlier = logits.gather(1, own), torch.arange(logits.shape[1], device=own.device) < own
-        ranks.append(((logits > mine) | ((logits == mine) & earlier)).sum(-1))
+        logits = head(states)  # (n, V')
+        own = own if place is None else place[own]
+        mine = logits.gather(1, own.clamp(max=logits.shape[1] - 1))
+        earlier = torch.arange(logits.shape[1], device=own.device) < own
+        before = ((logits > mine) | ((logits == mine) & earlier)).sum(-1)
+        ranks.append(torch.where(own[:, 0] < logits.shape[1], before, vocab_size))
     at = labels.new_full(labels.shape, NO_LABEL)
     if ranks:
         at[counted] = torch.cat(ranks)

@@ -28,7 +28,8 @@ def judge_of(drafter, model, depths: int) -> Judge | None:
     """What ranks the tokens of a text by `drafter` for the target `model`, in the arithmetic of decoding; heads give
     as many depths as they are. None for a drafter that nothing but decoding can judge."""
     if isinstance(drafter, ModelDrafter):
-        return lambda batch: (draft_ranks(drafter.model, batch, depths), next_tokens(batch)[1])
+        known = {"known": drafter.vocabulary}
+        return lambda batch: (draft_ranks(drafter.model, batch, depths, **known), next_tokens(batch)[1])
     if not isinstance(drafter, MedusaDrafter):
         return None
     heads, target = drafter.heads, OnlineTarget(model)

@@ -1,0 +1,55 @@
+"""Drafters that know only a part of the vocabulary: a smaller LM head is what makes their drafts cheap.
+
+Nothing is lost by it: a token that is never drafted is added by the target (FR-Spec, arXiv:2502.14856). The known ids
+are ascending, so that a token's place among them keeps the order of ids. Knows nothing of networks or training.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+FILE = "known_tokens.safetensors"  # in the folder of a draft model
+
+
+def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
+    """Raise ValueError unless `ids` are ascending token ids of a vocabulary of `vocab_size`."""
+    rising = ids.ndim == 1 and len(ids) > 0 and bool((ids[1:] > ids[:-1]).all())
+    if ids.is_floating_point() or not rising or ids[0] < 0 or ids[-1] >= vocab_size:
+        raise ValueError(f"a head vocabulary must be ascending token ids from 0 to {vocab_size - 1}, each once")
+
+
+def places(ids: Tensor, vocab_size: int) -> Tensor:  # (V',) -> (V,)
+    """Where each token stands in `ids`; V' for those that are not there."""
+    place = torch.full((vocab_size,), len(ids), device=ids.device)
+    place[ids] = torch.arange(len(ids), device=ids.device)
+    return place
+
+
+def trimmed_head(head: nn.Module, ids: Tensor) -> nn.Linear:
+    """A frozen copy of a linear LM head that gives the logits of the tokens `ids` (V',) only."""
+    weight, bias = head.weight.detach()[ids], getattr(head, "bias", None)
+    made = nn.Linear(weight.shape[1], len(ids), bias is not None, device=weight.device, dtype=weight.dtype)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        made.bias = nn.Parameter(bias.detach()[ids], requires_grad=False)
+    return made
+
+
+def write_known(folder: str | Path, ids: Tensor) -> None:
+    save_file({"ids": ids.to("cpu", torch.int32)}, Path(folder) / FILE)
+
+
+def read_known(folder: str | Path, vocab_size: int) -> Tensor | None:
+    """The ids (V',) in the folder of a draft model; None where it knows all. Raises ValueError for a damaged list."""
+    file = Path(folder) / FILE
+    if not file.is_file():
+        return None
+    try:
+        ids = load_file(file)["ids"].long()
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{file} cannot be read ({error}); fetch the drafter again") from error
+    check_vocabulary(ids, vocab_size)
+    return ids
