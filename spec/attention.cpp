@@ -3,7 +3,7 @@
 // Decoding attends with 1 to some dozens of queries to hundreds of slots, for which general kernels spend more on
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
 // group; a row is read as far as one of its queries sees; rows are cut into chunks so that all threads have work.
-// Sums are in float32. Compiled and called by attention.py; knows nothing of torch.
+// Sums are in float32, for float32 models in float64. Compiled and called by attention.py; knows nothing of torch.
 
 #include <algorithm>
 #include <cmath>
@@ -101,47 +101,55 @@ void read_values(const T* from, int64_t stride, int64_t count, int64_t width, in
 }
 
 // sums[i] += sum over j of weights[j] * block[j][i], for LANES numbers i: these stay in registers.
-inline void accumulate(const float* weights, const float* block, int64_t count, int64_t stride, float* sums) {
-    float own[LANES] = {};
+template <typename Sum, typename Out>
+inline void accumulate(const float* weights, const float* block, int64_t count, int64_t stride, Out* sums) {
+    Sum own[LANES] = {};
     for (int64_t j = 0; j < count; j++)
-        for (int64_t i = 0; i < LANES; i++) own[i] += weights[j] * block[j * stride + i];
-    for (int64_t i = 0; i < LANES; i++) sums[i] = own[i];
+        for (int64_t i = 0; i < LANES; i++) own[i] += Sum(weights[j]) * Sum(block[j * stride + i]);
+    for (int64_t i = 0; i < LANES; i++) sums[i] = Out(own[i]);
 }
 
 // One chunk for the queries of one group: `part` gets, a query, the highest score, the sum of the exponentials and
 // the sum of the values.
-template <typename T>
-void attend_chunk(const T* query, const T* key, const T* value, const uint8_t* mask, float scale, const Sizes& s,
-                  int64_t count, float* block, float* scores, float* part) {
+template <typename T, typename Sum>
+void attend_chunk(const T* query, const T* key, const T* value, const uint8_t* mask, double scale, const Sizes& s,
+                  int64_t count, float* block, Sum* scores, float* weights, float* part) {
     const int64_t queries = s.heads / s.groups * s.nodes, padded = whole_lanes(s.value_width);
+    const Sum factor = Sum(scale);
     float own[MAX_WIDTH];
     for (int64_t t = 0; t < count; t++)
         for (int64_t d = 0; d < s.value_width; d += 64 / sizeof(T)) __builtin_prefetch(value + t * s.value[2] + d);
     read_keys(key, s.key[2], count, s.width, block);
     for (int64_t j = 0; j < queries; j++) {
         const T* from = query + j / s.nodes * s.query[1] + j % s.nodes * s.query[2];
-        for (int64_t d = 0; d < s.width; d++) own[d] = number(from[d]) * scale;
-        for (int64_t t = 0; t < count; t += LANES) accumulate(own, block + t, s.width, CHUNK, scores + j * CHUNK + t);
+        for (int64_t d = 0; d < s.width; d++) own[d] = number(from[d]);
+        for (int64_t t = 0; t < count; t += LANES)
+            accumulate<Sum>(own, block + t, s.width, CHUNK, scores + j * CHUNK + t);
     }
     read_values(value, s.value[2], count, s.value_width, padded, block);
     for (int64_t j = 0; j < queries; j++) {
         const uint8_t* seen = mask + j % s.nodes * s.mask[1];
-        float *p = scores + j * CHUNK, *mine = part + j * (padded + 2);
+        const Sum* score = scores + j * CHUNK;
+        float* mine = part + j * (padded + 2);
         float highest = -INFINITY, total = 0;
-        for (int64_t t = 0; t < count; t++) highest = seen[t] && p[t] > highest ? p[t] : highest;
+        for (int64_t t = 0; t < count; t++) {
+            const double scaled = float(score[t] * scale);
+            highest = seen[t] && scaled > highest ? scaled : highest;
+        }
 #pragma omp simd reduction(+ : total)
         for (int64_t t = 0; t < count; t++) {
-            p[t] = seen[t] ? exponential(p[t] - highest) : 0.0f;
-            total += p[t];
+            weights[t] = seen[t] ? exponential(float(score[t] * factor - highest)) : 0.0f;
+            total += weights[t];
         }
         mine[0] = highest;
         mine[1] = total;
-        for (int64_t d = 0; d < padded; d += LANES) accumulate(p, block + d, count, padded, mine + 2 + d);
+        for (int64_t d = 0; d < padded; d += LANES)
+            accumulate<Sum>(weights, block + d, count, padded, mine + 2 + d);
     }
 }
 
-template <typename T>
-void attend(const T* query, const T* key, const T* value, const uint8_t* mask, float scale, T* out, const Sizes& s) {
+template <typename T, typename Sum>
+void attend(const T* query, const T* key, const T* value, const uint8_t* mask, double scale, T* out, const Sizes& s) {
     const int64_t share = s.heads / s.groups, queries = share * s.nodes, padded = whole_lanes(s.value_width);
     const int64_t line = padded + 2;  // of a query's part
     const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK;
@@ -155,16 +163,17 @@ void attend(const T* query, const T* key, const T* value, const uint8_t* mask, f
     std::vector<float> parts(s.batch * s.groups * chunks * queries * line);
 #pragma omp parallel
     {
-        std::vector<float> block(CHUNK * std::max(s.width, padded)), scores(queries * CHUNK);
+        std::vector<float> block(CHUNK * std::max(s.width, padded)), weights(CHUNK);
+        std::vector<Sum> scores(queries * CHUNK);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * s.groups * chunks; task++) {
             const int64_t g = task % s.groups, c = task / s.groups % chunks, b = task / s.groups / chunks;
             const int64_t count = std::min(CHUNK, reach[b] - c * CHUNK);
             if (count <= 0) continue;
-            attend_chunk(query + b * s.query[0] + g * share * s.query[1],
+            attend_chunk<T, Sum>(query + b * s.query[0] + g * share * s.query[1],
                          key + b * s.key[0] + g * s.key[1] + c * CHUNK * s.key[2],
                          value + b * s.value[0] + g * s.value[1] + c * CHUNK * s.value[2],
-                         mask + b * s.mask[0] + c * CHUNK, scale, s, count, block.data(), scores.data(),
+                         mask + b * s.mask[0] + c * CHUNK, scale, s, count, block.data(), scores.data(), weights.data(),
                          parts.data() + task * queries * line);
         }
 #pragma omp for
@@ -195,13 +204,15 @@ void attend(const T* query, const T* key, const T* value, const uint8_t* mask, f
 }  // namespace
 
 extern "C" void attend_bfloat16(const void* query, const void* key, const void* value, const uint8_t* mask,
-                                float scale, void* out, const int64_t* sizes) {
-    attend((const uint16_t*)query, (const uint16_t*)key, (const uint16_t*)value, mask, scale, (uint16_t*)out,
-           *(const Sizes*)sizes);
+                                double scale, void* out, const int64_t* sizes) {
+    using Number = uint16_t;
+    attend<Number, float>((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
+                          *(const Sizes*)sizes);
 }
 
 extern "C" void attend_float32(const void* query, const void* key, const void* value, const uint8_t* mask,
-                               float scale, void* out, const int64_t* sizes) {
-    attend((const float*)query, (const float*)key, (const float*)value, mask, scale, (float*)out,
-           *(const Sizes*)sizes);
+                               double scale, void* out, const int64_t* sizes) {
+    using Number = float;
+    attend<Number, double>((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
+                           *(const Sizes*)sizes);
 }

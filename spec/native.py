@@ -65,7 +65,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, key, value, mask)]
     layout = (ctypes.c_int64 * 18)(*sizes, *strides)
     run = getattr(_loaded, DTYPES[query.dtype])
-    run(*places, ctypes.c_float(scale), ctypes.c_void_p(out.data_ptr()), layout)
+    run(*places, ctypes.c_double(scale), ctypes.c_void_p(out.data_ptr()), layout)
     return out
 
 

@@ -151,7 +151,7 @@ class DraftObjective(Objective):
             os.replace(unfinished, file)
         if self.known is not None:
             write_known(folder, self.known.ids)
-        if self.tokenizer is not None:
+        if self.tokenizer is not None and not left_out:  # nothing but load_drafter reads a folder with gaps
             self.tokenizer.save_pretrained(folder)
 
 
