@@ -3,7 +3,7 @@
 // Decoding attends with 1 to some dozens of queries to hundreds of slots, for which general kernels spend more on
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
 // group; a row is read as far as one of its queries sees; rows are cut into chunks so that all threads have work.
-// Sums are in float32, for float32 models in float64. Compiled and called by attention.py; knows nothing of torch.
+// Numbers are bfloat16, sums float32. Compiled and called by attention.py; knows nothing of torch.
 
 #include <algorithm>
 #include <cmath>
@@ -20,21 +20,19 @@ constexpr int64_t MAX_WIDTH = 512;  // numbers of a head
 
 inline int64_t whole_lanes(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
-inline float number(float x) { return x; }
+using Number = uint16_t;  // a bfloat16
 
-inline float number(uint16_t x) {  // bfloat16
+inline float number(Number x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
 
-inline void put(float* place, float x) { *place = x; }
-
-inline void put(uint16_t* place, float x) {  // rounded to the nearest, ties to even
+inline void put(Number* place, float x) {  // rounded to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    *place = std::isnan(x) ? 0x7fc0 : uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    *place = std::isnan(x) ? 0x7fc0 : Number((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline float exponential(float x) {  // of x <= 0, to 2 units in the last place; NaN stays NaN
@@ -75,14 +73,13 @@ inline void exchange_all(Lanes* rows) {  // one step of Eklundh's transposition
 }
 
 // A chunk of keys as float32, by number: block[d][t]. What lies beyond `count` means nothing.
-template <typename T>
-void read_keys(const T* from, int64_t stride, int64_t count, int64_t width, float* block) {
+void read_keys(const Number* from, int64_t stride, int64_t count, int64_t width, float* block) {
     const int64_t whole = width / 16 * 16;
     for (int64_t t = 0; t < count; t += 16) {
         for (int64_t d = 0; d < whole; d += 16) {
             Lanes rows[16];
             for (int64_t i = 0; i < 16; i++) {
-                const T* line = from + std::min(t + i, count - 1) * stride + d;
+                const Number* line = from + std::min(t + i, count - 1) * stride + d;
                 for (int64_t j = 0; j < 16; j++) rows[i][j] = number(line[j]);
             }
             exchange_all<8>(rows), exchange_all<4>(rows), exchange_all<2>(rows), exchange_all<1>(rows);
@@ -94,62 +91,52 @@ void read_keys(const T* from, int64_t stride, int64_t count, int64_t width, floa
 }
 
 // A chunk of values as float32, by slot, in lines of whole lanes: block[t][d].
-template <typename T>
-void read_values(const T* from, int64_t stride, int64_t count, int64_t width, int64_t padded, float* block) {
+void read_values(const Number* from, int64_t stride, int64_t count, int64_t width, int64_t padded, float* block) {
     for (int64_t t = 0; t < count; t++)
         for (int64_t d = 0; d < width; d++) block[t * padded + d] = number(from[t * stride + d]);
 }
 
 // sums[i] += sum over j of weights[j] * block[j][i], for LANES numbers i: these stay in registers.
-template <typename Sum, typename Out>
-inline void accumulate(const float* weights, const float* block, int64_t count, int64_t stride, Out* sums) {
-    Sum own[LANES] = {};
+inline void accumulate(const float* weights, const float* block, int64_t count, int64_t stride, float* sums) {
+    float own[LANES] = {};
     for (int64_t j = 0; j < count; j++)
-        for (int64_t i = 0; i < LANES; i++) own[i] += Sum(weights[j]) * Sum(block[j * stride + i]);
-    for (int64_t i = 0; i < LANES; i++) sums[i] = Out(own[i]);
+        for (int64_t i = 0; i < LANES; i++) own[i] += weights[j] * block[j * stride + i];
+    for (int64_t i = 0; i < LANES; i++) sums[i] = own[i];
 }
 
 // One chunk for the queries of one group: `part` gets, a query, the highest score, the sum of the exponentials and
 // the sum of the values.
-template <typename T, typename Sum>
-void attend_chunk(const T* query, const T* key, const T* value, const uint8_t* mask, double scale, const Sizes& s,
-                  int64_t count, float* block, Sum* scores, float* weights, float* part) {
+void attend_chunk(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
+                  const Sizes& s, int64_t count, float* block, float* scores, float* part) {
     const int64_t queries = s.heads / s.groups * s.nodes, padded = whole_lanes(s.value_width);
-    const Sum factor = Sum(scale);
     float own[MAX_WIDTH];
     for (int64_t t = 0; t < count; t++)
-        for (int64_t d = 0; d < s.value_width; d += 64 / sizeof(T)) __builtin_prefetch(value + t * s.value[2] + d);
+        for (int64_t d = 0; d < s.value_width; d += 64 / sizeof(Number)) __builtin_prefetch(value + t * s.value[2] + d);
     read_keys(key, s.key[2], count, s.width, block);
     for (int64_t j = 0; j < queries; j++) {
-        const T* from = query + j / s.nodes * s.query[1] + j % s.nodes * s.query[2];
-        for (int64_t d = 0; d < s.width; d++) own[d] = number(from[d]);
-        for (int64_t t = 0; t < count; t += LANES)
-            accumulate<Sum>(own, block + t, s.width, CHUNK, scores + j * CHUNK + t);
+        const Number* from = query + j / s.nodes * s.query[1] + j % s.nodes * s.query[2];
+        for (int64_t d = 0; d < s.width; d++) own[d] = number(from[d]) * scale;
+        for (int64_t t = 0; t < count; t += LANES) accumulate(own, block + t, s.width, CHUNK, scores + j * CHUNK + t);
     }
     read_values(value, s.value[2], count, s.value_width, padded, block);
     for (int64_t j = 0; j < queries; j++) {
         const uint8_t* seen = mask + j % s.nodes * s.mask[1];
-        const Sum* score = scores + j * CHUNK;
-        float* mine = part + j * (padded + 2);
+        float *p = scores + j * CHUNK, *mine = part + j * (padded + 2);
         float highest = -INFINITY, total = 0;
-        for (int64_t t = 0; t < count; t++) {
-            const double scaled = float(score[t] * scale);
-            highest = seen[t] && scaled > highest ? scaled : highest;
-        }
+        for (int64_t t = 0; t < count; t++) highest = seen[t] && p[t] > highest ? p[t] : highest;
 #pragma omp simd reduction(+ : total)
         for (int64_t t = 0; t < count; t++) {
-            weights[t] = seen[t] ? exponential(float(score[t] * factor - highest)) : 0.0f;
-            total += weights[t];
+            p[t] = seen[t] ? exponential(p[t] - highest) : 0.0f;
+            total += p[t];
         }
         mine[0] = highest;
         mine[1] = total;
-        for (int64_t d = 0; d < padded; d += LANES)
-            accumulate<Sum>(weights, block + d, count, padded, mine + 2 + d);
+        for (int64_t d = 0; d < padded; d += LANES) accumulate(p, block + d, count, padded, mine + 2 + d);
     }
 }
 
-template <typename T, typename Sum>
-void attend(const T* query, const T* key, const T* value, const uint8_t* mask, double scale, T* out, const Sizes& s) {
+void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
+            Number* out, const Sizes& s) {
     const int64_t share = s.heads / s.groups, queries = share * s.nodes, padded = whole_lanes(s.value_width);
     const int64_t line = padded + 2;  // of a query's part
     const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK;
@@ -163,17 +150,16 @@ void attend(const T* query, const T* key, const T* value, const uint8_t* mask, d
     std::vector<float> parts(s.batch * s.groups * chunks * queries * line);
 #pragma omp parallel
     {
-        std::vector<float> block(CHUNK * std::max(s.width, padded)), weights(CHUNK);
-        std::vector<Sum> scores(queries * CHUNK);
+        std::vector<float> block(CHUNK * std::max(s.width, padded)), scores(queries * CHUNK);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * s.groups * chunks; task++) {
             const int64_t g = task % s.groups, c = task / s.groups % chunks, b = task / s.groups / chunks;
             const int64_t count = std::min(CHUNK, reach[b] - c * CHUNK);
             if (count <= 0) continue;
-            attend_chunk<T, Sum>(query + b * s.query[0] + g * share * s.query[1],
+            attend_chunk(query + b * s.query[0] + g * share * s.query[1],
                          key + b * s.key[0] + g * s.key[1] + c * CHUNK * s.key[2],
                          value + b * s.value[0] + g * s.value[1] + c * CHUNK * s.value[2],
-                         mask + b * s.mask[0] + c * CHUNK, scale, s, count, block.data(), scores.data(), weights.data(),
+                         mask + b * s.mask[0] + c * CHUNK, scale, s, count, block.data(), scores.data(),
                          parts.data() + task * queries * line);
         }
 #pragma omp for
@@ -204,15 +190,7 @@ void attend(const T* query, const T* key, const T* value, const uint8_t* mask, d
 }  // namespace
 
 extern "C" void attend_bfloat16(const void* query, const void* key, const void* value, const uint8_t* mask,
-                                double scale, void* out, const int64_t* sizes) {
-    using Number = uint16_t;
-    attend<Number, float>((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
-                          *(const Sizes*)sizes);
-}
-
-extern "C" void attend_float32(const void* query, const void* key, const void* value, const uint8_t* mask,
-                               double scale, void* out, const int64_t* sizes) {
-    using Number = float;
-    attend<Number, double>((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
-                           *(const Sizes*)sizes);
+                                float scale, void* out, const int64_t* sizes) {
+    attend((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
+           *(const Sizes*)sizes);
 }

@@ -1,4 +1,4 @@
-"""Attention in C++ (attention.cpp) as an operator, where there is a compiler.
+"""Attention of bfloat16 in C++ (attention.cpp) as an operator, where there is a compiler.
 
 `prepare` compiles the source in about two seconds and keeps the result in the cache folder, under a name made of the
 source, the flags and the torch version. Knows nothing of models.
@@ -20,7 +20,6 @@ from torch import Tensor
 from .models import cache_folder
 
 SOURCE = Path(__file__).with_name("attention.cpp")
-DTYPES = {torch.bfloat16: "attend_bfloat16", torch.float32: "attend_float32"}
 MAX_WIDTH = 512  # as in the source
 _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
@@ -64,8 +63,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2)]
     places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, key, value, mask)]
     layout = (ctypes.c_int64 * 18)(*sizes, *strides)
-    run = getattr(_loaded, DTYPES[query.dtype])
-    run(*places, ctypes.c_double(scale), ctypes.c_void_p(out.data_ptr()), layout)
+    _loaded.attend_bfloat16(*places, ctypes.c_float(scale), ctypes.c_void_p(out.data_ptr()), layout)
     return out
 
 
@@ -81,9 +79,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> 
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-    """Whether `slot_attention` takes these: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv) of one dtype
-    and a boolean mask (B, 1, n, T)."""
-    same = query.dtype == key.dtype == value.dtype and query.dtype in DTYPES and mask.dtype == torch.bool
+    """Whether `slot_attention` takes these: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), all in
+    bfloat16, and a boolean mask (B, 1, n, T)."""
+    same = query.dtype == key.dtype == value.dtype == torch.bfloat16 and mask.dtype == torch.bool
     dense = mask.shape[1] == 1 and all(tensor.stride(-1) == 1 for tensor in (query, key, value, mask))
     fits = max(query.shape[-1], value.shape[-1]) <= MAX_WIDTH
     here = _loaded is not None and query.device.type == "cpu" and not query.requires_grad
