@@ -2,23 +2,25 @@
 //
 // Decoding attends with 1 to some dozens of queries to hundreds of slots, for which general kernels spend more on
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
-// group; a row is read as far as one of its queries sees; rows are cut into chunks so that all threads have work.
-// Numbers are bfloat16, sums float32. Compiled and called by attention.py; knows nothing of torch.
+// group, and a row is read as far as one of its queries sees. Numbers are bfloat16, sums float32.
+//
+// What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots between
+// those that it sees: so a tree of drafts is verified with the very numbers of plain decoding. Compiled and called by
+// native.py; knows nothing of torch.
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <utility>
 #include <vector>
 
 namespace {
 
-constexpr int64_t CHUNK = 128;     // slots that one task reads
-constexpr int64_t LANES = 64;      // sums that are held in registers
+constexpr int64_t CHUNK = 128;  // slots that are read at a time
+constexpr int64_t KEY_LANES = 64, VALUE_LANES = 32;  // sums that are held in registers
 constexpr int64_t MAX_WIDTH = 512;  // numbers of a head
-
-inline int64_t whole_lanes(int64_t width) { return (width + LANES - 1) / LANES * LANES; }
 
 using Number = uint16_t;  // a bfloat16
 
@@ -90,56 +92,81 @@ void read_keys(const Number* from, int64_t stride, int64_t count, int64_t width,
     }
 }
 
-// A chunk of values as float32, by slot, in lines of whole lanes: block[t][d].
-void read_values(const Number* from, int64_t stride, int64_t count, int64_t width, int64_t padded, float* block) {
+// VALUE_LANES numbers of a chunk of values as float32, by slot: block[t][d].
+void read_values(const Number* from, int64_t stride, int64_t count, int64_t width, float* block) {
     for (int64_t t = 0; t < count; t++)
-        for (int64_t d = 0; d < width; d++) block[t * padded + d] = number(from[t * stride + d]);
+        for (int64_t d = 0; d < width; d++) block[t * VALUE_LANES + d] = number(from[t * stride + d]);
 }
 
-// sums[i] += sum over j of weights[j] * block[j][i], for LANES numbers i: these stay in registers.
-inline void accumulate(const float* weights, const float* block, int64_t count, int64_t stride, float* sums) {
-    float own[LANES] = {};
+// sums[r][i] += sum over j of weights[r][j] * block[j][i], in the order of j, for ROWS rows of weights and LANES
+// numbers i: these stay in registers.
+template <int ROWS, int LANES>
+inline void accumulate(const float* const* weights, const float* block, int64_t count, int64_t stride,
+                       float* const* sums) {
+    float own[ROWS][LANES];
+    for (int r = 0; r < ROWS; r++) std::memcpy(own[r], sums[r], sizeof(own[r]));
     for (int64_t j = 0; j < count; j++)
-        for (int64_t i = 0; i < LANES; i++) own[i] += weights[j] * block[j * stride + i];
-    for (int64_t i = 0; i < LANES; i++) sums[i] = own[i];
+        for (int r = 0; r < ROWS; r++)
+            for (int i = 0; i < LANES; i++) own[r][i] += weights[r][j] * block[j * stride + i];
+    for (int r = 0; r < ROWS; r++) std::memcpy(sums[r], own[r], sizeof(own[r]));
 }
 
-// One chunk for the queries of one group: `part` gets, a query, the highest score, the sum of the exponentials and
-// the sum of the values.
-void attend_chunk(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
-                  const Sizes& s, int64_t count, float* block, float* scores, float* part) {
-    const int64_t queries = s.heads / s.groups * s.nodes, padded = whole_lanes(s.value_width);
+// The scores of a chunk of `count` slots, for all queries of a group; a query's scores are `line` numbers apart.
+void score(const Number* query, const Number* key, float scale, const Sizes& s, int64_t count, float* block,
+           float* scores, int64_t line) {
     float own[MAX_WIDTH];
-    for (int64_t t = 0; t < count; t++)
-        for (int64_t d = 0; d < s.value_width; d += 64 / sizeof(Number)) __builtin_prefetch(value + t * s.value[2] + d);
     read_keys(key, s.key[2], count, s.width, block);
-    for (int64_t j = 0; j < queries; j++) {
+    for (int64_t j = 0; j < s.heads / s.groups * s.nodes; j++) {
         const Number* from = query + j / s.nodes * s.query[1] + j % s.nodes * s.query[2];
         for (int64_t d = 0; d < s.width; d++) own[d] = number(from[d]) * scale;
-        for (int64_t t = 0; t < count; t += LANES) accumulate(own, block + t, s.width, CHUNK, scores + j * CHUNK + t);
-    }
-    read_values(value, s.value[2], count, s.value_width, padded, block);
-    for (int64_t j = 0; j < queries; j++) {
-        const uint8_t* seen = mask + j % s.nodes * s.mask[1];
-        float *p = scores + j * CHUNK, *mine = part + j * (padded + 2);
-        float highest = -INFINITY, total = 0;
-        for (int64_t t = 0; t < count; t++) highest = seen[t] && p[t] > highest ? p[t] : highest;
-#pragma omp simd reduction(+ : total)
-        for (int64_t t = 0; t < count; t++) {
-            p[t] = seen[t] ? exponential(p[t] - highest) : 0.0f;
-            total += p[t];
+        for (int64_t t = 0; t < count; t += KEY_LANES) {
+            float *sums = scores + j * line + t, *weights = own;
+            std::fill(sums, sums + KEY_LANES, 0.0f);
+            accumulate<1, KEY_LANES>(&weights, block + t, s.width, CHUNK, &sums);
         }
-        mine[0] = highest;
-        mine[1] = total;
-        for (int64_t d = 0; d < padded; d += LANES) accumulate(p, block + d, count, padded, mine + 2 + d);
+    }
+}
+
+// Scores to exponentials, 0 where nothing is seen; returns their sum. Maximum and sum (in float64) do not depend on
+// where among masked slots the others lie.
+float weigh(float* scores, const uint8_t* seen, int64_t count) {
+    float highest = -INFINITY;
+    double total = 0;
+    for (int64_t t = 0; t < count; t++) highest = seen[t] && scores[t] > highest ? scores[t] : highest;
+    for (int64_t start = 0; start < count; start += 16) {  // whole vectors, so that every slot is treated alike
+        bool here[16];
+        for (int64_t i = 0; i < 16; i++) here[i] = start + i < count && seen[start + i];
+        for (int64_t i = 0; i < 16; i++) {
+            const float e = exponential(scores[start + i] - highest);
+            scores[start + i] = here[i] ? e : 0.0f;
+        }
+        for (int64_t i = 0; i < 16; i++) total += scores[start + i];
+    }
+    return float(total);
+}
+
+// VALUE_LANES numbers of the weighted sums of values, for all queries of a group, slot after slot.
+void sum_values(const Number* value, const Sizes& s, int64_t first, int64_t reach, const float* weights, int64_t line,
+                float* block, float* sums) {
+    const int64_t queries = s.heads / s.groups * s.nodes, width = std::min(VALUE_LANES, s.value_width - first);
+    std::fill(sums, sums + queries * VALUE_LANES, 0.0f);
+    for (int64_t start = 0; start < reach; start += CHUNK) {
+        const int64_t count = std::min(CHUNK, reach - start);
+        read_values(value + start * s.value[2] + first, s.value[2], count, width, block);
+        for (int64_t j = 0; j < queries; j += 2) {
+            const int64_t next = std::min(j + 1, queries - 1);  // the last one again, where it is alone
+            const float* rows[] = {weights + j * line + start, weights + next * line + start};
+            float* two[] = {sums + j * VALUE_LANES, sums + next * VALUE_LANES};
+            accumulate<2, VALUE_LANES>(rows, block, count, VALUE_LANES, two);
+        }
     }
 }
 
 void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
             Number* out, const Sizes& s) {
-    const int64_t share = s.heads / s.groups, queries = share * s.nodes, padded = whole_lanes(s.value_width);
-    const int64_t line = padded + 2;  // of a query's part
-    const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK;
+    const int64_t share = s.heads / s.groups, queries = share * s.nodes;
+    const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK, line = chunks * CHUNK;
+    const int64_t blocks = (s.value_width + VALUE_LANES - 1) / VALUE_LANES;
     std::vector<int64_t> reach(s.batch, 0);  // slots that any query of the row sees
     for (int64_t b = 0; b < s.batch; b++)
         for (int64_t i = 0; i < s.nodes; i++) {
@@ -147,42 +174,39 @@ void attend(const Number* query, const Number* key, const Number* value, const u
             for (int64_t t = s.slots; t > reach[b]; t--)
                 if (seen[t - 1]) reach[b] = t;
         }
-    std::vector<float> parts(s.batch * s.groups * chunks * queries * line);
+    std::unique_ptr<float[]> scores(new float[s.batch * s.heads * s.nodes * line]);  // (B, groups, queries, line)
+    std::vector<float> totals(s.batch * s.heads * s.nodes);
 #pragma omp parallel
     {
-        std::vector<float> block(CHUNK * std::max(s.width, padded)), scores(queries * CHUNK);
+        std::vector<float> block(CHUNK * std::max(s.width, VALUE_LANES)), sums(queries * VALUE_LANES);
 #pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < s.batch * s.groups * chunks; task++) {
+        for (int64_t task = 0; task < s.batch * chunks * s.groups; task++) {
             const int64_t g = task % s.groups, c = task / s.groups % chunks, b = task / s.groups / chunks;
-            const int64_t count = std::min(CHUNK, reach[b] - c * CHUNK);
-            if (count <= 0) continue;
-            attend_chunk(query + b * s.query[0] + g * share * s.query[1],
-                         key + b * s.key[0] + g * s.key[1] + c * CHUNK * s.key[2],
-                         value + b * s.value[0] + g * s.value[1] + c * CHUNK * s.value[2],
-                         mask + b * s.mask[0] + c * CHUNK, scale, s, count, block.data(), scores.data(),
-                         parts.data() + task * queries * line);
+            const int64_t start = c * CHUNK, count = std::min(CHUNK, reach[b] - start);
+            if (count > 0)
+                score(query + b * s.query[0] + g * share * s.query[1],
+                      key + b * s.key[0] + g * s.key[1] + start * s.key[2], scale, s, count, block.data(),
+                      scores.get() + (b * s.groups + g) * queries * line + start, line);
         }
 #pragma omp for
-        for (int64_t place = 0; place < s.batch * s.nodes * s.heads; place++) {  // out is (B, n, H, Dv)
-            const int64_t h = place % s.heads, i = place / s.heads % s.nodes, b = place / s.heads / s.nodes;
-            const int64_t g = h / share, j = h % share * s.nodes + i;
-            const float* first = parts.data() + ((b * chunks * s.groups + g) * queries + j) * line;
-            float highest = -INFINITY, total = 0;
-            for (int64_t c = 0; c < chunks; c++) {
-                const float* part = first + c * s.groups * queries * line;
-                if (part[1] != 0 && part[0] > highest) highest = part[0];
+        for (int64_t place = 0; place < s.batch * s.heads * s.nodes; place++) {
+            const int64_t b = place / queries / s.groups, i = place % s.nodes;
+            totals[place] = weigh(scores.get() + place * line, mask + b * s.mask[0] + i * s.mask[1], reach[b]);
+        }
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < s.batch * s.groups * blocks; task++) {
+            const int64_t first = task % blocks * VALUE_LANES, g = task / blocks % s.groups;
+            const int64_t b = task / blocks / s.groups;
+            const int64_t before = (b * s.groups + g) * queries;
+            sum_values(value + b * s.value[0] + g * s.value[1], s, first, reach[b], scores.get() + before * line, line,
+                       block.data(), sums.data());
+            for (int64_t j = 0; j < queries; j++) {  // out is (B, n, H, Dv)
+                const int64_t h = g * share + j / s.nodes, i = j % s.nodes;
+                Number* place = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;
+                const float total = totals[before + j];
+                for (int64_t d = first; d < std::min(first + VALUE_LANES, s.value_width); d++)
+                    put(place + d, total == 0 ? 0.0f : sums[j * VALUE_LANES + d - first] / total);
             }
-            float* sums = block.data();
-            std::fill(sums, sums + s.value_width, 0.0f);
-            for (int64_t c = 0; c < chunks; c++) {
-                const float* part = first + c * s.groups * queries * line;
-                if (part[1] == 0) continue;  // nothing seen here
-                const float weight = exponential(part[0] - highest);
-                total += weight * part[1];
-                for (int64_t d = 0; d < s.value_width; d++) sums[d] += weight * part[2 + d];
-            }
-            for (int64_t d = 0; d < s.value_width; d++)
-                put(out + place * s.value_width + d, total == 0 ? 0.0f : sums[d] / total);
         }
     }
 }

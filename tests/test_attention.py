@@ -124,6 +124,38 @@ def test_our_own_attention_is_the_formula(batch, kv_heads, groups, nodes, slots,
     torch.testing.assert_close(got.double(), wanted, rtol=5e-3, atol=1e-5)  # half a unit in the last place is 2**-9
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    kv_heads=st.integers(1, 3),
+    groups=st.integers(1, 4),
+    others=st.integers(0, 15),
+    seen=st.sampled_from([1, 2, 16, 100, 128, 130, 200]),
+    gaps=st.integers(0, 30),
+    widths=st.sampled_from([(64, 64), (20, 40), (128, 130)]),
+    seed=st.integers(0, 1000),
+)
+def test_what_a_query_gets_depends_on_what_it_sees_alone(kv_heads, groups, others, seen, gaps, widths, seed):
+    """Bit by bit: alone over whole text, or among other queries, with masked slots between the last ones it sees."""
+    torch.manual_seed(seed)
+    query = torch.randn(1, kv_heads * groups, 1, widths[0]).bfloat16()
+    key, value = (torch.randn(1, kv_heads, seen, width).bfloat16() for width in widths)
+    alone = torch.ops.paceline.slot_attention(query, key, value, torch.ones(1, 1, 1, seen).bool(), 0.3)
+    places = torch.arange(seen)
+    first = max(0, seen - 5)  # from here on the slots stand apart
+    places[first:] += torch.randint(0, gaps + 1, (seen - first,)).cumsum(0)
+    slots = int(places[-1]) + 1 + gaps
+    wide = [torch.randn(1, kv_heads, slots, width).bfloat16() for width in widths]
+    for padded, own in zip(wide, (key, value)):
+        padded[:, :, places] = own
+    among = torch.randn(1, kv_heads * groups, others + 1, widths[0]).bfloat16()
+    among[:, :, others // 2] = query[:, :, 0]
+    mask = torch.rand(1, 1, others + 1, slots) < 0.5
+    mask[:, :, others // 2] = False
+    mask[:, :, others // 2, places] = True
+    out = torch.ops.paceline.slot_attention(among, *wide, mask, 0.3)
+    assert torch.equal(out[:, others // 2], alone[:, 0])
+
+
 @pytest.mark.parametrize("place", ["query", "key", "value"])
 def test_our_own_attention_hides_no_nan(place):
     tensors = {name: torch.randn(2, 3, 40, 8).bfloat16() for name in ("query", "key", "value")}
