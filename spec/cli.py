@@ -166,7 +166,7 @@ def _data_parser(commands) -> None:
 def _model_options(parser: argparse.ArgumentParser, drafter: bool = True) -> None:
     _target_options(parser)
     if drafter:
-        named = "auto (default): the best that comes with the package, else ngram; a folder or model; none"
+        named = "auto: the best that comes with the package, else ngram; a folder or model; none (default %(default)s)"
         parser.add_argument("--drafter", default="auto", metavar="NAME", help=named)
     parser.add_argument("--tree", metavar="SHAPE", help="chain:5, children per level like 4x2x1, FILE.json, auto")
 
@@ -174,7 +174,8 @@ def _model_options(parser: argparse.ArgumentParser, drafter: bool = True) -> Non
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="folder, short name or hub id")
     executors = ("auto", "eager", "compiled", "cuda_graph")
-    parser.add_argument("--executor", default="eager", choices=executors, help="how steps are run (default eager)")
+    how = "how steps are run (default %(default)s)"
+    parser.add_argument("--executor", default="eager", choices=executors, help=how)
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")
     parser.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")

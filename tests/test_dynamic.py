@@ -68,6 +68,14 @@ def test_ties_cannot_orphan_a_child(target, ragged):
         assert torch.equal(out.sequences, paceline.generate(target, *ragged, do_sample=False, max_new_tokens=12))
 
 
+def test_forwards_beyond_the_tree_have_slots(target):
+    """Level by level the draft forwards 21 nodes to choose 4, up to the last slots of its cache."""
+    drafter, prompt = ModelDrafter(noisy_copy(target)), torch.arange(5, 13)[None]
+    options = dict(do_sample=False, max_new_tokens=64 - 8 - 4 - 1)
+    plain = paceline.generate(target, prompt, **options)
+    assert torch.equal(paceline.generate(target, prompt, drafter=drafter, tree="dynamic:4x6x4", **options), plain)
+
+
 def test_dynamic_trees_are_captured(ragged, monkeypatch):
     """One recording grows other trees on other prompts."""
     model = tiny_llama(seed=2)
