@@ -38,7 +38,9 @@ def load_drafter(name_or_path: str | Path, target):
 
             return MedusaDrafter(MedusaHeads.load(folder, target), name, folder.rates())
     vocab = target.config.get_text_config().vocab_size
-    rates, known = (folder.rates(), read_known(folder.path, vocab)) if folder is not None else (None, None)
+    rates = known = None
+    if folder is not None:
+        rates, known = folder.rates(), read_known(folder.path, folder.config.get("known_tokens"), vocab)
     drafter = ModelDrafter(complete(name_or_path, target), name, rates, known)
     if drafter.vocab_size != vocab:
         raise ValueError(

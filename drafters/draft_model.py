@@ -4,6 +4,8 @@ Its cache follows the accepted path; only the last accepted token can be missing
 forwarded), so each step starts with the last two committed tokens. Knows nothing of verification.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -14,7 +16,7 @@ from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TreeShape
 from ..spec.verify import Verdict
-from .known_tokens import trimmed_head
+from .known_tokens import WidenedHead, trimmed_head
 from .static_tree import StaticTree, check_children
 
 
@@ -35,6 +37,15 @@ class ModelDrafter:
         self.name = name
         self.default_shape = default_tree(rates, self.deepest) if rates else TreeShape.chain(self.deepest)
         self.vocab_size = model.config.get_text_config().vocab_size
+
+    def whole_model(self):
+        """The draft as an ordinary causal LM with logits of the whole vocabulary, on the same weights."""
+        if self.vocabulary is None:
+            return self.model
+        whole = copy.copy(self.model)
+        whole._modules = dict(whole._modules)  # so that its head can be another one
+        whole.set_output_embeddings(WidenedHead(self.model.get_output_embeddings(), self.vocabulary, self.vocab_size))
+        return whole
 
     def open(self, request: DraftRequest) -> "ModelDraftSession":
         if self.model.device != request.device:

@@ -38,18 +38,39 @@ def trimmed_head(head: nn.Module, ids: Tensor) -> nn.Linear:
     return made
 
 
+class WidenedHead(nn.Module):
+    """A trimmed head as one of the whole vocabulary: unknown tokens are impossible. For code that knows no trimming."""
+
+    def __init__(self, head: nn.Linear, ids: Tensor, vocab_size: int):
+        super().__init__()
+        self.head, self.vocab_size = head, vocab_size
+        self.register_buffer("ids", ids, persistent=False)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.head.weight
+
+    def forward(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
+        logits = self.head(hidden)
+        return logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf).index_copy(-1, self.ids, logits)
+
+
 def write_known(folder: str | Path, ids: Tensor) -> None:
     save_file({"ids": ids.to("cpu", torch.int32)}, Path(folder) / FILE)
 
 
-def read_known(folder: str | Path, vocab_size: int) -> Tensor | None:
-    """The ids (V',) in the folder of a draft model; None where it knows all. Raises ValueError for a damaged list."""
-    file = Path(folder) / FILE
-    if not file.is_file():
+def read_known(folder: str | Path, known: int | None, vocab_size: int) -> Tensor | None:
+    """The ids (V',) in the folder of a draft model whose config says that it knows `known` tokens; None for all.
+
+    Raises ValueError for a missing or damaged list."""
+    if known is None:
         return None
+    file = Path(folder) / FILE
     try:
-        ids = load_file(file)["ids"].long()
-    except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{file} cannot be read ({error}); fetch the drafter again") from error
-    check_vocabulary(ids, vocab_size)
-    return ids
+        ids = load_file(file)["ids"]
+        check_vocabulary(ids, vocab_size)
+        if len(ids) != known:
+            raise ValueError(f"it lists {len(ids)} tokens and the config says {known}")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{file} is no list of known tokens ({error}); fetch the drafter again") from error
+    return ids.long()

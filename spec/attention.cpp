@@ -4,9 +4,9 @@
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
 // group, and a row is read as far as one of its queries sees. Numbers are bfloat16, sums float32.
 //
-// What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots between
-// those that it sees: so a tree of drafts is verified with the very numbers of plain decoding. Compiled and called by
-// native.py; knows nothing of torch.
+// What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots (of finite
+// numbers) between those that it sees: so a tree of drafts that is small enough to come here is verified with the very
+// numbers of plain decoding. Needs GCC 12 or Clang. Compiled and called by native.py; knows nothing of torch.
 
 #include <algorithm>
 #include <cmath>
@@ -163,7 +163,7 @@ void sum_values(const Number* value, const Sizes& s, int64_t first, int64_t reac
 }
 
 void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
-            Number* out, const Sizes& s) {
+            Number* out, const Sizes& s, int threads) {
     const int64_t share = s.heads / s.groups, queries = share * s.nodes;
     const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK, line = chunks * CHUNK;
     const int64_t blocks = (s.value_width + VALUE_LANES - 1) / VALUE_LANES;
@@ -176,7 +176,7 @@ void attend(const Number* query, const Number* key, const Number* value, const u
         }
     std::unique_ptr<float[]> scores(new float[s.batch * s.heads * s.nodes * line]);  // (B, groups, queries, line)
     std::vector<float> totals(s.batch * s.heads * s.nodes);
-#pragma omp parallel
+#pragma omp parallel num_threads(threads)
     {
         std::vector<float> block(CHUNK * std::max(s.width, VALUE_LANES)), sums(queries * VALUE_LANES);
 #pragma omp for schedule(dynamic)
@@ -214,7 +214,7 @@ void attend(const Number* query, const Number* key, const Number* value, const u
 }  // namespace
 
 extern "C" void attend_bfloat16(const void* query, const void* key, const void* value, const uint8_t* mask,
-                                float scale, void* out, const int64_t* sizes) {
+                                float scale, void* out, const int64_t* sizes, int threads) {
     attend((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
-           *(const Sizes*)sizes);
+           *(const Sizes*)sizes, threads);
 }

@@ -1,7 +1,7 @@
 """What steps cost on this device: t_target(n) and t_draft(d), measured in place.
 
-Steps in which every row is done cost what real ones do (all shapes are static), so engines are timed idle, in
-turns, and medians are kept. Knows nothing of acceptance.
+Steps in which every row is done cost what real ones do (all shapes are static), so engines are timed idle, as if half
+their slots held text, in turns, and medians are kept. Knows nothing of acceptance.
 """
 
 import itertools
@@ -78,6 +78,7 @@ def open_idle(
     rule = "residual" if sampling.noise == "own" else "match"
     with torch.no_grad():
         engine = open_engine(model, drafter, shape, sampler, sampling, rule, batch=1, capacity=capacity, eos=1)
+        engine.state.lengths.fill_(capacity // 2)  # attention looks as far as there is text
         return EXECUTORS[executor](engine, _forward_alone(engine, shape) if forward_only else None)
 
 

@@ -125,7 +125,7 @@ class Decoder:
 
     def capacity(self, prompt: int, new_tokens: int) -> int:
         """The slots of a run: what its compiled step is bound to."""
-        nodes = 1 if self.shape is None else len(self.shape)
+        nodes = 1 if self.shape is None else self.shape.slots
         asked = RunSpec(None, None, "", "", 1, prompt + new_tokens + nodes + 1, 0, False, (), "")
         return asked.settled(self.method.executor or "eager").capacity
 
@@ -151,7 +151,7 @@ class Decoder:
     def _their_options(self) -> dict:
         if self.method.kind == "transformers-lookup":
             return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-        return {"assistant_model": self.drafter.model} if self.method.kind == "transformers-assisted" else {}
+        return {"assistant_model": self.drafter.whole_model()} if self.method.kind == "transformers-assisted" else {}
 
     def about(self) -> dict:
         """The method as the header of a run file has it."""

@@ -11,6 +11,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -36,24 +37,32 @@ def prepare() -> None:
 
 @functools.cache
 def _library_file() -> ctypes.CDLL | None:
-    """The compiled source; None where it cannot be compiled or loaded."""
-    compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
-    if compiler is None:
-        return None
-    flags = [*_FLAGS, *_MARCH.get(torch.backends.cpu.get_cpu_capability(), [])]
+    """The compiled source; None, with a line that says why if it is not for want of a compiler, where there is none."""
+    march = _MARCH.get(torch.backends.cpu.get_cpu_capability())
+    compilers = [found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))]
+    reason = None
+    for compiler in compilers if march else ():
+        try:
+            return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
+        except (OSError, subprocess.CalledProcessError) as error:
+            reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
+    if reason:
+        print(f"attention.cpp is not used, torch's attention is ({reason.strip().splitlines()[0]})", file=sys.stderr)
+    return None
+
+
+def _built(compiler: str, flags: list[str]) -> Path:
+    """The library as made by `compiler`, found in the cache folder or made now."""
     key = [SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), torch.__version__, *flags]
-    name = f"attention-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
-    try:
-        folder = cache_folder() / "native"
+    folder = cache_folder() / "native"
+    file = folder / f"attention-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
+    if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / name).exists():
-            with tempfile.TemporaryDirectory(dir=folder) as beside:
-                made = Path(beside) / name
-                subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
-                os.replace(made, folder / name)
-        return ctypes.CDLL(str(folder / name))
-    except (OSError, subprocess.CalledProcessError):
-        return None
+        with tempfile.TemporaryDirectory(dir=folder) as beside:
+            made = Path(beside) / file.name
+            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+            os.replace(made, file)
+    return file
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
@@ -63,7 +72,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2)]
     places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, key, value, mask)]
     layout = (ctypes.c_int64 * 18)(*sizes, *strides)
-    _loaded.attend_bfloat16(*places, ctypes.c_float(scale), ctypes.c_void_p(out.data_ptr()), layout)
+    threads = ctypes.c_int(torch.get_num_threads())
+    _loaded.attend_bfloat16(*places, ctypes.c_float(scale), ctypes.c_void_p(out.data_ptr()), layout, threads)
     return out
 
 
@@ -81,8 +91,9 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Whether `slot_attention` takes these: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), all in
     bfloat16, and a boolean mask (B, 1, n, T)."""
-    same = query.dtype == key.dtype == value.dtype == torch.bfloat16 and mask.dtype == torch.bool
-    dense = mask.shape[1] == 1 and all(tensor.stride(-1) == 1 for tensor in (query, key, value, mask))
-    fits = max(query.shape[-1], value.shape[-1]) <= MAX_WIDTH
     here = _loaded is not None and query.device.type == "cpu" and not query.requires_grad
-    return here and same and dense and fits
+    numbers = query.dtype == key.dtype == value.dtype == torch.bfloat16 and mask.dtype == torch.bool
+    shapes = mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2]) and key.shape[:3] == value.shape[:3]
+    dense = all(tensor.stride(-1) == 1 for tensor in (query, key, value, mask))
+    fits = max(query.shape[-1], value.shape[-1]) <= MAX_WIDTH and query.shape[0] == key.shape[0]
+    return here and numbers and shapes and dense and fits

@@ -8,10 +8,12 @@ import torch
 from paceline.drafters.complete import complete
 from paceline.spec import step as step_module
 from paceline.spec.models import load_target
-from paceline.training.draft_lm import DraftObjective, chain_statistics, from_layers, next_tokens
+from paceline.training.draft_lm import DraftObjective, Known, chain_statistics, from_layers, next_tokens
 from paceline.training.objective import NO_LABEL, acceptance
+from paceline.training.ranks import judge_of
 from paceline.training.rows import Rows
-from paceline.training.target import OnlineTarget
+from paceline.training.target import OnlineTarget, ScaledHead
+from safetensors.torch import save_file
 from test_target import tiny
 from training_runs import random_rows, write_data, write_target
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -283,6 +285,15 @@ def test_a_trimmed_draft_drafts_what_it_knows_and_loses_nothing(model, trimmed, 
         assert drafted <= set(ids.tolist())
     whole = complete(tmp_path / "draft", model)
     torch.testing.assert_close(whole(prompt).logits[..., ids], drafter.model(prompt).logits)
+    wide = drafter.whole_model()(prompt).logits  # for transformers' assisted generation
+    torch.testing.assert_close(wide[..., ids], drafter.model(prompt).logits)
+    assert wide.shape[-1] == model.config.vocab_size and wide.isfinite().sum() == 12 * prompt.shape[1]
+
+
+def test_a_trimmed_draft_is_judged_as_it_was_trained(model, batch, trimmed, tmp_path):
+    trimmed.save(tmp_path / "draft")
+    ranks, judged = judge_of(paceline.load_drafter(tmp_path / "draft", model), model, 4)(batch)
+    assert torch.equal(ranks, trimmed.label_ranks(batch, None)) and torch.equal(judged, next_tokens(batch)[1])
 
 
 def test_a_trimmed_draft_hands_over_the_law_of_all_tokens(model, trimmed, tmp_path, monkeypatch):
@@ -304,6 +315,21 @@ def test_bad_known_tokens_are_named(model, trimmed, tmp_path):
     with pytest.raises(ValueError, match="known_tokens needs the target's LM head"):
         build(model, sizes=SIZES, known_tokens=5)
     trimmed.save(tmp_path / "draft")
-    (tmp_path / "draft" / "known_tokens.safetensors").write_bytes(b"junk")
-    with pytest.raises(ValueError, match=r"known_tokens.safetensors cannot be read .* fetch the drafter again"):
-        paceline.load_drafter(tmp_path / "draft", model)
+    list_ = tmp_path / "draft" / "known_tokens.safetensors"
+    ids = trimmed.known.ids
+    for damage in (b"junk", ids[:-1].int(), ids.flip(0).int(), ids.float(), None):
+        list_.unlink()
+        if isinstance(damage, torch.Tensor):
+            save_file({"ids": damage}, list_)
+        elif damage:
+            list_.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"known_tokens.safetensors is no list .* fetch the drafter again"):
+            paceline.load_drafter(tmp_path / "draft", model)
+        list_.write_bytes(b"")
+
+
+def test_the_law_of_known_tokens_is_scaled_and_capped_as_the_targets(model):
+    head, hidden = model.get_output_embeddings(), torch.randn(3, model.config.hidden_size)
+    known = Known(model, torch.tensor([3, 5, 9]))
+    scaled = ScaledHead(head, 0.25, 2.0)
+    torch.testing.assert_close(known.law(scaled)(hidden), scaled(hidden)[:, known.ids])

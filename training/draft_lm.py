@@ -75,6 +75,7 @@ class DraftObjective(Objective):
         self.chunk = settings.chunk
         self.settings = settings
         self.saved_dtype = target.dtype if settings.save.dtype == "auto" else getattr(torch, settings.save.dtype)
+        model.config.known_tokens = None if vocabulary is None else len(vocabulary)
         model.config.paceline_drafter = "draft_lm"
         model.config.paceline_format = FORMAT
         model.config.paceline_target = target_identity(target)
@@ -174,9 +175,9 @@ class Known:
     def law(self, head: nn.Module) -> nn.Module:
         """The target's LM head, for these tokens alone; their law given that one of them comes."""
         if self._law is None:
-            self._law = copy.copy(head) if isinstance(head, ScaledHead) else trimmed_head(head, self.ids)
-            if isinstance(head, ScaledHead):
-                self._law._modules = {"linear": trimmed_head(head.linear, self.ids)}
+            scaled = isinstance(head, ScaledHead)
+            linear = trimmed_head(head.linear if scaled else head, self.ids)
+            self._law = ScaledHead(linear, head.factor, head.cap) if scaled else linear
         return self._law
 
 

@@ -21,6 +21,7 @@ from ..spec.executors import choose
 from ..spec.planner import Acceptance, Plan, default_tree
 from ..spec.planning import calibrate, first_turns
 from ..spec.plans import plan_path, read_shape
+from ..spec.refill import Text, decode_texts
 from ..spec.tree import TreeShape
 from .acceptance import WIDTH, record
 from .card import write_card
@@ -35,6 +36,7 @@ from .rows import open_data
 from .versions import versions
 
 ROWS = 8  # judged together
+ANSWERED = 32  # decoded together, to be judged
 DEPTHS = 8  # that a draft model is judged to
 
 
@@ -115,7 +117,7 @@ def _foretold(args, model, drafter, prompts: Prompts, settings: Settings) -> tup
     if args.data:
         batches, text = _held_out(args.data), f"held-out rows of {Path(args.data).name}"
     else:
-        batches, text = _answers(model, drafter, prompts, settings), "the target's own greedy answers to the prompts"
+        batches, text = _answers(model, prompts, args.max_new_tokens), "the target's own greedy answers to the prompts"
     answers: list[torch.Tensor] = []
     for batch in tqdm(batches, desc="judging", unit="batch"):
         answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
@@ -160,14 +162,21 @@ def _held_out(folder: str) -> list[Batch]:
     return [rows.batch(list(range(start, min(start + ROWS, len(rows))))) for start in range(0, len(rows), ROWS)]
 
 
-def _answers(model, drafter, prompts: Prompts, settings: Settings) -> list[Batch]:
-    """The target's own answers as rows of one document each, of like length together."""
-    decoded = decode(model, prompts, drafter, drafter.default_shape, settings)
-    texts = []
-    for (_, prompt), events in zip(prompts, decoded):
-        known, new = prompt["input_ids"][0].tolist(), [token for event in events for token in event.committed]
-        texts.append(([*known, *new], [0] * len(known) + [1] * len(new)))
-    texts.sort(key=lambda text: len(text[0]))
+def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
+    """The target's own greedy answers as rows of one document each, of like length together."""
+    texts: list[tuple[list[int], list[int]]] = []  # tokens, and which of them are the answer's
+    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
+
+        def finish(text: Text, new: list[int], failed: bool) -> None:
+            if failed:
+                raise ValueError("the target's scores are NaN; check its weights and dtype")
+            texts.append(([*text.tokens, *new], [0] * len(text.tokens) + [1] * len(new)))
+            bar.update()
+
+        ids = [prompt["input_ids"][0].tolist() for _, prompt in prompts]
+        asked = [Text(own, new_tokens, 0, len(own) + new_tokens) for own in ids]
+        decode_texts(model, asked, finish, batch=ANSWERED)
+    texts.sort(key=lambda text: (len(text[0]), text[0]))
     batches = []
     for start in range(0, len(texts), ROWS):
         part = texts[start : start + ROWS]
