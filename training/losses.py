@@ -14,7 +14,7 @@ forward, and only those of the hidden states and of the head's own weights are k
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -129,3 +129,29 @@ class _Chunked(torch.autograd.Function):
         hidden_grad, sums = ctx.gradients
         gradients = [next(sums).mul_(grad) if wanted else None for wanted in ctx.wanted]
         return None, None, hidden_grad * grad, *gradients
+
+
+class Summed(torch.autograd.Function):
+    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`, taking each chunk's gradient with respect to
+    `parameters` at once, so that no chunk is kept or computed again. The first sum is differentiable."""
+
+    @staticmethod
+    def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], *parameters: Tensor):
+        needed = any(ctx.needs_input_grad)
+        sums, gradients = list(zeros), [torch.zeros_like(parameter) for parameter in parameters] if needed else []
+        for chunk in chunks:
+            with torch.set_grad_enabled(needed):
+                found = loss_of(*chunk)
+            sums = [so_far + new.detach() for so_far, new in zip(sums, found)]
+            if needed:
+                own = torch.autograd.grad(found[0], parameters, allow_unused=True)
+                for sum_, gradient in zip(gradients, own):
+                    if gradient is not None:
+                        sum_ += gradient
+        ctx.gradients = gradients
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *_):
+        return None, None, None, *(gradient.mul_(grad) for gradient in ctx.gradients)

@@ -2,8 +2,8 @@
 
 Each head's guess is judged against the text (cross-entropy) and against the target's own law at that place (KL),
 weighted, with heads further ahead counting less. Heads that read the tokens drafted before them are given the
-text's. Works in chunks of positions that are computed again for the gradient, so that nothing of tokens times
-vocabulary is ever whole. Knows no trainer.
+text's. Works in chunks of positions whose gradients are taken at once, so that nothing of tokens times vocabulary is
+ever whole. Knows no trainer.
 """
 
 from collections.abc import Iterable
@@ -14,11 +14,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from ..drafters.medusa import HeadSettings, MedusaHeads
 from .config import read
 from .known_tokens import frequent_tokens
+from .losses import Summed
 from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, labelled, windows
 
 _CHUNK = 1 << 24  # logits at a time, in numbers
@@ -70,13 +70,11 @@ class MedusaObjective(Objective):
 
     def forward(self, batch: Batch, seen: TargetView) -> Losses:
         """Needs `seen.hidden` (B, T, H) of the whole batch."""
-        zero = sum(parameter.sum() for parameter in self.parameters()) * 0.0  # all take part, labels or not
-        losses = [zero, *([seen.hidden.new_zeros(size, dtype=torch.int64) for size in ((), self.depths, self.depths)])]
-        laws = self._law_of(seen) if self.target_weight else None
-        for chunk in self._chunks(batch, seen):
-            found = checkpoint(self._chunk_losses, *chunk, laws, use_reentrant=False)
-            losses = [so_far + new for so_far, new in zip(losses, found)]
-        return Losses(*losses)
+        device, laws = seen.hidden.device, self._law_of(seen) if self.target_weight else None
+        zeros = [torch.zeros((), device=device)]
+        zeros += [torch.zeros(size, dtype=torch.int64, device=device) for size in ((), self.depths, self.depths)]
+        chunks = ((*chunk, laws) for chunk in self._chunks(batch, seen))
+        return Losses(*Summed.apply(self._chunk_losses, chunks, zeros, *self.parameters()))
 
     @torch.no_grad()
     def label_ranks(self, batch: Batch, seen: TargetView) -> Tensor:
