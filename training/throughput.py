@@ -26,8 +26,10 @@ def compare(model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sam
         "transformers": lambda part, t: _transformers(model, tokenizer, part, batch, t, sampling),
         "paceline": lambda part, t: _ours(model, part, t, sampling, decoding),
     }
-    for way in run:  # whatever is compiled or allocated on first use
-        run[way](ids[:batch], temperatures[0])
+    _transformers(model, tokenizer, ids[:batch], batch, temperatures[0], sampling)  # warm up
+    for temperature in temperatures:
+        for turn in range(ROUNDS):  # whatever is compiled for the sizes to come
+            _ours(model, ids[turn::ROUNDS], temperature, sampling, decoding, new_tokens=2)
     rows, totals = [], {way: [0, 0.0] for way in run}
     for temperature in temperatures:
         spent = {way: [0, 0.0] for way in run}
@@ -68,10 +70,11 @@ def _transformers(model, tokenizer, ids: list[list[int]], batch: int, temperatur
     return tokens
 
 
-def _ours(model, ids: list[list[int]], temperature: float, sampling: Sampling, decoding: dict) -> int:
+def _ours(model, ids: list[list[int]], temperature: float, sampling: Sampling, decoding: dict, new_tokens=None) -> int:
+    """The number of tokens; with `new_tokens`, texts of the same room end after so many."""
     counts: list[int] = []
-    new = sampling.max_new_tokens
-    texts = [Text(own, new, number, len(own) + new) for number, own in enumerate(ids)]
+    new, room = new_tokens or sampling.max_new_tokens, sampling.max_new_tokens
+    texts = [Text(own, new, number, len(own) + room) for number, own in enumerate(ids)]
 
     def finish(text: Text, tokens: list[int], failed: bool) -> None:
         counts.append(len(tokens))
