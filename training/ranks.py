@@ -28,8 +28,10 @@ def judge_of(drafter, model, depths: int) -> Judge | None:
     """What ranks the tokens of a text by `drafter` for the target `model`, in the arithmetic of decoding; heads give
     as many depths as they are. None for a drafter that nothing but decoding can judge."""
     if isinstance(drafter, ModelDrafter):
-        known = {"known": drafter.vocabulary}
-        return lambda batch: (draft_ranks(drafter.model, batch, depths, **known), next_tokens(batch)[1])
+        return lambda batch: (
+            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary),
+            next_tokens(batch)[1],
+        )
     if not isinstance(drafter, MedusaDrafter):
         return None
     heads, target = drafter.heads, OnlineTarget(model)

@@ -8,6 +8,7 @@ import time
 
 from ..spec.console import table
 from ..spec.curves import wait_for
+from ..spec.executors import choose
 from ..spec.models import end_ids
 from ..spec.refill import Text, decode_texts
 from .generate import Sampling, templated
@@ -22,6 +23,9 @@ def compare(model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sam
     if not ids:
         raise ValueError("there is no prompt to compare with")
     batch = decoding["batch"]
+    each = sampling.max_new_tokens * len(ids) // ROUNDS
+    # Settled once, so that a short warm-up runs what the long runs will.
+    decoding = {**decoding, "executor": choose(decoding["executor"], model.device, each, True, False)}
     run = {
         "transformers": lambda part, t: _transformers(model, tokenizer, part, batch, t, sampling),
         "paceline": lambda part, t: _ours(model, part, t, sampling, decoding),
