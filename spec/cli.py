@@ -135,6 +135,7 @@ def _data_parser(commands) -> None:
     generate.set_defaults(drafter="none", executor="auto")
     generate.add_argument("prompts", nargs="?", help="JSONL with turns, messages or prompt; a datasets folder or id")
     generate.add_argument("--source", choices=["self"], help="self: the target invents the user turns too")
+    generate.add_argument("--beginnings", metavar="FILE", help="of invented turns: a text file, one on each line")
     generate.add_argument("--count", type=_positive, default=1000, metavar="N", help="of those (default 1000)")
     generate.add_argument("--split", default="train", metavar="NAME", help="of a data set (default train)")
     generate.add_argument("-o", "--output", metavar="FILE", help="JSONL to append to; a run that was killed goes on")

@@ -149,6 +149,29 @@ def test_the_target_invents_prompts(folder, tmp_path, capsys):
     assert all(record["source"] == "self" for record in records) and len(usable) > 1
 
 
+def test_invented_turns_go_on_from_their_beginnings(folder, tmp_path, capsys):
+    """Each beginning in its turn; the target's own words behind it, the same as it would say there unasked."""
+    begin = tmp_path / "begin.txt"
+    begin.write_text("AB\n\nHEAD  \n")
+    out = tmp_path / "self.jsonl"
+    line = ["--source", "self", "--beginnings", begin, "-o", out, "--temperatures", "0"]
+    assert generate(folder, "--count", 5, *line) == 0
+    turns = {turn["id"]: turn for turn in lines(tmp_path / "self.turns.jsonl")}
+    assert sorted(turns) == [0, 1, 2, 3, 4] and any(turn["turn"] for turn in turns.values())
+    model, tokenizer = paceline.load_target(folder, torch.float32, "cpu")
+    for number, turn in turns.items():
+        begun = ["AB", "HEAD"][number % 2]
+        prompt = tokenizer("u" + begun, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 9}
+        said = paceline.generate(model, prompt, seed=own_seed(0, f"self/{number}"), **options)[0, prompt.shape[1] :]
+        ended = int(said[-1]) in ENDS
+        assert turn["ended"] == ended
+        words = tokenizer.decode(said[:-1], skip_special_tokens=True)
+        assert turn["turn"] == ((begun + words).strip() if ended and words.strip() else "")
+    assert generate(folder, "--count", 5, "--source", "self", "-o", out, "--temperatures", "0") == 2
+    assert "was begun with beginnings=['AB', 'HEAD']" in capsys.readouterr().err
+
+
 def test_prompts_of_an_exclusion_file_are_left_out(folder, tmp_path, capsys, root):
     bench = write(tmp_path / "bench.jsonl", [{"turns": ["first", "  gH "]}, {"prompt": "xyz"}])
     source = write(tmp_path / "p.jsonl", PROMPTS)
@@ -182,6 +205,9 @@ def test_a_data_set_on_disk_is_a_source(tmp_path):
         (["p.jsonl", "-o", "p.jsonl"], "which says how it was made"),
         (["p.jsonl", "-o", "o.jsonl", "--server", "localhost"], "is no URL"),
         (["--source", "self", "-o", "o.jsonl", "--server", "http://localhost"], "answers prompts only"),
+        (["p.jsonl", "-o", "o.jsonl", "--beginnings", "p.jsonl"], "add --source self"),
+        (["--source", "self", "-o", "o.jsonl", "--beginnings", "empty.jsonl"], "holds no beginnings"),
+        (["--source", "self", "-o", "o.jsonl", "--beginnings", "nowhere.txt"], "cannot be read"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(folder, tmp_path, monkeypatch, capsys, arguments, words):

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .prompts import Prompt, Unusable, read_prompts, sift, turns_of
+from .prompts import Prompt, Unusable, read_beginnings, read_prompts, sift, turns_of
 
 
 def data(args) -> None:
@@ -20,6 +20,8 @@ def generate(args) -> None:
         raise ValueError(f"--top-p {args.top_p} is not above 0 and at most 1")
     if (args.prompts is None) == (args.source is None):
         raise ValueError("give either a file or data set of prompts, or --source self")
+    if args.beginnings and args.source is None:
+        raise ValueError("--beginnings are of turns that the target invents; add --source self")
     if args.server and (args.source or args.compare_transformers):
         raise ValueError("--server answers prompts only; make them with --source self on a model that is here")
     sampling = Sampling(args.top_p, args.max_new_tokens, args.seed)
@@ -36,8 +38,9 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
     from .ledger import Ledger
 
     excluded = turns_of(args.exclude) if args.exclude else set()
+    beginnings = read_beginnings(args.beginnings) if args.beginnings else None
     settings = {"model": str(args.model), "server": args.server, "top_p": args.top_p}
-    settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
+    settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "beginnings": beginnings}
     ledger = Ledger(args.output, settings, args.limit_tokens)
     try:
         if args.server:
@@ -48,7 +51,7 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
             answer_by(server, ledger.open_jobs(entries, temperatures, args.repeats, args.seed), ledger, args.batch)
         else:
             model, tokenizer, decoding = _local(args)
-            entries = _entries(args, model, tokenizer, sampling, excluded, decoding)
+            entries = _entries(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
             jobs = ledger.open_jobs(entries, temperatures, args.repeats, args.seed)
             answer(model, tokenizer, jobs, ledger, sampling, **decoding)
     finally:
@@ -68,13 +71,15 @@ def _local(args):
     return model, tokenizer, {"batch": args.batch, "drafter": drafter, "tree": tree, "executor": args.executor}
 
 
-def _entries(args, model, tokenizer, sampling, excluded: set[str], decoding: dict) -> list[Prompt | Unusable]:
+def _entries(
+    args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
+) -> list[Prompt | Unusable]:
     if args.source is None:
         return list(sift(read_prompts(args.prompts, args.split), excluded))
     from .generate import invent
 
     turns = Path(args.output).with_suffix(".turns.jsonl")
-    return list(sift(invent(model, tokenizer, turns, args.count, sampling, **decoding), excluded))
+    return list(sift(invent(model, tokenizer, turns, beginnings, args.count, sampling, **decoding), excluded))
 
 
 def _compare(args, sampling, temperatures: list[float]) -> None:

@@ -128,11 +128,15 @@ def answer(model, tokenizer, jobs: list[Job], ledger: Ledger, sampling: Sampling
         decode_texts(model, texts, answering.finish, **sampled, **calls, **decoding)
 
 
-def invent(model, tokenizer, path: Path, count: int, sampling: Sampling, **decoding) -> list[Prompt | Unusable]:
-    """`count` user turns that the target writes where its chat template expects one (Magpie, arXiv:2406.08464).
+def invent(
+    model, tokenizer, path: Path, beginnings: list[str], count: int, sampling: Sampling, **decoding
+) -> list[Prompt | Unusable]:
+    """`count` user turns that the target writes where its chat template expects one (Magpie, arXiv:2406.08464), going
+    on from each of `beginnings` in turn: from "" whatever comes to it, from "Summarize:" a text to summarise.
 
     Kept in the journal `path`, so that a run that was killed goes on; what is empty or does not end is unusable."""
-    tokens = tokenizer(user_prefix(tokenizer), add_special_tokens=False)["input_ids"]
+    prefix = user_prefix(tokenizer)
+    begun = [tokenizer(prefix + own, add_special_tokens=False)["input_ids"] for own in beginnings]
     ends = end_ids(model)
     with Journal(path) as journal, tqdm(total=count, unit="turn", desc="inventing", disable=None) as bar:
         turns = {record["id"]: record for record in journal.records if record["id"] < count}
@@ -140,14 +144,16 @@ def invent(model, tokenizer, path: Path, count: int, sampling: Sampling, **decod
 
         def finish(text: Text, own: list[int], failed: bool) -> None:
             ended = bool(own) and own[-1] in ends and not failed
-            turn = tokenizer.decode(own[:-1], skip_special_tokens=True).strip() if ended else ""
+            turn = tokenizer.decode(own[:-1], skip_special_tokens=True) if ended else ""
+            turn = (beginnings[text.name % len(beginnings)] + turn).strip() if turn.strip() else ""
             turns[text.name] = {"id": text.name, "turn": turn, "ended": ended}
             journal.add(turns[text.name])
             bar.update()
 
-        room = len(tokens) + sampling.max_new_tokens
+        room = max(map(len, begun)) + sampling.max_new_tokens
+        seeds = [own_seed(sampling.seed, f"self/{number}") for number in range(count)]
         texts = [
-            Text(tokens, sampling.max_new_tokens, own_seed(sampling.seed, f"self/{number}"), room, number)
+            Text(begun[number % len(begun)], sampling.max_new_tokens, seeds[number], room, number)
             for number in range(count)
             if number not in turns
         ]

@@ -100,6 +100,18 @@ def _prompt(entry: dict, source: str, place: str) -> Prompt | Unusable:
     return Prompt(tuple(turns), system, str(entry.get("source", source)))
 
 
+def read_beginnings(path: str) -> list[str]:
+    """The lines of a text file, each the beginning of user turns that the target is to invent."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"beginnings {path} cannot be read ({error}); give a text file with one on a line") from error
+    found = [line.rstrip() for line in lines if line.strip()]
+    if not found:
+        raise ValueError(f"{path} holds no beginnings of turns; write one on each line")
+    return found
+
+
 def normal(text: str) -> str:
     """What counts as the same user turn: case and white space do not matter."""
     return " ".join(text.casefold().split())

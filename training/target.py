@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
 from .objective import TargetView
@@ -130,19 +131,36 @@ def write_hidden_states(model, split: str, data, folder: Path, rank: int = 0, ra
         path = _file(folder, split, start)
         if path.exists():
             continue
-        rows = list(range(start, min(start + ROWS_PER_FILE, len(data))))
-        hidden = []
-        for i in range(0, len(rows), batch):
-            packs = data.batch(rows[i : i + batch], model.device)
-            with torch.no_grad():
-                hidden.append(last_hidden_state(model, packs["input_ids"], packs["position_ids"]).cpu())
+        packs = data.batch(list(range(start, min(start + ROWS_PER_FILE, len(data)))))
+        hidden = _document_by_document(model, packs, batch * data.length)
         unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         try:
-            save_file({"hidden": torch.cat(hidden).contiguous()}, unfinished)
+            save_file({"hidden": hidden}, unfinished)
             os.replace(unfinished, path)
         except (OSError, SafetensorError) as error:
             unfinished.unlink(missing_ok=True)
             raise ValueError(f"hidden states cannot be written to {folder} ({error}); free some space") from error
+
+
+@torch.no_grad()
+def _document_by_document(model, packs: dict[str, Tensor], most: int) -> Tensor:
+    """The last hidden states (B, T, H) of packed rows on the CPU, padding left zero. Documents of like lengths go
+    through the model side by side, `most` tokens at a time: in a pack, most of what attention computes would be
+    between documents, and masked."""
+    real = packs["document"] >= 0  # (B, T)
+    pieces = (packs["position_ids"][real] == 0).cumsum(0) - 1  # of each real token, row by row
+    texts = packs["input_ids"][real].split(pieces.bincount().tolist())
+    hidden: list[Tensor] = [None] * len(texts)
+    waiting = sorted(range(len(texts)), key=lambda piece: (-len(texts[piece]), piece))
+    while waiting:
+        count = max(1, most // len(texts[waiting[0]]))
+        together, waiting = waiting[:count], waiting[count:]
+        ids = pad_sequence([texts[piece] for piece in together], batch_first=True).to(model.device)
+        positions = torch.arange(ids.shape[1], device=model.device).expand(len(ids), -1)
+        for piece, own in zip(together, last_hidden_state(model, ids, positions).cpu()):
+            hidden[piece] = own[: len(texts[piece])]  # what is padded behind it, causal attention did not see
+    found = torch.cat(hidden)  # (n, H)
+    return found.new_zeros(*real.shape, found.shape[1]).masked_scatter(real[..., None], found)
 
 
 def _file(folder: Path, split: str, row: int) -> Path:
