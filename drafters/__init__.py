@@ -10,9 +10,10 @@ def load_drafter(name_or_path: str | Path, target):
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
-    target, else ngram; the names of `paceline drafters` are those; anything else is a folder or a hub id: trained
-    heads, or a causal LM with the target's vocabulary (its short name too), loaded in the target's dtype onto its
-    device. Raises ValueError where it cannot be found, loaded or does not fit the target.
+    target, else ngram; the names of `paceline drafters` are those; "heads+ngram" two of them side by side; anything
+    else is a folder or a hub id: trained heads, or a causal LM with the target's vocabulary (its short name too),
+    loaded in the target's dtype onto its device. Raises ValueError where it cannot be found, loaded or does not fit
+    the target.
     """
     from .shipped import best_shipped, shipped_folder
 
@@ -22,6 +23,11 @@ def load_drafter(name_or_path: str | Path, target):
         from .ngram import NgramDrafter
 
         return NgramDrafter()
+    first, plus, second = str(name_or_path).rpartition("+")
+    if plus and not Path(name_or_path).exists():
+        from .beside import Beside
+
+        return Beside(load_drafter(first, target), load_drafter(second, target))
     from ..spec.models import NAMED
     from .complete import complete
     from .draft_model import ModelDrafter

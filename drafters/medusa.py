@@ -193,13 +193,15 @@ class MedusaDrafter:
     """Heads as a drafter. `rates` is the acceptance p[depth][rank] that the default tree is planned from."""
 
     reads_hidden = True
+    remembers_nothing = True
 
     def __init__(self, heads: MedusaHeads, name: str = "medusa", rates: Rates | None = None):
         self.heads = heads
         self.name = name
         self.vocab_size = heads.vocab_size
         self.deepest = heads.settings.heads  # levels of the default tree
-        self.default_shape = default_tree(rates or _PRIOR, self.deepest)
+        self.rates = rates or _PRIOR
+        self.default_shape = default_tree(self.rates, self.deepest)
 
     def open(self, request: DraftRequest) -> "MedusaSession":
         if isinstance(request.shape, DynamicShape):

@@ -28,6 +28,7 @@ class NgramDrafter:
 
     name: ClassVar[str] = "ngram"
     vocab_size: ClassVar[None] = None
+    remembers_nothing: ClassVar[bool] = True
     deepest: ClassVar[int] = 8  # levels of a tree planned for it
     # Two continuations, the better one longer.
     default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))

@@ -14,7 +14,7 @@ from .executors import Eager
 from .loop import Readout, run_steps
 from .models import end_ids
 from .noise import row_keys
-from .planner import Acceptance, Plan, Rates, choose_tree, depth_within, grow
+from .planner import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
 from .proposal import DraftSampling
 from .runs import open_engine
 from .sampling import Sampler, warpers
@@ -43,6 +43,10 @@ class Replay:
                 visited.append(events[position])
                 position += 1 + depth_within(_ranks(events[position]), shape)
         return visited
+
+    def reach(self, shape: TreeShape) -> list[list[int]]:
+        """How many drafted tokens a step with `shape` would accept, at all positions of each text."""
+        return [[depth_within(_ranks(event), shape) for event in events] for events in self.texts]
 
     def tokens_per_step(self, shape: TreeShape) -> float:
         return sum(map(len, self.texts)) / len(self.walk(shape))
@@ -75,6 +79,45 @@ def plan_by_replay(replay: Replay, target_seconds: dict[int, float], draft_secon
         found = replace(found, tokens_per_step=tokens, speedup=plain * tokens / found.seconds_per_step)
         best = max(best, found, key=lambda plan: plan.speedup)
     return best
+
+
+def plan_side_by_side(
+    replays: tuple[Replay, Replay], target_seconds: dict[int, float], draft_seconds: tuple[dict[int, float], ...]
+) -> Plan:
+    """The same for two drafters behind one root, of which the second drafts a chain: every tree of the first that
+    `grow` finds with every length of the chain, replayed together."""
+    first, second = replays
+    plain, depths = target_seconds[1], [max(own) for own in draft_seconds]
+    parents, _ = grow(first.rates(TreeShape.chain(0)), max(target_seconds) - 1, depths[0])
+    trees = [TreeShape(tuple(parents[:size])) for size in range(2, len(parents) + 1)]
+    chains = [(TreeShape.chain(length), second.reach(TreeShape.chain(length))) for length in range(1, depths[1] + 1)]
+    best = Plan((-1,), 1.0, 1.0, plain, plain)
+    for tree in trees:
+        reach = first.reach(tree)
+        for chain, copied in chains:
+            shape = tree.beside(chain)
+            if len(shape) > max(target_seconds):
+                continue
+            seconds = interpolate(target_seconds, len(shape))
+            seconds += sum(interpolate(own, part.max_depth) for own, part in zip(draft_seconds, (tree, chain)))
+            tokens, steps = walk_together(reach, copied)
+            found = Plan(shape.parents, tokens / steps, plain * tokens / steps / seconds, seconds, plain)
+            best = max(best, found, key=lambda plan: plan.speedup)
+    return best
+
+
+def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int, int]:
+    """Tokens and steps of decoding texts in which two drafters reach that far at each position, the farther taken.
+
+    Texts of unequal length, which near-ties in low precision can make, count as far as both go."""
+    tokens = steps = 0
+    for own, other in zip(first, second):
+        length, position = min(len(own), len(other)), 0
+        while position < length:
+            position += 1 + max(own[position], other[position])
+            steps += 1
+        tokens += length
+    return tokens, steps
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from tqdm import tqdm
 
 from . import curves
-from .calibration import Replay, follow, plan_by_replay
+from .calibration import Replay, follow, plan_by_replay, plan_side_by_side
 from .commands import encode, load
 from .compare import compare
 from .console import table
@@ -42,16 +42,25 @@ def plan(args) -> None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
     drawing = DraftSampling.for_rule(args.verify, args.temperature > 0, args.temperature or 1.0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    measured = curves.measure(model, drafter, executor, sampling=drawing)
+    parts = getattr(drafter, "parts", (drafter,))
+    if args.run and len(parts) > 1:
+        raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
+    measured = [curves.measure(model, part, executor, sampling=drawing) for part in parts]
     if args.run:
-        rates = measured_acceptance(args, model).rates()
-        planned = choose_tree(rates, measured.target, measured.draft)
+        rates = [measured_acceptance(args, model).rates()]
+        planned = choose_tree(rates[0], measured[0].target, measured[0].draft)
     else:
         prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
-        replay = calibrate(model, drafter, prompts, args.verify, args.temperature, args.max_new_tokens)
-        planned = plan_by_replay(replay, measured.target, measured.draft)
-        rates = replay.rates(planned.shape)
-    _show(rates, measured, planned)
+        how = args.verify, args.temperature, args.max_new_tokens
+        replays = tuple(calibrate(model, part, prompts, *how) for part in parts)
+        drafts = tuple(own.draft for own in measured)
+        if len(parts) == 1:
+            planned = plan_by_replay(replays[0], measured[0].target, drafts[0])
+            rates = [replays[0].rates(planned.shape)]
+        else:
+            planned = plan_side_by_side(replays, measured[0].target, drafts)
+            rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
+    _show([part.name for part in parts], rates, measured, planned)
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
@@ -91,7 +100,8 @@ def profile(args) -> None:
     drafter = curves.Blank() if drafter is None else drafter
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     measured = curves.measure(model, drafter, executor)
-    _show_curves(measured)
+    _show_target(measured)
+    _show_draft(measured)
     shape = TreeShape.chain(15)
     step, forward = curves.own_cost(model, drafter, executor, shape)
     print(
@@ -125,19 +135,27 @@ def first_turns(path: str, tokenizer, model, most: int | None = None) -> list[tu
     return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
 
 
-def _show_curves(measured: curves.Curves) -> None:
+def _show_target(measured: curves.Curves) -> None:
     plain = measured.target[1]
     rows = [[str(n), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for n, seconds in measured.target.items()]
     print(table(["nodes", "step ms", "of plain"], rows))
+
+
+def _show_draft(measured: curves.Curves) -> None:
+    plain = measured.target[1]
     rows = [[str(d), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for d, seconds in measured.draft.items()]
     print("\n" + table(["draft levels", "ms", "of plain"], rows))
 
 
-def _show(rates, measured: curves.Curves, planned: Plan) -> None:
-    _show_curves(measured)
-    width = max((len(row) for row in rates), default=0)
-    rows = [[str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(rates)]
-    print("\n" + table(["p: depth", *(f"rank {rank}" for rank in range(width))], rows))
+def _show(names: list[str], rates: list, measured: list[curves.Curves], planned: Plan) -> None:
+    _show_target(measured[0])
+    for name, own, costs in zip(names, rates, measured):
+        if len(names) > 1:
+            print(f"\n{name}")
+        _show_draft(costs)
+        width = max((len(row) for row in own), default=0)
+        rows = [[str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(own)]
+        print("\n" + table(["p: depth", *(f"rank {rank}" for rank in range(width))], rows))
     shape = planned.shape
     print(
         f"\n{len(shape)} nodes, depth {shape.max_depth}: {planned.tokens_per_step:.2f} tokens per step expected, "

@@ -58,10 +58,20 @@ class TreeShape:
             level = list(range(start, len(parents)))
         return cls(tuple(parents))
 
+    def beside(self, other: "TreeShape") -> "TreeShape":
+        """Both trees behind one root, the children of `other`'s root last."""
+        moved = [0 if parent == 0 else parent + len(self) - 1 for parent in other.parents[1:]]
+        return TreeShape((*self.parents, *moved))
+
+    def part(self, nodes: Sequence[int]) -> "TreeShape":
+        """The tree of some of the nodes, ascending, with each of which its parent is there."""
+        place = {node: index for index, node in enumerate(nodes)}
+        return TreeShape(tuple(place.get(self.parents[node], -1) for node in nodes))
+
     @classmethod
     def parse(cls, text: "str | Sequence[int] | TreeShape | DynamicShape") -> "TreeShape | DynamicShape":
-        """Read `"chain:5"`, `"4x2x1"` (children per level), a list of parents, or `"dynamic:24x6x4"` (nodes,
-        depth and width of a tree that the drafter grows)."""
+        """Read `"chain:5"`, `"4x2x1"` (children per level), two of these behind one root (`"4x2x1+chain:6"`), a
+        list of parents, or `"dynamic:24x6x4"` (nodes, depth and width of a tree that the drafter grows)."""
         if isinstance(text, (TreeShape, DynamicShape)):
             return text
         if not isinstance(text, str):
@@ -69,6 +79,9 @@ class TreeShape:
                 return cls(tuple(text))
             except TypeError:
                 raise ValueError(f"tree={text!r} is neither a shape like '4x2x1' nor a list of parents") from None
+        first, plus, second = text.rpartition("+")
+        if plus and not text.startswith("dynamic") and not second.startswith("dynamic"):
+            return cls.parse(first).beside(cls.parse(second))
         kind, _, length = text.partition(":")
         if kind == "chain" and length.isdecimal():
             return cls.chain(int(length))
@@ -78,8 +91,8 @@ class TreeShape:
         if kind != "dynamic" and all(count.isdecimal() and int(count) > 0 for count in counts):
             return cls.per_level([int(count) for count in counts])
         raise ValueError(
-            f"tree {text!r} is neither 'chain:5' nor children per level like '4x2x1' nor 'dynamic:24x6x4' (nodes, "
-            "depth, width)"
+            f"tree {text!r} is neither 'chain:5' nor children per level like '4x2x1' nor both like '4x2x1+chain:6' "
+            "nor 'dynamic:24x6x4' (nodes, depth, width)"
         )
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import paceline
 import pytest
 import torch
+from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter, NgramSession
@@ -24,10 +25,10 @@ WAYS = {
     "greedy": dict(do_sample=False),
     "sampled": dict(do_sample=True, temperature=0.8, top_p=0.9, top_k=12, suppress_tokens=[3, 4]),
 }
-DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra"]
+DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra", "beside"]
 PAIRS = [
     pair for pair in itertools.product(DRAFTERS, ["match", "residual", "typical"], WAYS)
-    if pair != ("ngram", "residual", "sampled")
+    if pair not in (("ngram", "residual", "sampled"), ("beside", "residual", "sampled"))
 ]  # fmt: skip
 
 
@@ -41,6 +42,7 @@ def drafters(model):
     made = {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(model))}
     for mode in ("independent", "markov", "hydra"):
         made[mode] = MedusaDrafter(fitted_heads(model, mode, known=40))
+    made["beside"] = Beside(made["hydra"], made["ngram"])
     return made
 
 

@@ -51,6 +51,8 @@ def evaluate(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("none is no drafter; give a drafter's folder, its name, or ngram")
+    if hasattr(drafter, "parts"):
+        raise ValueError(f"{args.drafter} has no p of its own; evaluate its parts, and measure it with paceline bench")
     prompts = first_turns(args.prompts, tokenizer, model)
     settings = Settings(args.max_new_tokens, args.temperature, args.verify, args.executor)
     found, shape = _foretold(args, model, drafter, prompts, settings)

@@ -1,0 +1,93 @@
+"""Two drafters side by side: both propose behind the same root, and the target checks both proposals in one forward.
+
+Heads and draft models foresee how a text of its kind goes on and cannot copy; prompt lookup copies and foresees
+nothing. The tree is divided between them: the branch below the root's last child is the second drafter's, everything
+else the first's. Both draft every time, so the step stays static; a branch for which the second has nothing is
+empty. Their tokens come from different laws, which only the rule `match` can treat. Knows nothing of verification.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..spec.planner import default_tree
+from ..spec.proposal import NO_TOKEN, DraftRequest, Proposal
+from ..spec.state import DecodeState
+from ..spec.tree import DynamicShape, TokenTree, TreeShape
+from ..spec.verify import Verdict
+
+NODES = 10  # of the first drafter's part of the default tree, root included
+COPIED = 6  # tokens of the second's, a chain
+
+
+class Beside:
+    """`first` and `second` are drafters that remember nothing between steps: trained heads, prompt lookup.
+
+    Raises ValueError for another."""
+
+    def __init__(self, first, second):
+        for part in (first, second):
+            if not getattr(part, "remembers_nothing", False):
+                raise ValueError(
+                    f"drafter {part.name!r} keeps a cache along its own tree and cannot stand beside another; combine "
+                    "trained heads and ngram, such as smollm2-135m-hydra+ngram"
+                )
+        self.parts = first, second
+        self.name = f"{first.name}+{second.name}"
+        sizes = {part.vocab_size for part in (first, second)} - {None}
+        self.vocab_size = sizes.pop() if len(sizes) == 1 else None
+        self.reads_hidden = any(getattr(part, "reads_hidden", False) for part in (first, second))
+        self.deepest = max(first.deepest, second.deepest)
+        self.default_shape = self._own(first).beside(TreeShape.chain(COPIED))
+
+    @staticmethod
+    def _own(first) -> TreeShape:
+        rates = getattr(first, "rates", None)
+        return first.default_shape if rates is None else default_tree(rates, first.deepest, NODES)
+
+    def open(self, request: DraftRequest) -> "BesideSession":
+        if isinstance(request.shape, DynamicShape):
+            raise ValueError(f"drafter {self.name!r} fills fixed trees only; use a tree like '4x2x1+chain:6'")
+        if not request.shape.children[0]:
+            raise ValueError(f"drafter {self.name!r} needs a tree with a branch; use one like '4x2x1+chain:6'")
+        return BesideSession(self.parts, request)
+
+    def __repr__(self) -> str:
+        return f"Beside{self.parts!r}"
+
+
+class BesideSession:
+    """One run of both."""
+
+    def __init__(self, parts: tuple, request: DraftRequest):
+        self.tree = TokenTree.of(request.shape, request.device)
+        self.nodes, self.sessions = [], []
+        for drafter, nodes in zip(parts, divided(request.shape)):
+            shape = request.shape.part(nodes)
+            self.nodes.append(torch.tensor(nodes, device=request.device))
+            self.sessions.append(drafter.open(replace(request, shape=shape)))
+
+    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
+        for session in self.sessions:
+            session.prefill(state, chunk, rows)
+
+    def propose(self, state: DecodeState) -> Proposal:
+        tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(state.lengths), 1)  # (B, N)
+        for nodes, session in zip(self.nodes, self.sessions):
+            proposal = session.propose(state)
+            tokens[:, nodes] = proposal.tokens
+        return Proposal(tokens, self.tree, "deterministic", proposal.noise)
+
+    def commit(self, state: DecodeState, verdict: Verdict) -> None:
+        pass
+
+
+def divided(shape: TreeShape) -> tuple[list[int], list[int]]:
+    """The nodes of the first drafter and of the second, each with the root; the second's are those below the root's
+    last child, itself included."""
+    branch = {shape.children[0][-1]}
+    for node, parent in enumerate(shape.parents):
+        if parent in branch:
+            branch.add(node)
+    return [node for node in range(len(shape)) if node not in branch], [0, *sorted(branch)]

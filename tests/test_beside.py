@@ -1,0 +1,171 @@
+"""Two drafters side by side: each part's tokens in its own nodes, the target's text, and more of it than either's."""
+
+import paceline
+import pytest
+import torch
+from paceline.drafters.beside import Beside, divided
+from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.medusa import MedusaDrafter
+from paceline.drafters.ngram import NgramDrafter
+from paceline.spec import cli
+from paceline.spec.calibration import plan_side_by_side, walk_together
+from paceline.spec.planner import grow
+from paceline.spec.planning import calibrate
+from paceline.spec.proposal import DraftRequest, DraftSampling
+from paceline.spec.tree import TreeShape
+from test_medusa import open_session
+
+from conftest import fitted_heads, tiny_llama
+
+TREES = ["4x2x1+chain:6", "chain:3", "2x1+2x2", (-1, 0, 0, 1, 1, 2, 3, 5, 5)]
+
+
+@pytest.fixture(scope="module")
+def heads(target):
+    return fitted_heads(target, "hydra", known=40)
+
+
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_every_node_belongs_to_one_part(tree):
+    shape = TreeShape.parse(tree)
+    first, second = divided(shape)
+    assert sorted(first[1:] + second[1:]) == list(range(1, len(shape))) and first[0] == second[0] == 0
+    last = [node for node, parent in enumerate(shape.parents) if parent == 0][-1]
+    for node in range(1, len(shape)):
+        top = node
+        while shape.parents[top] != 0:
+            top = shape.parents[top]
+        assert (node in second) == (top == last)
+    joined = shape.part(first).beside(shape.part(second))
+    assert joined == shape, "taken apart and put together again"
+
+
+def test_trees_behind_one_root():
+    assert TreeShape.parse("2x1+chain:3").parents == (-1, 0, 0, 0, 1, 2, 3, 6)
+    assert TreeShape.parse("chain:1+chain:1+2").parents == (-1, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize("sampling", [DraftSampling(), DraftSampling(0.7, "shared")], ids=str)
+@pytest.mark.parametrize("tree", TREES, ids=str)
+def test_each_part_drafts_as_it_does_alone(target, heads, tree, sampling):
+    shape = TreeShape.parse(tree)
+    _, state = open_session(target, heads, shape, sampling)
+    state.tokens[:, :4] = state.tokens[:, 5:6]  # so that prompt lookup finds something in the longer row
+    parts = MedusaDrafter(heads), NgramDrafter()
+    request = DraftRequest(2, 64, 61, torch.device("cpu"), shape, sampling, target)
+    tokens = Beside(*parts).open(request).propose(state).tokens
+    found = 0
+    for drafter, nodes in zip(parts, divided(shape)):
+        alone = DraftRequest(2, 64, 61, torch.device("cpu"), shape.part(nodes), sampling, target)
+        own = drafter.open(alone).propose(state).tokens
+        assert torch.equal(tokens[:, nodes], own)
+        found += int((own[:, 1:] >= 0).sum() > 0)
+    assert found == 2 or len(divided(shape)[0]) == 1
+
+
+def test_texts_are_the_targets_own_and_longer_steps_than_either(target, heads, ragged):
+    both = Beside(MedusaDrafter(heads), NgramDrafter())
+    for sampling in (dict(do_sample=False), dict(do_sample=True, top_k=0, temperature=0.6)):
+        options = dict(seed=5, max_new_tokens=40, **sampling)
+        truth = paceline.generate(target, *ragged, **options)
+        for rule in ("match", "typical"):
+            for tree in (None, *TREES):
+                found = paceline.generate(target, *ragged, drafter=both, tree=tree, verify=rule, **options)
+                assert rule == "typical" or torch.equal(found, truth), (sampling, tree)
+    steps = {}
+    for name, drafter, tree in (
+        ("both", both, "2x2x1+chain:4"), ("heads", both.parts[0], "2x2x1"), ("ngram", both.parts[1], "chain:4"),
+    ):  # fmt: skip
+        options = dict(do_sample=False, max_new_tokens=60, return_dict_in_generate=True)
+        trace = paceline.generate(target, *ragged, drafter=drafter, tree=tree, **options).trace
+        steps[name] = trace.summary()["tokens_per_step"]
+    assert steps["both"] > max(steps["heads"], steps["ngram"]), steps
+
+
+@pytest.fixture(scope="module")
+def replays(target, heads):
+    """Both parts calibrated on the same prompts, and these."""
+    torch.manual_seed(3)
+    prompts = [torch.randint(1, 61, (1, length)) for length in (3, 9, 5)]
+    encoded = [{"input_ids": ids} for ids in prompts]
+    parts = MedusaDrafter(heads), NgramDrafter()
+    return tuple(calibrate(target, part, encoded, "match", 0.0, 50) for part in parts), prompts
+
+
+def test_both_replayed_together_take_the_steps_of_decoding(target, heads, replays):
+    (first, second), prompts = replays
+    both, counts = Beside(MedusaDrafter(heads), NgramDrafter()), set()
+    for own, length in (("2x1", 1), ("3x1", 4), ("chain:2", 6)):
+        tokens, steps = walk_together(first.reach(TreeShape.parse(own)), second.reach(TreeShape.chain(length)))
+        really = committed = 0
+        for ids in prompts:
+            options = dict(drafter=both, tree=f"{own}+chain:{length}", do_sample=False, max_new_tokens=50)
+            events = paceline.generate(target, ids, return_dict_in_generate=True, **options).trace.events
+            really += len(events)
+            committed += sum(len(event.committed) for event in events)
+        assert (tokens, steps) == (committed, really)
+        counts.add(steps)
+    assert len(counts) > 1
+
+
+def test_the_plan_for_both_is_the_best_of_all_that_are_tried(replays):
+    replays, _ = replays
+    costs, drafts = {1: 1.0, 16: 1.3, 24: 3.0}, ({0: 0.0, 4: 0.2}, {0: 0.0, 1: 0.05, 6: 0.1})
+    plan = plan_side_by_side(replays, costs, drafts)
+    parents, _ = grow(replays[0].rates(TreeShape.chain(0)), 24, 4)
+    best = 1.0
+    for size in range(2, len(parents) + 1):
+        for length in range(1, 7):
+            tree, nodes = TreeShape(tuple(parents[:size])), size + length
+            if nodes > 24:
+                continue
+            tokens, steps = walk_together(replays[0].reach(tree), replays[1].reach(TreeShape.chain(length)))
+            seconds = 1 + 0.3 * (nodes - 1) / 15 if nodes <= 16 else 1.3 + 1.7 * (nodes - 16) / 8
+            seconds += 0.2 * tree.max_depth / 4 + (0.05 + 0.05 * (length - 1) / 5)
+            best = max(best, tokens / steps / seconds)
+    assert plan.speedup == pytest.approx(best) and best > 1
+    assert plan_side_by_side(replays, {1: 1.0, 24: 90.0}, drafts).parents == (-1,), "not to speculate is a choice"
+
+
+def test_they_are_planned_for_and_evaluated_in_a_sentence(heads, tmp_path, monkeypatch, capsys, tokenizer):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    model = tiny_llama(max_position_embeddings=512)
+    model.save_pretrained(tmp_path / "target")
+    tokenizer.save_pretrained(tmp_path / "target")
+    loaded, _ = paceline.load_target(tmp_path / "target", torch.float32, "cpu")
+    fitted_heads(loaded, "hydra").save(tmp_path / "heads", torch.float32)
+    (tmp_path / "prompts.jsonl").write_text('{"turns": ["ABCABCABC"]}\n{"prompt": "XYZXYZ"}\n')
+    pair = ["--model", str(tmp_path / "target"), "--drafter", f"{tmp_path / 'heads'}+ngram"]
+    prompts = ["--calibrate", str(tmp_path / "prompts.jsonl")]
+    assert cli.main(["plan", *pair, *prompts, "--max-new-tokens", "20", "-o", str(tmp_path / "plan.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "\nheads\n" in printed and "\nngram\n" in printed and "tokens per step expected" in printed
+    assert cli.main(["generate", *pair, "--prompt", "ABC", "--max-new-tokens", "12", "--tree", "auto"]) == 0
+    capsys.readouterr()
+    assert cli.main(["plan", *pair, "--from", str(tmp_path / "run.jsonl")]) == 2
+    assert "does not tell the shares" in capsys.readouterr().err
+    assert cli.main(["evaluate", pair[3], *pair[:2], "--prompts", prompts[1], "-o", str(tmp_path / "a.json")]) == 2
+    assert "evaluate its parts" in capsys.readouterr().err
+
+
+def test_what_cannot_stand_side_by_side_is_refused_in_a_sentence(target, heads, ragged):
+    with pytest.raises(ValueError, match="keeps a cache along its own tree"):
+        Beside(NgramDrafter(), ModelDrafter(target))
+    both = Beside(MedusaDrafter(heads), NgramDrafter())
+    for tree, words in (("dynamic:8x4x2", "fixed trees only"), ("chain:0", "a tree with a branch")):
+        with pytest.raises(ValueError, match=words):
+            paceline.generate(target, *ragged, drafter=both, tree=tree, max_new_tokens=4)
+    with pytest.raises(ValueError, match="without drawing them"):
+        paceline.generate(target, *ragged, drafter=both, verify="residual", do_sample=True, max_new_tokens=4)
+
+
+def test_they_are_loaded_by_their_names(target, heads, ragged, tmp_path):
+    heads.save(tmp_path / "heads", torch.float32)
+    both = paceline.load_drafter(f"{tmp_path / 'heads'}+ngram", target)
+    assert both.name == "heads+ngram" and both.reads_hidden and both.vocab_size == 61
+    assert len(both.default_shape) <= 16 and both.default_shape.max_depth == 6
+    truth = paceline.generate(target, *ragged, do_sample=False, max_new_tokens=12)
+    found = paceline.generate(target, *ragged, drafter=both, do_sample=False, max_new_tokens=12)
+    assert torch.equal(found, truth)
+    with pytest.raises(ValueError, match="nothing_here"):
+        paceline.load_drafter("nothing_here+ngram", target)
