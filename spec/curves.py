@@ -6,19 +6,23 @@ their slots held text, in turns, and medians are kept. Knows nothing of acceptan
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from .executors import EXECUTORS, Step
+from .loop import read_report
 from .planner import interpolate
 from .proposal import DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from .runs import open_engine
 from .sampling import Sampler
 from .state import DecodeState
 from .step import Engine
+from .trace import Trace
 from .tree import TokenTree, TreeShape
 
 
@@ -114,6 +118,23 @@ def own_cost(model, drafter, executor: str, shape: TreeShape, repeats: int = 40)
     runs = {only: open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)}
     seconds = in_turns(model, runs, repeats)
     return seconds[False], seconds[True]
+
+
+def recording_cost(shape: TreeShape, repeats: int = 200) -> float:
+    """Median seconds that the trace takes for one row of a step: the report read, the event made, and its line written
+    to a file that is closed, with the whole tree accepted."""
+    nodes, depth = len(shape), shape.max_depth + 1
+    path = [0, *(level[0] for level in shape.levels[1:])]
+    report = [*range(nodes), *shape.parents, *path, depth - 1, 7, depth, 0, 0]
+    seconds = []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(repeats):
+            started = time.perf_counter()
+            times = {"draft": 0.01, "verify": 0.03, "commit": 0.001}
+            trace = Trace([read_report(report, nodes, depth).event(0, step, times)])
+            trace.append_to(Path(folder) / "trace.jsonl")
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def wait_for(model) -> None:

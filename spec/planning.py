@@ -108,6 +108,8 @@ def profile(args) -> None:
         f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
         f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
     )
+    recording = curves.recording_cost(shape)
+    print(f"recording and writing the trace of a row takes {recording * 1e3:.2f} ms, {recording / step:.2%} of that step")
     if executor == "eager":
         watch_phases(model, drafter, shape)
 
@@ -154,7 +156,9 @@ def _show(names: list[str], rates: list, measured: list[curves.Curves], planned:
             print(f"\n{name}")
         _show_draft(costs)
         width = max((len(row) for row in own), default=0)
-        rows = [[str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(own)]
+        rows = [
+            [str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(own)
+        ]
         print("\n" + table(["p: depth", *(f"rank {rank}" for rank in range(width))], rows))
     shape = planned.shape
     print(
