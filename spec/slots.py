@@ -33,6 +33,7 @@ class SlotModel:
         self.slot_index = torch.arange(capacity, device=model.device)
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None  # (B, n, H)
+        self.never_alone = model.device.type == "cpu" and model.dtype != torch.float32
         if keep_hidden:
             listen(model)
         if model.device.type == "cpu":
@@ -68,9 +69,21 @@ class SlotModel:
         return self.forward(tokens, torch.where(padding, self.capacity - 1, slots), view, keep)
 
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
-        """Logits of tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots."""
+        """Logits of tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
+
+        On a CPU, torch's kernels sum over a single row in another order than over each of several, which rounds
+        otherwise in low precision. A tree that is one node of one row is therefore forwarded twice, so that plain
+        decoding rounds as drafted decoding does; little is lost, as the time goes into reading the weights. Compiled
+        kernels have one order for all."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        return self.forward(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
+        alone = self.never_alone and nodes is None and tokens.numel() == 1 and not torch.compiler.is_compiling()
+        if not alone:
+            return self.forward(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
+        index = index.repeat(2)
+        logits = self.forward(tokens.repeat(1, 2), base[:, None] + index, self.view_of_nodes(base, tree, index))
+        if self.keep_hidden:
+            self.hidden = self.hidden[:, :1]
+        return logits[:, :1]
 
     def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
         """What the nodes `index` (n,) may see: the committed text, their ancestors and themselves."""
