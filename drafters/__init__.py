@@ -10,29 +10,47 @@ def load_drafter(name_or_path: str | Path, target):
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
-    target, else ngram; the names of `paceline drafters` are those; "heads+ngram" two of them side by side; anything
+    target, heads with prompt lookup beside them, else ngram alone; the names of `paceline drafters` are those; "heads+ngram" two of them side by side; anything
     else is a folder or a hub id: trained heads, or a causal LM with the target's vocabulary (its short name too),
     loaded in the target's dtype onto its device. Raises ValueError where it cannot be found, loaded or does not fit
     the target.
     """
-    from .shipped import best_shipped, shipped_folder
-
-    if str(name_or_path) == "auto":
-        name_or_path = best_shipped(target) or "ngram"
-    if str(name_or_path) == "ngram":
+    name = str(name_or_path)
+    if name == "auto":
+        return _best(target)
+    if name == "ngram":
         from .ngram import NgramDrafter
 
         return NgramDrafter()
-    first, plus, second = str(name_or_path).rpartition("+")
-    if plus and not Path(name_or_path).exists():
+    first, plus, second = name.rpartition("+")
+    if plus and not Path(name).exists():
         from .beside import Beside
 
         return Beside(load_drafter(first, target), load_drafter(second, target))
+    return _trained(name_or_path, target)
+
+
+def _best(target):
+    """The best drafter that ships for `target`, prompt lookup beside it where it can stand there, or that alone."""
+    from .beside import Beside
+    from .ngram import NgramDrafter
+    from .shipped import best_shipped
+
+    folder = best_shipped(target)
+    if folder is None:
+        return NgramDrafter()
+    drafter = _trained(folder, target)
+    return Beside(drafter, NgramDrafter()) if getattr(drafter, "remembers_nothing", False) else drafter
+
+
+def _trained(name_or_path: str | Path, target):
+    """Heads or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.models import NAMED
     from .complete import complete
     from .draft_model import ModelDrafter
     from .folder import read_folder
     from .known_tokens import read_known
+    from .shipped import shipped_folder
 
     name_or_path = shipped_folder(name_or_path) or name_or_path
     name = Path(str(name_or_path)).name

@@ -7,6 +7,7 @@ import torch
 
 from .commands import encode, load
 from .console import BOLD, GREEN, PLAIN, Streamer, colours, table
+from .executors import LONG_RUN, choose
 from .generate import generate
 from .margin import margin, parting
 
@@ -29,13 +30,21 @@ def demo(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to show; choose a drafter, for instance ngram")
+    if args.executor == "auto":
+        args.executor = choose("auto", model.device, LONG_RUN, capturable=True, compiled_before=False)
+    if args.executor == "compiled":
+        print("compiling two steps, about a minute each, once on a machine; --executor eager does without")
     coloured = colours()
     paint = (lambda text, colour: f"{colour}{text}{PLAIN}") if coloured else (lambda text, colour: text)
-    _generate(args, model, encode(tokenizer, "Hello", False, model.device), drafter, 4)  # warm-up
+    prompts = {
+        title: encode(tokenizer, text, bool(tokenizer.chat_template), model.device) for title, text in PROMPTS.items()
+    }
+    for prompt in prompts.values():  # a step of each, so that what is made on first use is there
+        for warmed in (None, drafter):
+            _generate(args, model, prompt, warmed, stopping_criteria=[_at_once])
     rows, totals, notes = [], [0, 0.0, 0.0, 0], []
-    for title, text in PROMPTS.items():
-        print(f"\n{paint(title, BOLD)}: {text.splitlines()[0][:90]}\n")
-        prompt = encode(tokenizer, text, bool(tokenizer.chat_template), model.device)
+    for title, prompt in prompts.items():
+        print(f"\n{paint(title, BOLD)}: {PROMPTS[title].splitlines()[0][:90]}\n")
         plain, plain_seconds = _timed(args, model, prompt, None)
         streamer = Streamer(tokenizer, coloured)
         fast, seconds = _timed(args, model, prompt, drafter, streamer.on_step)
@@ -68,15 +77,20 @@ def _figures(plain: float, fast: float, per_step: float) -> list[str]:
     return [f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}x", f"{per_step:.2f}"]
 
 
-def _generate(args, model, prompt, drafter, tokens, on_step=None):
+def _at_once(input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
+    """A stopping criterion that is met."""
+    return torch.ones(len(input_ids), dtype=torch.bool)
+
+
+def _generate(args, model, prompt, drafter, **options):
+    options |= {"do_sample": False, "max_new_tokens": args.max_new_tokens, "return_dict_in_generate": True}
     tree = args.tree if drafter is not None else None
-    options = {"do_sample": False, "max_new_tokens": tokens, "return_dict_in_generate": True, "executor": args.executor}
-    return generate(model, **prompt, drafter=drafter, tree=tree, on_step=on_step, **options)
+    return generate(model, **prompt, drafter=drafter, tree=tree, executor=args.executor, **options)
 
 
 def _timed(args, model, prompt, drafter, on_step=None):
     started = time.perf_counter()
-    out = _generate(args, model, prompt, drafter, args.max_new_tokens, on_step)
+    out = _generate(args, model, prompt, drafter, on_step=on_step)
     return out, time.perf_counter() - started
 
 

@@ -109,7 +109,9 @@ def profile(args) -> None:
         f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
     )
     recording = curves.recording_cost(shape)
-    print(f"recording and writing the trace of a row takes {recording * 1e3:.2f} ms, {recording / step:.2%} of that step")
+    print(
+        f"recording and writing the trace of a row takes {recording * 1e3:.2f} ms, {recording / step:.2%} of that step"
+    )
     if executor == "eager":
         watch_phases(model, drafter, shape)
 

@@ -69,7 +69,7 @@ def test_prompts_from_a_file_standard_input_and_a_chat(folder, tmp_path, capsys,
 
 
 def test_demo_ends_with_a_table(folder, capsys):
-    assert cli.main(["demo", "--model", folder, "--max-new-tokens", "12"]) == 0
+    assert cli.main(["demo", "--model", folder, "--max-new-tokens", "12", "--executor", "eager"]) == 0
     lines = capsys.readouterr().out.splitlines()
     last = lines[-1].split()
     assert last[0] == "together" and last[-1] == "yes" and last[-3].endswith("x")

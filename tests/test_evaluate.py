@@ -9,6 +9,7 @@ import pytest
 import torch
 from paceline.drafters import shipped
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
 from paceline.spec.planner import expected_tokens
 from paceline.spec.tree import TreeShape
@@ -201,8 +202,9 @@ def test_auto_is_the_best_that_ships_for_this_target(model, target, pretrained):
         fitted_heads(model, "independent", steps=0).save(pretrained / name)
         if number:
             (pretrained / name / "acceptance.json").write_text(json.dumps({"measured": {"tokens_per_step": number}}))
-    assert paceline.load_drafter("auto", target).name == "strong"
-    assert isinstance(paceline.load_drafter("auto", model), MedusaDrafter)
+    assert paceline.load_drafter("auto", target).name == "strong+ngram"
+    heads = paceline.load_drafter("auto", model)
+    assert [type(part) for part in heads.parts] == [MedusaDrafter, NgramDrafter], "prompt lookup beside them"
     assert paceline.load_drafter("auto", tiny_llama(seed=1)).name == "ngram"
 
 
