@@ -10,10 +10,10 @@ def load_drafter(name_or_path: str | Path, target):
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
-    target, heads with prompt lookup beside them, else ngram alone; the names of `paceline drafters` are those; "heads+ngram" two of them side by side; anything
-    else is a folder or a hub id: trained heads, or a causal LM with the target's vocabulary (its short name too),
-    loaded in the target's dtype onto its device. Raises ValueError where it cannot be found, loaded or does not fit
-    the target.
+    target, heads with prompt lookup beside them, else ngram alone; the names of `paceline drafters` are those;
+    "heads+ngram" two of them side by side; anything else is a folder or a hub id: trained heads, or a causal LM with
+    the target's vocabulary (its short name too), loaded in the target's dtype onto its device. Raises ValueError
+    where it cannot be found, loaded or does not fit the target.
     """
     name = str(name_or_path)
     if name == "auto":
