@@ -8,7 +8,8 @@ import torch
 from paceline.drafters.complete import complete
 from paceline.spec import step as step_module
 from paceline.spec.models import load_target
-from paceline.training.draft_lm import DraftObjective, Known, chain_statistics, from_layers, next_tokens
+from paceline.training.draft_lm import DraftObjective, Known, chain_statistics, next_tokens
+from paceline.training.draft_network import from_layers
 from paceline.training.objective import NO_LABEL, acceptance
 from paceline.training.ranks import judge_of
 from paceline.training.rows import Rows

@@ -1,9 +1,8 @@
 """The objective for a small causal LM with the target's tokenizer: pretraining on raw text, distillation.
 
-The network is a Llama of given sizes, a choice of the target's own layers, or an earlier draft. Its folder is an
-ordinary Hugging Face model. Statistics are those of a greedy chain on the target's own text, which the `match`
-rule follows: a depth counts where the draft's best token is the text's and all depths before it were right.
-Knows nothing of optimisers or processes.
+The network comes from draft_network.py; its folder is an ordinary Hugging Face model. Statistics are those of a
+greedy chain on the target's own text, which the `match` rule follows: a depth counts where the draft's best token is
+the text's and all depths before it were right. Knows nothing of optimisers or processes.
 """
 
 import copy
@@ -16,27 +15,16 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, GenerationConfig
 
-from ..drafters.complete import complete
 from ..drafters.folder import FORMAT, target_identity
 from ..drafters.known_tokens import places, trimmed_head, write_known
 from .config import read
+from .draft_network import Sizes, make_network, share, target_weights
 from .known_tokens import frequent_tokens
 from .losses import check_mixture, mixed_loss
 from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, windows
 from .target import ScaledHead, last_hidden_state
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A Llama from scratch, named as in its Hugging Face config."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +89,8 @@ class DraftObjective(Objective):
             )
         if read_.known_tokens is not None and read_.head != "target":
             raise ValueError("objective.known_tokens needs the target's LM head; set objective.head to target")
-        model = _network(read_, target).to(target.device).train()
-        _share(model, read_, target)
+        model = make_network(read_, target).to(target.device).train()
+        share(model, read_, target)
         vocabulary = None
         if read_.known_tokens is not None:
             size = target.config.get_text_config().vocab_size
@@ -141,7 +129,7 @@ class DraftObjective(Objective):
 
     def save(self, folder: Path) -> None:
         model = copy.deepcopy(self.model).to("cpu", self.saved_dtype).eval()
-        left_out = _target_weights(model, self.settings) if self.settings.save.without_target_weights else {}
+        left_out = target_weights(model, self.settings) if self.settings.save.without_target_weights else {}
         if left_out:
             model.config.paceline_left_out = left_out
         model.save_pretrained(folder)
@@ -220,113 +208,6 @@ def chain_statistics(right: Tensor, counted: Tensor, depths: int) -> tuple[Tenso
         alive = alive & right[:, depth:]
         hits.append(alive.sum())
     return torch.stack(hits), torch.stack(tried)
-
-
-def _network(settings: Settings, target) -> nn.Module:
-    if settings.layers is not None:
-        return from_layers(target, settings.layers)
-    if settings.start is not None:
-        model = complete(settings.start, target, dtype=torch.float32)
-        if model.config.get_text_config().vocab_size != target.config.get_text_config().vocab_size:
-            raise ValueError(f"objective.start {settings.start} has another vocabulary than the target")
-        return model
-    sizes, theirs = settings.sizes, target.config.get_text_config()
-    if sizes.hidden_size % sizes.num_attention_heads:
-        raise ValueError(
-            f"objective.sizes: {sizes.num_attention_heads} heads do not divide hidden_size {sizes.hidden_size}"
-        )
-    config = LlamaConfig(
-        vocab_size=theirs.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.intermediate_size,
-        num_hidden_layers=sizes.num_hidden_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        num_key_value_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
-        max_position_embeddings=theirs.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(theirs)},
-        tie_word_embeddings=settings.embeddings == settings.head
-        and (settings.head == "own" or theirs.tie_word_embeddings),
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id,
-    )
-    return LlamaForCausalLM._from_config(config, dtype=torch.float32)
-
-
-def _rope_theta(config) -> float:
-    return (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or 10_000.0
-
-
-def from_layers(target, layers: list[int]) -> nn.Module:
-    """A model of the target's class with some of its layers, in the given order, and all that is outside of them.
-
-    Works for every architecture whose decoder layers are one nn.ModuleList; raises ValueError for others."""
-    name, config = type(target).__name__, copy.deepcopy(target.config)
-    count = config.get_text_config().num_hidden_layers
-    lists = [path for path, module in target.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    stacks = [f"{path}." for path in outer if len(target.get_submodule(path)) == count]
-    if len(stacks) != 1 or config.get_text_config() is not config or getattr(config, "quantization_config", None):
-        raise ValueError(f"{name} is not one plain stack of {count} layers; give objective.sizes instead")
-    if not layers or not all(0 <= layer < count for layer in layers):
-        raise ValueError(f"objective.layers {layers} must name layers of {name}, which has 0 to {count - 1}")
-    for key, value in list(vars(config).items()):
-        listed = isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(("_id", "architectures"))
-        if listed:  # one entry a layer, like layer_types
-            setattr(config, key, [value[layer] for layer in layers])
-    config.num_hidden_layers = len(layers)
-    state = {}
-    for key, tensor in target.state_dict().items():
-        if not key.startswith(stacks[0]):
-            state[key] = tensor
-            continue
-        number, rest = key.removeprefix(stacks[0]).split(".", 1)
-        for place, layer in enumerate(layers):
-            if layer == int(number):
-                state[f"{stacks[0]}{place}.{rest}"] = tensor
-    model = type(target)._from_config(
-        config, dtype=torch.float32, attn_implementation=target.config._attn_implementation
-    )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(
-            f"{name}: layers {layers} do not fit their new places ({' '.join(str(error).split())[:160]}); choose others"
-        ) from error
-    return model
-
-
-def _share(model, settings: Settings, target) -> None:
-    """Put the target's embeddings and head, frozen, in the place of the draft's; untie what is no longer one."""
-    origins = {"get_input_embeddings": settings.embeddings, "get_output_embeddings": settings.head}
-    tied = settings.embeddings == settings.head and model.config.tie_word_embeddings
-    if model.config.tie_word_embeddings and not tied:
-        model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
-        model.config.tie_word_embeddings = False
-    for get, origin in origins.items():
-        if origin == "own":
-            continue
-        mine, theirs = getattr(model, get)(), getattr(target, get)()
-        if mine.weight.shape != theirs.weight.shape:
-            raise ValueError(
-                f"the draft's hidden size {mine.weight.shape[1]} is not the target's {theirs.weight.shape[1]}, so its "
-                "embeddings and head cannot be shared; use own ones, or the target's hidden size"
-            )
-        for name, weight in theirs.named_parameters(recurse=False):
-            setattr(mine, name, nn.Parameter(weight.detach().to(mine.weight.dtype), requires_grad=False))
-    if tied:
-        model.get_output_embeddings().weight = model.get_input_embeddings().weight
-
-
-def _target_weights(model, settings: Settings) -> dict[str, str]:
-    """The tensors of the draft that are the target's: their names, and where in the target they are."""
-    names = {id(module): path for path, module in model.named_modules()}
-    places = {}
-    for place, origin in (("input_embeddings", settings.embeddings), ("output_embeddings", settings.head)):
-        module = getattr(model, f"get_{place}")()
-        if origin == "target":
-            places |= {f"{names[id(module)]}.{key}": f"{place}.{key}" for key, _ in module.named_parameters()}
-    return places
 
 
 def _among(parameter: nn.Parameter, others: list[nn.Parameter]) -> bool:
