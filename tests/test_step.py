@@ -206,7 +206,7 @@ def _open(model, drafter, rule, way, batch):
 
 
 @pytest.mark.parametrize(("which", "rule", "way"), [
-    ("none", "match", "greedy"), ("ngram", "match", "greedy"), ("model", "match", "sampled"),
+    ("none", "match", "greedy"), ("beside", "match", "greedy"), ("model", "match", "sampled"),
     ("model", "residual", "sampled"), ("independent", "match", "greedy"), ("hydra", "match", "sampled"),
     ("markov", "residual", "sampled"),
 ])  # fmt: skip
