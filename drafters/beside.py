@@ -1,9 +1,10 @@
 """Two drafters side by side: both propose behind the same root, and the target checks both proposals in one forward.
 
-Heads and draft models foresee how a text of its kind goes on and cannot copy; prompt lookup copies and foresees
-nothing. The tree is divided between them: the branch below the root's last child is the second drafter's, everything
-else the first's. Both draft every time, so the step stays static; a branch for which the second has nothing is
-empty. Their tokens come from different laws, which only the rule `match` can treat. Knows nothing of verification.
+Heads foresee how a text of its kind goes on and cannot copy; prompt lookup copies and foresees nothing. The tree is
+divided between them: the branch below the root's last child, a chain, is the second drafter's, everything else the
+first's. Both draft every time, so the step stays static; a branch for which the second has nothing is empty. Their
+tokens come from different laws, which only the rule `match` can treat: where drafts must be drawn from known
+probabilities, the first drafts alone. Knows nothing of verification.
 """
 
 from dataclasses import replace
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..spec.planner import default_tree
-from ..spec.proposal import NO_TOKEN, DraftRequest, Proposal
+from ..spec.proposal import NO_TOKEN, DraftRequest, EmptySession, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
@@ -28,29 +29,33 @@ class Beside:
 
     def __init__(self, first, second):
         for part in (first, second):
+            if hasattr(part, "parts"):
+                raise ValueError(f"drafter {part.name!r} is two drafters already; no more than two draft side by side")
             if not getattr(part, "remembers_nothing", False):
                 raise ValueError(
-                    f"drafter {part.name!r} keeps a cache along its own tree and cannot stand beside another; combine "
-                    "trained heads and ngram, such as smollm2-135m-hydra+ngram"
+                    f"drafter {part.name!r} may follow its own tree from step to step and cannot stand beside another; "
+                    "combine trained heads and ngram, such as smollm2-135m-hydra+ngram"
                 )
         self.parts = first, second
         self.name = f"{first.name}+{second.name}"
-        sizes = {part.vocab_size for part in (first, second)} - {None}
-        self.vocab_size = sizes.pop() if len(sizes) == 1 else None
-        self.reads_hidden = any(getattr(part, "reads_hidden", False) for part in (first, second))
-        self.deepest = max(first.deepest, second.deepest)
-        self.default_shape = self._own(first).beside(TreeShape.chain(COPIED))
-
-    @staticmethod
-    def _own(first) -> TreeShape:
+        self.vocab_size = next((part.vocab_size for part in self.parts if part.vocab_size is not None), None)
+        self.reads_hidden = any(getattr(part, "reads_hidden", False) for part in self.parts)
         rates = getattr(first, "rates", None)
-        return first.default_shape if rates is None else default_tree(rates, first.deepest, NODES)
+        own = first.default_shape if rates is None else default_tree(rates, first.deepest, NODES)
+        self.default_shape = own.beside(TreeShape.chain(COPIED))
 
-    def open(self, request: DraftRequest) -> "BesideSession":
-        if isinstance(request.shape, DynamicShape):
+    def open(self, request: DraftRequest) -> "BesideSession | EmptySession":
+        shape = request.shape
+        if isinstance(shape, DynamicShape):
             raise ValueError(f"drafter {self.name!r} fills fixed trees only; use a tree like '4x2x1+chain:6'")
-        if not request.shape.children[0]:
-            raise ValueError(f"drafter {self.name!r} needs a tree with a branch; use one like '4x2x1+chain:6'")
+        if len(shape) == 1:
+            return EmptySession(TokenTree.of(shape, request.device))
+        first, second = divided(shape)
+        if len(first) == 1 or shape.part(second).max_children > 1:
+            raise ValueError(
+                f"drafter {self.name!r} needs a tree of two or more branches, the last one a chain, which is "
+                f"{self.parts[1].name!r}'s; use one like '4x2x1+chain:6'"
+            )
         return BesideSession(self.parts, request)
 
     def __repr__(self) -> str:
@@ -64,9 +69,9 @@ class BesideSession:
         self.tree = TokenTree.of(request.shape, request.device)
         self.nodes, self.sessions = [], []
         for drafter, nodes in zip(parts, divided(request.shape)):
-            shape = request.shape.part(nodes)
             self.nodes.append(torch.tensor(nodes, device=request.device))
-            self.sessions.append(drafter.open(replace(request, shape=shape)))
+            self.sessions.append(drafter.open(replace(request, shape=request.shape.part(nodes))))
+        self.first_alone = request.sampling.noise == "own"
 
     def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
         for session in self.sessions:
@@ -74,10 +79,16 @@ class BesideSession:
 
     def propose(self, state: DecodeState) -> Proposal:
         tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(state.lengths), 1)  # (B, N)
-        for nodes, session in zip(self.nodes, self.sessions):
-            proposal = session.propose(state)
-            tokens[:, nodes] = proposal.tokens
-        return Proposal(tokens, self.tree, "deterministic", proposal.noise)
+        proposals = [session.propose(state) for session in self.sessions[: 1 if self.first_alone else 2]]
+        for nodes, own in zip(self.nodes, proposals):
+            tokens[:, nodes] = own.tokens
+        first = proposals[0]
+        if not self.first_alone:
+            return Proposal(tokens, self.tree, "deterministic", first.noise)
+        logits = first.draft_logits
+        if logits is not None:
+            logits = logits.new_zeros(*tokens.shape, logits.shape[-1]).index_copy(1, self.nodes[0], logits)
+        return Proposal(tokens, self.tree, first.law, first.noise, logits)
 
     def commit(self, state: DecodeState, verdict: Verdict) -> None:
         pass

@@ -18,7 +18,8 @@ from .masks import active_view
 
 _stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 LONGEST = 128  # query tokens; beyond it a prompt is read, where the stock kernel is as good
-FEW = 64  # queries of a group of heads, for which our own code is faster
+OURS = 64  # query tokens that our own code attends: any tree worth drafting on a CPU
+FEW = 64  # queries of a group of heads that it takes at a time
 
 
 def packed_attention(
@@ -38,9 +39,11 @@ def packed_attention(
     other = attention_mask is None or kwargs.get("position_bias") is not None or nodes > LONGEST
     if active_view() is None or other:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if groups * nodes <= FEW and native.can_attend(query, key, value, attention_mask):
+    if nodes <= OURS and groups <= FEW and native.can_attend(query, key, value, attention_mask):
         scale = width**-0.5 if scaling is None else scaling
-        return torch.ops.paceline.slot_attention(query, key, value, attention_mask, scale), None
+        blocks = zip(query.split(FEW // groups, dim=2), attention_mask.split(FEW // groups, dim=2))
+        out = [torch.ops.paceline.slot_attention(own, key, value, mask, scale) for own, mask in blocks]
+        return torch.cat(out, dim=1) if len(out) > 1 else out[0], None
     if groups == 1:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     packed = query.reshape(batch, key.shape[1], groups * nodes, width)

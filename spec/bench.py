@@ -250,9 +250,9 @@ def _memory(model, decoders: dict[str, Decoder]) -> dict:
     mine = {parameter.data_ptr() for parameter in model.parameters()}
     drafters = {}
     for name, decoder in decoders.items():
-        modules = [value for value in vars(decoder.drafter).values() if isinstance(value, torch.nn.Module)] if (
-            hasattr(decoder.drafter, "__dict__")
-        ) else []  # fmt: skip
+        parts = getattr(decoder.drafter, "parts", (decoder.drafter,))
+        held = [value for part in parts if hasattr(part, "__dict__") for value in vars(part).values()]
+        modules = [value for value in held if isinstance(value, torch.nn.Module)]
         own = {p.data_ptr(): p.nbytes for module in modules for p in module.parameters()}
         weights = sum(size for place, size in own.items() if place not in mine)
         drafts = getattr(decoder.drafter, "model", None)

@@ -5,6 +5,7 @@ begin at the hard ones. So the text is decoded one token a step while a wide tre
 decoding of any tree within the wide one is replayed from that. Knows no clock.
 """
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -85,19 +86,18 @@ def plan_side_by_side(
     replays: tuple[Replay, Replay], target_seconds: dict[int, float], draft_seconds: tuple[dict[int, float], ...]
 ) -> Plan:
     """The same for two drafters behind one root, of which the second drafts a chain: every tree of the first that
-    `grow` finds with every length of the chain, replayed together."""
-    first, second = replays
-    plain, depths = target_seconds[1], [max(own) for own in draft_seconds]
-    parents, _ = grow(first.rates(TreeShape.chain(0)), max(target_seconds) - 1, depths[0])
-    trees = [TreeShape(tuple(parents[:size])) for size in range(2, len(parents) + 1)]
+    `grow` finds with every length of the chain, replayed together. Not to speculate is one of the choices; one of
+    the drafters alone is not."""
+    first, second = aligned(replays)
+    plain, depths, most = target_seconds[1], [max(own) for own in draft_seconds], max(target_seconds)
+    parents, _ = grow(first.rates(TreeShape.chain(0)), most - 1, depths[0])
     chains = [(TreeShape.chain(length), second.reach(TreeShape.chain(length))) for length in range(1, depths[1] + 1)]
     best = Plan((-1,), 1.0, 1.0, plain, plain)
-    for tree in trees:
+    for size in range(2, len(parents) + 1):
+        tree = TreeShape(tuple(parents[:size]))
         reach = first.reach(tree)
-        for chain, copied in chains:
+        for chain, copied in chains[: most - size]:
             shape = tree.beside(chain)
-            if len(shape) > max(target_seconds):
-                continue
             seconds = interpolate(target_seconds, len(shape))
             seconds += sum(interpolate(own, part.max_depth) for own, part in zip(draft_seconds, (tree, chain)))
             tokens, steps = walk_together(reach, copied)
@@ -106,18 +106,26 @@ def plan_side_by_side(
     return best
 
 
-def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int, int]:
-    """Tokens and steps of decoding texts in which two drafters reach that far at each position, the farther taken.
+def aligned(replays: tuple[Replay, Replay]) -> tuple[Replay, Replay]:
+    """Both replays as far as they follow the same texts, which may part at near-ties in low precision."""
+    cut: tuple[list, list] = [], []
+    for pair in zip(*(replay.texts for replay in replays)):
+        same = (own.tokens[0] == other.tokens[0] for own, other in zip(*pair))
+        length = sum(itertools.takewhile(bool, same))
+        for kept, events in zip(cut, pair):
+            kept.append(events[:length])
+    return Replay(cut[0]), Replay(cut[1])
 
-    Texts of unequal length, which near-ties in low precision can make, count as far as both go."""
-    tokens = steps = 0
-    for own, other in zip(first, second):
-        length, position = min(len(own), len(other)), 0
-        while position < length:
+
+def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int, int]:
+    """Tokens and steps of decoding texts in which two drafters reach that far at each position, the farther taken."""
+    steps = 0
+    for own, other in zip(first, second, strict=True):
+        position = 0
+        while position < len(own):
             position += 1 + max(own[position], other[position])
             steps += 1
-        tokens += length
-    return tokens, steps
+    return sum(map(len, first)), steps
 
 
 @torch.no_grad()

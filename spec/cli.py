@@ -34,6 +34,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="fetch a small model and decode with and without speculation")
     _model_options(demo)
+    demo.set_defaults(executor="auto")
     demo.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="per prompt (default 96)")
 
     generate = commands.add_parser("generate", help="continue a prompt, streaming, and print what speculation brought")
@@ -167,9 +168,13 @@ def _data_parser(commands) -> None:
 def _model_options(parser: argparse.ArgumentParser, drafter: bool = True) -> None:
     _target_options(parser)
     if drafter:
-        named = "auto: the best that comes with the package, else ngram; a folder or model; none (default %(default)s)"
+        named = (
+            "auto: the best heads of the package, and ngram; ngram; a folder or model; HEADS+ngram; none (default auto)"
+        )
         parser.add_argument("--drafter", default="auto", metavar="NAME", help=named)
-    parser.add_argument("--tree", metavar="SHAPE", help="chain:5, children per level like 4x2x1, FILE.json, auto")
+    parser.add_argument(
+        "--tree", metavar="SHAPE", help="chain:5, children per level like 4x2x1, both: 4x2x1+chain:5, FILE.json, auto"
+    )
 
 
 def _target_options(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +28,10 @@ from .tree import TokenTree, TreeShape
 
 @dataclass(frozen=True)
 class Curves:
-    """Seconds of a step that verifies n nodes, drafting aside, and of drafting d levels."""
+    """Seconds of a step that verifies n nodes, drafting aside, and of each drafter's drafting d levels."""
 
     target: dict[int, float]
-    draft: dict[int, float]
+    drafts: tuple[dict[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +99,25 @@ def _forward_alone(engine: Engine, shape: TreeShape) -> Step:
 
 
 def measure(
-    model, drafter, executor: str, sizes=(1, 4, 8, 16, 32), depths=(1, 4, 8), repeats: int = 15, sampling=None
+    model,
+    drafters: Sequence,
+    executor: str,
+    sizes=(1, 4, 8, 16, 32),
+    depths=(1, 4, 8),
+    repeats: int = 15,
+    sampling=None,
 ) -> Curves:
-    """Both curves for one target, drafter and executor; a compiled executor compiles one step a point."""
-    blanks = {("target", size): (Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1)) for size in sizes}
-    drafts = {("draft", depth): (drafter, TreeShape.chain(depth)) for depth in depths}
+    """The curves for one target, executor and some drafters; a compiled executor compiles one step a point."""
+    blanks = {size: (Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1)) for size in sizes}
+    drafts = {(place, depth): (own, TreeShape.chain(depth)) for place, own in enumerate(drafters) for depth in depths}
     runs = {key: open_idle(model, executor, *run, sampling=sampling) for key, run in (blanks | drafts).items()}
     seconds = in_turns(model, runs, repeats)
-    target = {size: seconds["target", size] for size in sizes}
+    target = {size: seconds[size] for size in sizes}
     for smaller, larger in itertools.pairwise(sizes):  # a larger step never costs less; noise may say so
         target[larger] = max(target[larger], target[smaller])
-    draft = {depth: max(seconds["draft", depth] - interpolate(target, depth + 1), 0.0) for depth in depths}
-    return Curves(target, {0: 0.0, **draft})
+    beyond = {key: max(seconds[key] - interpolate(target, key[1] + 1), 0.0) for key in drafts}
+    found = ({0: 0.0, **{depth: beyond[place, depth] for depth in depths}} for place in range(len(drafters)))
+    return Curves(target, tuple(found))
 
 
 def own_cost(model, drafter, executor: str, shape: TreeShape, repeats: int = 40) -> tuple[float, float]:
@@ -120,20 +127,20 @@ def own_cost(model, drafter, executor: str, shape: TreeShape, repeats: int = 40)
     return seconds[False], seconds[True]
 
 
-def recording_cost(shape: TreeShape, repeats: int = 200) -> float:
-    """Median seconds that the trace takes for one row of a step: the report read, the event made, and its line written
-    to a file that is closed, with the whole tree accepted."""
-    nodes, depth = len(shape), shape.max_depth + 1
-    path = [0, *(level[0] for level in shape.levels[1:])]
-    report = [*range(nodes), *shape.parents, *path, depth - 1, 7, depth, 0, 0]
+def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
+    """Median seconds that the trace takes for one row of a step with a chain of `depth` tokens, all accepted: its part
+    of the report read, the event made, and its line written with those of `steps` others when the call ends."""
+    nodes = depth + 1
+    report = [*range(nodes), *range(-1, depth), *range(nodes), depth, 7, nodes, 0, 0]
+    reports, times = torch.tensor([report] * steps), {"draft": 0.01, "verify": 0.03, "commit": 0.001}
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
-        for step in range(repeats):
+        for _ in range(repeats):
             started = time.perf_counter()
-            times = {"draft": 0.01, "verify": 0.03, "commit": 0.001}
-            trace = Trace([read_report(report, nodes, depth).event(0, step, times)])
+            rows = [read_report(row.tolist(), nodes, nodes) for row in reports]
+            trace = Trace([row.event(0, step, times) for step, row in enumerate(rows)])
             trace.append_to(Path(folder) / "trace.jsonl")
-            seconds.append(time.perf_counter() - started)
+            seconds.append((time.perf_counter() - started) / steps)
     return statistics.median(seconds)
 
 

@@ -33,7 +33,7 @@ def demo(args) -> None:
     if args.executor == "auto":
         args.executor = choose("auto", model.device, LONG_RUN, capturable=True, compiled_before=False)
     if args.executor == "compiled":
-        print("compiling two steps, about a minute each, once on a machine; --executor eager does without")
+        print("compiling the steps takes about a minute each, once on a machine; --executor eager does without")
     coloured = colours()
     paint = (lambda text, colour: f"{colour}{text}{PLAIN}") if coloured else (lambda text, colour: text)
     prompts = {
@@ -79,7 +79,7 @@ def _figures(plain: float, fast: float, per_step: float) -> list[str]:
 
 def _at_once(input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
     """A stopping criterion that is met."""
-    return torch.ones(len(input_ids), dtype=torch.bool)
+    return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _generate(args, model, prompt, drafter, **options):

@@ -29,10 +29,11 @@ _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno"
 _loaded: ctypes.CDLL | None = None
 
 
-def prepare() -> None:
-    """Make the operator ready, where it can be; to be called before anything is traced."""
+def prepare() -> bool:
+    """Make the operator ready, where it can be, and say whether it is; to be called before anything is traced."""
     global _loaded
     _loaded = _library_file()
+    return _loaded is not None
 
 
 @functools.cache

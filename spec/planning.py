@@ -45,22 +45,26 @@ def plan(args) -> None:
     parts = getattr(drafter, "parts", (drafter,))
     if args.run and len(parts) > 1:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
-    measured = [curves.measure(model, part, executor, sampling=drawing) for part in parts]
+    if len(parts) > 1 and drawing.noise == "own":
+        raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
+    measured = curves.measure(model, parts, executor, sampling=drawing)
     if args.run:
         rates = [measured_acceptance(args, model).rates()]
-        planned = choose_tree(rates[0], measured[0].target, measured[0].draft)
+        planned = choose_tree(rates[0], measured.target, measured.drafts[0])
     else:
         prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
         how = args.verify, args.temperature, args.max_new_tokens
         replays = tuple(calibrate(model, part, prompts, *how) for part in parts)
-        drafts = tuple(own.draft for own in measured)
+        alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
         if len(parts) == 1:
-            planned = plan_by_replay(replays[0], measured[0].target, drafts[0])
+            planned = alone[0]
             rates = [replays[0].rates(planned.shape)]
         else:
-            planned = plan_side_by_side(replays, measured[0].target, drafts)
+            planned = plan_side_by_side(replays, measured.target, measured.drafts)
             rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
     _show([part.name for part in parts], rates, measured, planned)
+    if len(parts) > 1:
+        print("; ".join(f"{part.name} alone: {own.speedup:.2f} times" for part, own in zip(parts, alone)))
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
@@ -99,16 +103,18 @@ def profile(args) -> None:
         return
     drafter = curves.Blank() if drafter is None else drafter
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    measured = curves.measure(model, drafter, executor)
+    parts = getattr(drafter, "parts", (drafter,))
+    measured = curves.measure(model, parts, executor)
     _show_target(measured)
-    _show_draft(measured)
-    shape = TreeShape.chain(15)
+    for part, costs in zip(parts, measured.drafts):
+        _show_draft(part.name, measured, costs)
+    shape = drafter.default_shape if len(parts) > 1 else TreeShape.chain(15)
     step, forward = curves.own_cost(model, drafter, executor, shape)
     print(
         f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
         f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
     )
-    recording = curves.recording_cost(shape)
+    recording = curves.recording_cost(shape.max_depth)
     print(
         f"recording and writing the trace of a row takes {recording * 1e3:.2f} ms, {recording / step:.2%} of that step"
     )
@@ -145,18 +151,16 @@ def _show_target(measured: curves.Curves) -> None:
     print(table(["nodes", "step ms", "of plain"], rows))
 
 
-def _show_draft(measured: curves.Curves) -> None:
+def _show_draft(name: str, measured: curves.Curves, costs: dict[int, float]) -> None:
     plain = measured.target[1]
-    rows = [[str(d), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for d, seconds in measured.draft.items()]
-    print("\n" + table(["draft levels", "ms", "of plain"], rows))
+    rows = [[str(depth), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for depth, seconds in costs.items()]
+    print(f"\n{name}\n" + table(["draft levels", "ms", "of plain"], rows))
 
 
-def _show(names: list[str], rates: list, measured: list[curves.Curves], planned: Plan) -> None:
-    _show_target(measured[0])
-    for name, own, costs in zip(names, rates, measured):
-        if len(names) > 1:
-            print(f"\n{name}")
-        _show_draft(costs)
+def _show(names: list[str], rates: list, measured: curves.Curves, planned: Plan) -> None:
+    _show_target(measured)
+    for name, own, costs in zip(names, rates, measured.drafts):
+        _show_draft(name, measured, costs)
         width = max((len(row) for row in own), default=0)
         rows = [
             [str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(own)

@@ -89,7 +89,9 @@ class DraftSession(Protocol):
 class Drafter(Protocol):
     """A family of proposals. `vocab_size` is None for a drafter that takes any vocabulary.
 
-    One whose `reads_hidden` is true (it may be absent) finds the target's last hidden state in `state.hidden`."""
+    Two more attributes may be absent: one whose `reads_hidden` is true finds the target's last hidden state in
+    `state.hidden`, and one whose `remembers_nothing` is true drafts from the state alone, so that it does not matter
+    whose nodes were accepted. One that is several drafters together names them in `parts`."""
 
     name: str
     vocab_size: int | None

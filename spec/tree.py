@@ -70,7 +70,7 @@ class TreeShape:
 
     @classmethod
     def parse(cls, text: "str | Sequence[int] | TreeShape | DynamicShape") -> "TreeShape | DynamicShape":
-        """Read `"chain:5"`, `"4x2x1"` (children per level), two of these behind one root (`"4x2x1+chain:6"`), a
+        """Read `"chain:5"`, `"4x2x1"` (children per level), these and a chain behind one root (`"4x2x1+chain:6"`), a
         list of parents, or `"dynamic:24x6x4"` (nodes, depth and width of a tree that the drafter grows)."""
         if isinstance(text, (TreeShape, DynamicShape)):
             return text
@@ -80,7 +80,7 @@ class TreeShape:
             except TypeError:
                 raise ValueError(f"tree={text!r} is neither a shape like '4x2x1' nor a list of parents") from None
         first, plus, second = text.rpartition("+")
-        if plus and not text.startswith("dynamic") and not second.startswith("dynamic"):
+        if plus and first.partition(":")[0] != "dynamic" and second.partition(":")[0] == "chain":
             return cls.parse(first).beside(cls.parse(second))
         kind, _, length = text.partition(":")
         if kind == "chain" and length.isdecimal():

@@ -1,5 +1,7 @@
 """Two drafters side by side: each part's tokens in its own nodes, the target's text, and more of it than either's."""
 
+from dataclasses import replace
+
 import paceline
 import pytest
 import torch
@@ -8,16 +10,16 @@ from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
-from paceline.spec.calibration import plan_side_by_side, walk_together
+from paceline.spec.calibration import Replay, aligned, plan_side_by_side, walk_together
 from paceline.spec.planner import grow
 from paceline.spec.planning import calibrate
-from paceline.spec.proposal import DraftRequest, DraftSampling
+from paceline.spec.proposal import NO_TOKEN, DraftRequest, DraftSampling
 from paceline.spec.tree import TreeShape
 from test_medusa import open_session
 
 from conftest import fitted_heads, tiny_llama
 
-TREES = ["4x2x1+chain:6", "chain:3", "2x1+2x2", (-1, 0, 0, 1, 1, 2, 3, 5, 5)]
+TREES = ["4x2x1+chain:6", "2x1x1", "2x1+chain:1", (-1, 0, 0, 1, 1, 2, 3, 5)]
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,10 @@ def test_every_node_belongs_to_one_part(tree):
 
 def test_trees_behind_one_root():
     assert TreeShape.parse("2x1+chain:3").parents == (-1, 0, 0, 0, 1, 2, 3, 6)
-    assert TreeShape.parse("chain:1+chain:1+2").parents == (-1, 0, 0, 0, 0)
+    assert TreeShape.parse("2+chain:1+chain:2").parents == (-1, 0, 0, 0, 0, 4)
+    for text in ("2x1+2x2", "chain:2+", "+chain:2", "dynamic:8x4x2+chain:2", "2+chain:x"):
+        with pytest.raises(ValueError, match="neither"):
+            TreeShape.parse(text)
 
 
 @pytest.mark.parametrize("sampling", [DraftSampling(), DraftSampling(0.7, "shared")], ids=str)
@@ -60,7 +65,7 @@ def test_each_part_drafts_as_it_does_alone(target, heads, tree, sampling):
         own = drafter.open(alone).propose(state).tokens
         assert torch.equal(tokens[:, nodes], own)
         found += int((own[:, 1:] >= 0).sum() > 0)
-    assert found == 2 or len(divided(shape)[0]) == 1
+    assert found == 2
 
 
 def test_texts_are_the_targets_own_and_longer_steps_than_either(target, heads, ragged):
@@ -108,6 +113,16 @@ def test_both_replayed_together_take_the_steps_of_decoding(target, heads, replay
     assert len(counts) > 1
 
 
+def test_replays_are_compared_as_far_as_their_texts_agree(replays):
+    first, second = replays[0]
+    parted = Replay([[replace(event, tokens=[60, *event.tokens[1:]]) if place == 7 else event
+                      for place, event in enumerate(events)] for events in second.texts])  # fmt: skip
+    cut = aligned((first, parted))
+    assert [len(events) for events in cut[0].texts] == [len(events) for events in cut[1].texts]
+    assert all(len(events) == 7 or events[7].tokens[0] == 60 for events in cut[0].texts) and cut[0].texts[0]
+    assert aligned((first, second)) == (first, second)
+
+
 def test_the_plan_for_both_is_the_best_of_all_that_are_tried(replays):
     replays, _ = replays
     costs, drafts = {1: 1.0, 16: 1.3, 24: 3.0}, ({0: 0.0, 4: 0.2}, {0: 0.0, 1: 0.05, 6: 0.1})
@@ -140,23 +155,57 @@ def test_they_are_planned_for_and_evaluated_in_a_sentence(heads, tmp_path, monke
     assert cli.main(["plan", *pair, *prompts, "--max-new-tokens", "20", "-o", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
     assert "\nheads\n" in printed and "\nngram\n" in printed and "tokens per step expected" in printed
+    assert "heads alone: " in printed and "ngram alone: " in printed
+    assert cli.main(["profile", *pair]) == 0
+    assert "\nheads\n" in capsys.readouterr().out
     assert cli.main(["generate", *pair, "--prompt", "ABC", "--max-new-tokens", "12", "--tree", "auto"]) == 0
     capsys.readouterr()
     assert cli.main(["plan", *pair, "--from", str(tmp_path / "run.jsonl")]) == 2
     assert "does not tell the shares" in capsys.readouterr().err
+    assert cli.main(["plan", *pair, *prompts, "--temperature", "0.5", "--verify", "residual"]) == 2
+    assert "'heads' alone draft" in capsys.readouterr().err
     assert cli.main(["evaluate", pair[3], *pair[:2], "--prompts", prompts[1], "-o", str(tmp_path / "a.json")]) == 2
     assert "evaluate its parts" in capsys.readouterr().err
 
 
 def test_what_cannot_stand_side_by_side_is_refused_in_a_sentence(target, heads, ragged):
-    with pytest.raises(ValueError, match="keeps a cache along its own tree"):
+    with pytest.raises(ValueError, match="may follow its own tree"):
         Beside(NgramDrafter(), ModelDrafter(target))
     both = Beside(MedusaDrafter(heads), NgramDrafter())
-    for tree, words in (("dynamic:8x4x2", "fixed trees only"), ("chain:0", "a tree with a branch")):
+    with pytest.raises(ValueError, match=r"'medusa\+ngram' is two drafters already"):
+        Beside(both, NgramDrafter())
+    two = "two or more branches, the last one a chain"
+    for tree, words in (("dynamic:8x4x2", "fixed trees only"), ("chain:4", two), ("2x2", two)):
         with pytest.raises(ValueError, match=words):
             paceline.generate(target, *ragged, drafter=both, tree=tree, max_new_tokens=4)
+    backwards = Beside(NgramDrafter(), MedusaDrafter(heads))
     with pytest.raises(ValueError, match="without drawing them"):
-        paceline.generate(target, *ragged, drafter=both, verify="residual", do_sample=True, max_new_tokens=4)
+        paceline.generate(target, *ragged, drafter=backwards, verify="residual", do_sample=True, max_new_tokens=4)
+
+
+def test_a_tree_of_the_root_alone_is_plain_decoding(target, heads, ragged):
+    both, options = Beside(MedusaDrafter(heads), NgramDrafter()), dict(do_sample=False, max_new_tokens=12)
+    out = paceline.generate(target, *ragged, drafter=both, tree="chain:0", return_dict_in_generate=True, **options)
+    assert torch.equal(out.sequences, paceline.generate(target, *ragged, **options))
+    assert out.trace.summary()["tokens_per_step"] == 1
+
+
+def test_where_drafts_are_drawn_the_first_drafts_alone(target, heads):
+    """The same tokens, law and logits as without the other, so `residual` has the target's law with them."""
+    shape, own = TreeShape.parse("2x2+chain:3"), DraftSampling(1.3, "own")
+    _, state = open_session(target, heads, shape, own)
+    both, first = Beside(MedusaDrafter(heads), NgramDrafter()), divided(shape)[0]
+    said = both.open(DraftRequest(2, 64, 61, torch.device("cpu"), shape, own, target)).propose(state)
+    alone = (
+        MedusaDrafter(heads)
+        .open(DraftRequest(2, 64, 61, torch.device("cpu"), TreeShape.parse("2x2"), own, target))
+        .propose(state)
+    )
+    assert (said.law, said.noise) == (alone.law, alone.noise) == ("without_replacement", "own")
+    assert torch.equal(said.tokens[:, first], alone.tokens)
+    assert torch.equal(said.draft_logits[:, first], alone.draft_logits)
+    second = [node for node in range(len(shape)) if node not in first]
+    assert (said.tokens[:, second] == NO_TOKEN).all()
 
 
 def test_they_are_loaded_by_their_names(target, heads, ragged, tmp_path):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from paceline.spec import cli
 from paceline.training import server as server_module
+from paceline.training.generate import _said
 from paceline.training.ledger import own_seed
 from paceline.training.prompts import Prompt, Unusable, read_prompts, sift, turns_of
 from paceline.training.records import Journal
+from transformers import PreTrainedTokenizerFast
 
 from conftest import tiny_llama
 
@@ -170,6 +172,17 @@ def test_invented_turns_go_on_from_their_beginnings(folder, tmp_path, capsys):
         assert turn["turn"] == ((begun + words).strip() if ended and words.strip() else "")
     assert generate(folder, "--count", 5, "--source", "self", "-o", out, "--temperatures", "0") == 2
     assert "was begun with beginnings=['AB', 'HEAD']" in capsys.readouterr().err
+
+
+def test_the_space_behind_a_beginning_stays():
+    """Also where a decoder, like Llama 2's, takes the space off the start of what it is given."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"\u2581Who": 0, "\u2581was": 1, "\u2581first": 2, "?": 3}))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend = PreTrainedTokenizerFast(tokenizer_object=backend)
+    assert backend.decode([2, 3]) == "first?", "as such decoders do"
+    assert _said(backend, [0, 1], [2, 3]) == " first?" and _said(backend, [0, 1], []) == ""
 
 
 def test_prompts_of_an_exclusion_file_are_left_out(folder, tmp_path, capsys, root):

@@ -144,8 +144,8 @@ def invent(
 
         def finish(text: Text, own: list[int], failed: bool) -> None:
             ended = bool(own) and own[-1] in ends and not failed
-            turn = tokenizer.decode(own[:-1], skip_special_tokens=True) if ended else ""
-            turn = (beginnings[text.name % len(beginnings)] + turn).strip() if turn.strip() else ""
+            said = _said(tokenizer, text.tokens, own[:-1]) if ended else ""
+            turn = (beginnings[text.name % len(beginnings)] + said).strip() if said.strip() else ""
             turns[text.name] = {"id": text.name, "turn": turn, "ended": ended}
             journal.add(turns[text.name])
             bar.update()
@@ -159,6 +159,12 @@ def invent(
         ]
         decode_texts(model, texts, finish, temperature=1.0, top_p=sampling.top_p, **decoding)
     return [_invented(turns[number]) for number in range(count)]
+
+
+def _said(tokenizer, before: list[int], tokens: list[int]) -> str:
+    """The text of `tokens` behind those `before`, with the space between them, which some decoders take off a start."""
+    whole, first = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *tokens], before))
+    return whole[len(first) :]
 
 
 def _invented(record: dict) -> Prompt | Unusable:
