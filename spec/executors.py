@@ -62,7 +62,8 @@ class Compiled:
             options={
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                 "size_asserts": False,  # packed weights have no strides to assert
-                "emulate_precision_casts": True,  # round where eager code does, whatever is fused: same text
+                # Rounding where eager code does, whatever is fused: a step of one node has the numbers of one of many.
+                "emulate_precision_casts": True,
             },
         )
         started = time.perf_counter()

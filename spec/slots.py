@@ -33,11 +33,12 @@ class SlotModel:
         self.slot_index = torch.arange(capacity, device=model.device)
         self.keep_hidden = keep_hidden
         self.hidden: Tensor | None = None  # (B, n, H)
-        self.never_alone = False  # see forward_nodes
+        self.twice: Tensor | None = None  # (2,): node 0 and node 0, where it is not forwarded alone
         if keep_hidden:
             listen(model)
         if model.device.type == "cpu":
-            self.never_alone = native.prepare() and model.dtype == torch.bfloat16
+            if native.prepare() and model.dtype == torch.bfloat16:
+                self.twice = torch.zeros(2, dtype=torch.long)
 
     def forward(
         self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int | Tensor = 0
@@ -71,19 +72,16 @@ class SlotModel:
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
         """Logits of tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
 
-        Eagerly on a CPU, torch sums over a single row in another order than over each of several, and a bfloat16 result
-        is now and then rounded otherwise. A tree that is one node of one row is therefore forwarded twice, so that
-        plain decoding rounds as drafted decoding does; for SmolLM2 that costs 2 to 3 % of the step, most of which
-        is reading weights. Compiled code has one order for all."""
+        On a CPU, sums over a single row may be taken in another order than over each of several, and a bfloat16 result
+        is now and then rounded otherwise. A tree that is one node of one row is therefore forwarded twice, up to the
+        LM head, so that plain decoding rounds as drafted decoding does. It costs 2 to 5 % of the step for SmolLM2: most
+        of it is reading weights."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        alone = self.never_alone and nodes is None and tokens.numel() == 1 and not torch.compiler.is_compiling()
-        if not alone:
+        if nodes is not None or tokens.numel() > 1 or self.twice is None:
             return self.forward(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
-        index = index.repeat(2)
-        logits = self.forward(tokens.repeat(1, 2), base[:, None] + index, self.view_of_nodes(base, tree, index))
-        if self.keep_hidden:
-            self.hidden = self.hidden[:, :1]
-        return logits[:, :1]
+        index = self.twice  # data to a compiler, which would else make one row of the two
+        view = self.view_of_nodes(base, tree, index)
+        return self.forward(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
 
     def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
         """What the nodes `index` (n,) may see: the committed text, their ancestors and themselves."""
