@@ -36,9 +36,8 @@ class SlotModel:
         self.twice: Tensor | None = None  # (2,): node 0 and node 0, where it is not forwarded alone
         if keep_hidden:
             listen(model)
-        if model.device.type == "cpu":
-            if native.prepare() and model.dtype == torch.bfloat16:
-                self.twice = torch.zeros(2, dtype=torch.long)
+        if model.device.type == "cpu" and native.prepare() and model.dtype == torch.bfloat16:
+            self.twice = torch.zeros(2, dtype=torch.long)
 
     def forward(
         self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int | Tensor = 0
