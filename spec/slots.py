@@ -73,8 +73,8 @@ class SlotModel:
 
         On a CPU, sums over a single row may be taken in another order than over each of several, and a bfloat16 result
         is now and then rounded otherwise. A tree that is one node of one row is therefore forwarded twice, up to the
-        LM head, so that plain decoding rounds as drafted decoding does. It costs 2 to 5 % of the step for SmolLM2: most
-        of it is reading weights."""
+        LM head, so that plain decoding rounds as drafted decoding does. It costs a few per cent of the step, most of
+        which is reading weights."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
         if nodes is not None or tokens.numel() > 1 or self.twice is None:
             return self.forward(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
