@@ -206,9 +206,9 @@ def _open(model, drafter, rule, way, batch):
 
 
 @pytest.mark.parametrize(("which", "rule", "way"), [
-    ("none", "match", "greedy"), ("beside", "match", "greedy"), ("model", "match", "sampled"),
-    ("model", "residual", "sampled"), ("independent", "match", "greedy"), ("hydra", "match", "sampled"),
-    ("markov", "residual", "sampled"),
+    ("none", "match", "greedy"), ("ngram", "match", "greedy"), ("beside", "match", "greedy"),
+    ("model", "match", "sampled"), ("model", "residual", "sampled"), ("independent", "match", "greedy"),
+    ("hydra", "match", "sampled"), ("markov", "residual", "sampled"),
 ])  # fmt: skip
 def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which, rule, way, tmp_path, monkeypatch):
     runs.reset(model)
