@@ -76,7 +76,7 @@ def _decode(model, prompt, way: str, drafter, tree, executor: str, tokens: int, 
         text, trace = model.generate(**prompt, do_sample=False, max_new_tokens=tokens, streamer=clock), None
     else:
         drafting = {"drafter": drafter, "tree": tree} if way == "drafted" else {}
-        stop = {"stopping_criteria": [_After(prompt["input_ids"].shape[1] + tokens)]} if tokens < room else {}
+        stop = {"stopping_criteria": [After(prompt["input_ids"].shape[1] + tokens)]} if tokens < room else {}
         out = generate(
             model, **prompt, **drafting, **stop, executor=executor, do_sample=False, max_new_tokens=room,
             return_dict_in_generate=True, on_step=lambda events: clock.note(len(events[0].committed)),
@@ -86,7 +86,7 @@ def _decode(model, prompt, way: str, drafter, tree, executor: str, tokens: int, 
     return text, ((ended - started) / count, (ended - clock.first) / max(count - clock.tokens, 1)), trace
 
 
-class _After:
+class After:
     """A stopping criterion: a length."""
 
     def __init__(self, length: int):

@@ -6,6 +6,7 @@ import time
 import torch
 
 from .commands import encode, load
+from .compare import After
 from .console import BOLD, GREEN, PLAIN, Streamer, colours, table
 from .executors import LONG_RUN, choose
 from .generate import generate
@@ -41,7 +42,7 @@ def demo(args) -> None:
     }
     for prompt in prompts.values():  # a step of each, so that what is made on first use is there
         for warmed in (None, drafter):
-            _generate(args, model, prompt, warmed, stopping_criteria=[_at_once])
+            _generate(args, model, prompt, warmed, stopping_criteria=[After(0)])
     rows, totals, notes = [], [0, 0.0, 0.0, 0], []
     for title, prompt in prompts.items():
         print(f"\n{paint(title, BOLD)}: {PROMPTS[title].splitlines()[0][:90]}\n")
@@ -75,11 +76,6 @@ def demo(args) -> None:
 
 def _figures(plain: float, fast: float, per_step: float) -> list[str]:
     return [f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}x", f"{per_step:.2f}"]
-
-
-def _at_once(input_ids: torch.Tensor, scores, **_) -> torch.Tensor:
-    """A stopping criterion that is met."""
-    return torch.ones(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _generate(args, model, prompt, drafter, **options):
