@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
 
     _bench_parser(commands)
     _data_parser(commands)
+    _drafter_parsers(commands)
+    commands.add_parser("drafters", help="list the drafters that come with the package, with their numbers")
+    commands.add_parser("models", help="list the models that have a short name, and where they are")
+    return parser
+
+
+def _drafter_parsers(commands) -> None:
     train = commands.add_parser("train", help="train a drafter as a configuration says")
     train.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe in configs/")
     train.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optimisation.batch=16")
@@ -92,10 +99,6 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("folder", metavar="FOLDER", help="with weights as safetensors, config.json and README.md")
     push.add_argument("hub_id", metavar="HUB-ID", help="owner/name")
     push.add_argument("--private", action="store_true", help="make the repository private, where it is new")
-
-    commands.add_parser("drafters", help="list the drafters that come with the package, with their numbers")
-    commands.add_parser("models", help="list the models that have a short name, and where they are")
-    return parser
 
 
 def _bench_parser(commands) -> None:

@@ -19,6 +19,7 @@ ACCEPTANCE = {
     "p": [[0.625, 0.125], [0.5, 0.0]],
     "counts": {"hits": [[5, 1], [2, 0]], "trials": [[8, 8], [4, 4]]},
     "estimated": {"chain": {"depth": 2, "tokens_per_step": 1.9375}},
+    "by_size": [{"nodes": 4, "tokens_per_step": 1.5}, {"nodes": 8, "tokens_per_step": 2.0}],
     "measured": MEASURED,
     "categories": ROWS,
     "how": {
@@ -57,6 +58,7 @@ def test_a_card_says_what_the_files_say(folder):
         "| chat | 2 | 10 | 25 | 2.50 |", "| together | 2 | 10 | 25 | 2.50 |", "| 1 | 0.625 | 0.125 | - | 8 |",
         "| own\\_text.jsonl | cd34 |", "| train | 3 | 40 | 20 |", "1,234,567 tokens in 1,200 steps.", "eval/loss: 1.25",
         "0 are among the 2 in the training data", "paceline evaluate x", "chain 1.94 tokens per step",
+        "1.50 with 4 nodes, 2.00 with 8 nodes.",
         "| mode | hydra |",        'paceline.load_drafter("heads", model)', "| heads | 3 |",
     ):  # fmt: skip
         assert line in text, line

@@ -109,6 +109,8 @@ def test_what_is_foretold_is_what_decoding_does(place, request, kind, tree):
     assert (measured["steps"], measured["tokens"]) == (estimated["replayed"]["steps"], estimated["replayed"]["tokens"])
     assert measured["tokens"] == 16 * 60 and measured["tokens_per_step"] == measured["tokens"] / measured["steps"] > 1.1
     assert estimated["tree"]["tokens_per_step"] == pytest.approx(measured["tokens_per_step"], rel=0.08)
+    if tree is None:
+        assert {"nodes": measured["nodes"], **estimated["replayed"]} in found["by_size"], "one of the sizes is its own"
     shape = TreeShape(tuple(measured["parents"]))
     assert estimated["tree"]["tokens_per_step"] == pytest.approx(expected_tokens(found["p"], shape), abs=1e-4)
     assert set(found["categories"]) == {"even", "odd|*"}

@@ -18,7 +18,7 @@ from ..drafters.shipped import shipped_folder
 from ..spec.commands import load
 from ..spec.console import table
 from ..spec.executors import choose
-from ..spec.planner import Acceptance, Plan, default_tree
+from ..spec.planner import Acceptance, Plan, best_tree, default_tree
 from ..spec.planning import calibrate, first_turns
 from ..spec.plans import plan_path, read_shape
 from ..spec.refill import Text, decode_texts
@@ -38,6 +38,7 @@ from .versions import versions
 ROWS = 8  # judged together
 ANSWERED = 32  # decoded together, to be judged
 DEPTHS = 8  # that a draft model is judged to
+SIZES = (4, 8, 16, 32, 64)  # trees that are replayed beside the one that decodes
 
 
 def evaluate(args) -> None:
@@ -134,6 +135,8 @@ def _foretold(args, model, drafter, prompts: Prompts, settings: Settings) -> tup
     found["labels"] = judged
     if _static(shape):
         found["estimated"]["replayed"] = _replayed(*walk(answers, shape))
+    trees = [best_tree(counts.rates(), nodes, drafter.deepest)[0] for nodes in SIZES]
+    found["by_size"] = [{"nodes": len(tree), **_replayed(*walk(answers, tree))} for tree in trees]
     return {**found, "how": {"counted": f"teacher-forced on {text}"}}, shape
 
 
@@ -203,6 +206,9 @@ def _show(found: dict) -> None:
         print(f"accuracy by depth: {' '.join(f'{share:.3f}' for share in found['accuracy'])}")
     for name, own in found["estimated"].items():
         print(f"estimated, {name}: {own['tokens_per_step']:.2f} tokens per step")
+    if "by_size" in found:
+        sizes = ", ".join(f"{own['tokens_per_step']:.2f} with {own['nodes']}" for own in found["by_size"])
+        print(f"replayed by number of nodes: {sizes}")
     rows = [
         [category or "-", str(own["prompts"]), str(own["steps"]), str(own["tokens"]), f"{own['tokens_per_step']:.2f}"]
         for category, own in (*found["categories"].items(), ("together", found["measured"]))

@@ -78,8 +78,11 @@ def mixed_loss(
     `hidden` (N, H) goes through the draft's `head`, `target_hidden` (N, H') through the frozen `target_head`;
     the latter two may be None for a mixture of cross-entropy alone. `labels` (N,) are the text's tokens."""
 
-    def loss_of(part: slice, states: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states).float()  # (n, V)
+    top = torch.zeros_like(labels)
+
+    def loss_of(part: slice) -> tuple[Tensor]:
+        logits = head(hidden[part]).float()  # (n, V)
+        top[part] = logits.argmax(-1)
         log_probs = logits.log_softmax(-1)
         divergences = [name for name in mixture if name != "cross_entropy"]
         loss = logits.new_zeros(())
@@ -91,60 +94,29 @@ def mixed_loss(
                 theirs = target_head(target_hidden[part]).float().log_softmax(-1)
             for name in divergences:
                 loss = loss + mixture[name] * DIVERGENCES[name](theirs, log_probs).sum()
-        return loss, logits.argmax(-1)
+        return (loss,)
 
-    return _Chunked.apply(loss_of, chunk, hidden, *head.parameters())
-
-
-class _Chunked(torch.autograd.Function):
-    """Sums `loss_of(slice, states) -> (scalar, top-1)` over chunks of `hidden`, keeping gradients and no graph."""
-
-    @staticmethod
-    def forward(ctx, loss_of: Callable, chunk: int, hidden: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        wanted = [weight for weight in weights if weight.requires_grad]
-        needed = any(ctx.needs_input_grad)
-        total = hidden.new_zeros((), dtype=torch.float32)
-        top, hidden_grad = [], torch.zeros_like(hidden) if needed else None
-        sums = [torch.zeros_like(weight) for weight in wanted] if needed else []
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            with torch.set_grad_enabled(needed):
-                states = hidden[part].detach().requires_grad_(needed)
-                loss, best = loss_of(part, states)
-            total += loss.detach()
-            top.append(best)
-            if needed:
-                own, *others = torch.autograd.grad(loss, [states, *wanted])
-                hidden_grad[part] = own
-                for sum_, gradient in zip(sums, others):
-                    sum_ += gradient
-        ctx.gradients = hidden_grad, iter(sums)
-        ctx.wanted = [weight.requires_grad for weight in weights]
-        top = torch.cat(top) if top else hidden.new_zeros(0, dtype=torch.int64)
-        ctx.mark_non_differentiable(top)
-        return total, top
-
-    @staticmethod
-    def backward(ctx, grad: Tensor, _):
-        hidden_grad, sums = ctx.gradients
-        gradients = [next(sums).mul_(grad) if wanted else None for wanted in ctx.wanted]
-        return None, None, hidden_grad * grad, *gradients
+    parts = ((slice(start, start + chunk),) for start in range(0, len(hidden), chunk))
+    learning = [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
+    (total,) = Summed.apply(loss_of, parts, [hidden.new_zeros((), dtype=torch.float32)], *learning)
+    return total, top
 
 
 class Summed(torch.autograd.Function):
-    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`, taking each chunk's gradient with respect to
-    `parameters` at once, so that no chunk is kept or computed again. The first sum is differentiable."""
+    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`, taking each chunk's gradient with respect to `inputs`
+    (parameters, or states that it slices) at once, so that no chunk is kept or computed again. The first sum is
+    differentiable."""
 
     @staticmethod
-    def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], *parameters: Tensor):
+    def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], *inputs: Tensor):
         needed = any(ctx.needs_input_grad)
-        sums, gradients = list(zeros), [torch.zeros_like(parameter) for parameter in parameters] if needed else []
+        sums, gradients = list(zeros), [torch.zeros_like(tensor) for tensor in inputs] if needed else []
         for chunk in chunks:
             with torch.set_grad_enabled(needed):
                 found = loss_of(*chunk)
             sums = [so_far + new.detach() for so_far, new in zip(sums, found)]
             if needed:
-                own = torch.autograd.grad(found[0], parameters, allow_unused=True)
+                own = torch.autograd.grad(found[0], inputs, allow_unused=True)
                 for sum_, gradient in zip(gradients, own):
                     if gradient is not None:
                         sum_ += gradient

@@ -53,7 +53,7 @@ class Report:
         self.accelerator = accelerator
         if accelerator.is_main_process:
             _forget_after(self.path, done)
-        accelerator.init_trackers("paceline", config=settings)
+        accelerator.init_trackers("paceline", config=_flat(settings))
         self.bar = tqdm(total=steps, initial=done, unit="step", disable=not accelerator.is_main_process)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
@@ -81,6 +81,13 @@ def check_trackers(names: list[str]) -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise ValueError(f"tracker {name} is not installed; pip install {name}, or take it out of run.trackers")
+
+
+def _flat(settings: dict, prefix: str = "") -> dict[str, str]:
+    flat = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
+    return flat
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from .. import load_drafter
 from ..spec.models import load_target
@@ -27,7 +27,7 @@ from .documents import tokenizer_fingerprint
 from .metrics import check_trackers
 from .rows import Rows, fingerprint, open_data
 from .target import OfflineTarget, OnlineTarget, hidden_bytes, lm_head, write_hidden_states
-from .trainer import Trainer, check_distribution
+from .trainer import Trainer
 from .versions import versions
 
 DECODED_TOKENS = 64  # per prompt of run.decode_prompts
@@ -48,14 +48,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     kind = _kind(config.objective)
     check_trackers(config.run.trackers)
     folder = Path(config.run.folder)
-    accelerator = Accelerator(
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=config.optimisation.mixed_precision,
-        log_with=config.run.trackers or None,
-        project_dir=folder,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no buffer is ever changed
-    )
-    check_distribution(accelerator)
+    accelerator = _accelerator(config)
     if not resume and not plan_only and any(folder.glob("step-*")):
         raise ValueError(f"run.folder {folder} holds a run; go on with it by --resume, or choose another folder")
     splits, about = open_data(config.data.folder)
@@ -93,11 +86,16 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
         (folder / name).write_text(text, encoding="utf-8")
     stopped = trainer.train(plan.steps)
     if accelerator.is_main_process:
-        for name in ("latest", "best"):
-            if (folder / name).exists():
-                write_record(folder / name, about, config)
-                write_card(folder / name)
+        _describe(folder, about, config)
     return stopped
+
+
+def _describe(folder: Path, about: dict, config: Config) -> None:
+    """Write record and card beside the checkpoints that have a name."""
+    for name in ("latest", "best"):
+        if (folder / name).exists():
+            write_record(folder / name, about, config)
+            write_card(folder / name)
 
 
 def _kind(settings: dict):
@@ -106,6 +104,23 @@ def _kind(settings: dict):
         raise ValueError(f"config: objective.kind is {name!r}{suggest(str(name), KINDS)}")
     module, attribute = KINDS[name]
     return getattr(import_module(module, __package__), attribute)
+
+
+def _accelerator(config: Config) -> Accelerator:
+    """The processes of this run. Refuses what would train wrongly or could not be resumed."""
+    accelerator = Accelerator(
+        cpu=not torch.accelerator.is_available(),
+        mixed_precision=config.optimisation.mixed_precision,
+        log_with=config.run.trackers or None,
+        project_dir=Path(config.run.folder),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no buffer is ever changed
+    )
+    kind = accelerator.distributed_type
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
+        kind == DistributedType.FSDP and not accelerator.is_fsdp2
+    ):
+        raise ValueError(f"accelerate is set up for {kind.value}; use DDP (the default) or FSDP2 (configs/fsdp2.yaml)")
+    return accelerator
 
 
 def _hidden_bytes(config: Config, objective, model, splits: dict[str, Rows]) -> int:

@@ -28,6 +28,7 @@ from .metrics import Report, Tally
 from .objective import Batch, Losses, TargetView, count_ranks
 from .optimisation import adamw, schedule
 from .rows import Rows, rows_of_step
+from .signals import first_signal
 
 
 class Trainer:
@@ -74,8 +75,8 @@ class Trainer:
 
         Raises ValueError where the loss is no number or a checkpoint cannot be written; earlier ones stay."""
         self.steps, run = steps, self.config.run
-        report = Report(Path(run.folder), self.accelerator, steps, self.step, _flat(dataclasses.asdict(self.config)))
-        with self._heeding_signals(), contextlib.closing(self), contextlib.closing(report):
+        report = Report(Path(run.folder), self.accelerator, steps, self.step, dataclasses.asdict(self.config))
+        with first_signal(self._heed), contextlib.closing(self), contextlib.closing(report):
             started, tokens = time.perf_counter(), self.tokens
             while self.step < steps and self.stopping is None:
                 rate, norm = self._train_step()
@@ -92,6 +93,9 @@ class Trainer:
                 if self.step % run.save_every == 0 or better or self.step == steps or self.stopping is not None:
                     self.save()
         return self.stopping
+
+    def _heed(self, number: int) -> None:
+        self.signal = number
 
     def close(self) -> None:
         """Leave the other processes. The wrapper goes first: as the last owner of the process group it would hold the
@@ -320,40 +324,6 @@ class Trainer:
             "look at these rows"
         )
 
-    @contextlib.contextmanager
-    def _heeding_signals(self):
-        """The first SIGINT or SIGTERM ends the run after the step at hand; a second one acts as usual."""
-        usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-        def heed(number, frame):
-            self.signal = number
-            for each, handler in usual.items():
-                signal.signal(each, handler)
-
-        for number in usual:
-            signal.signal(number, heed)
-        try:
-            yield
-        finally:
-            for number, handler in usual.items():
-                signal.signal(number, handler)
-
-
-def check_distribution(accelerator: Accelerator) -> None:
-    """Refuse what would train wrongly or could not be resumed."""
-    kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        kind == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
-        raise ValueError(f"accelerate is set up for {kind.value}; use DDP (the default) or FSDP2 (configs/fsdp2.yaml)")
-
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def _flat(settings: dict, prefix: str = "") -> dict[str, str]:
-    flat = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": str(value)}
-    return flat
