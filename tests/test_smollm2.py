@@ -1,6 +1,6 @@
 """The promises on a real model: SmolLM2-135M-Instruct in float32, prompts of Spec-Bench (Apache-2.0).
 
-The ordinary run takes 4 prompts, 32 tokens and one seed; PACELINE_FULL=1 takes 24, 64 and three.
+The ordinary run takes 4 prompts, 20 tokens and one seed; PACELINE_FULL=1 takes 24, 64 and three.
 """
 
 import json
@@ -17,7 +17,7 @@ from conftest import noisy_copy
 pytestmark = pytest.mark.smollm2
 
 FULL = bool(os.environ.get("PACELINE_FULL"))
-PROMPTS, NEW, SEEDS = (24, 64, (0, 1, 2)) if FULL else (4, 32, (0,))
+PROMPTS, NEW, SEEDS = (24, 64, (0, 1, 2)) if FULL else (4, 20, (0,))
 SETTINGS = {
     "ngram chain": ("ngram", "chain:5"),
     "ngram tree": ("ngram", "3x2x1x1"),

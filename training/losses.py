@@ -77,11 +77,10 @@ def mixed_loss(
 
     `hidden` (N, H) goes through the draft's `head`, `target_hidden` (N, H') through the frozen `target_head`;
     the latter two may be None for a mixture of cross-entropy alone. `labels` (N,) are the text's tokens."""
-
-    top = torch.zeros_like(labels)
+    states, top = hidden.detach().requires_grad_(hidden.requires_grad), torch.zeros_like(labels)
 
     def loss_of(part: slice) -> tuple[Tensor]:
-        logits = head(hidden[part]).float()  # (n, V)
+        logits = head(states[part]).float()  # (n, V)
         top[part] = logits.argmax(-1)
         log_probs = logits.log_softmax(-1)
         divergences = [name for name in mixture if name != "cross_entropy"]
@@ -97,26 +96,27 @@ def mixed_loss(
         return (loss,)
 
     parts = ((slice(start, start + chunk),) for start in range(0, len(hidden), chunk))
-    learning = [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
-    (total,) = Summed.apply(loss_of, parts, [hidden.new_zeros((), dtype=torch.float32)], *learning)
+    inputs = [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
+    leaves = [states if tensor is hidden else tensor for tensor in inputs]
+    (total,) = Summed.apply(loss_of, parts, [hidden.new_zeros((), dtype=torch.float32)], leaves, *inputs)
     return total, top
 
 
 class Summed(torch.autograd.Function):
-    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`, taking each chunk's gradient with respect to `inputs`
-    (parameters, or states that it slices) at once, so that no chunk is kept or computed again. The first sum is
-    differentiable."""
+    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`, taking each chunk's gradient with respect to `leaves` at
+    once, so that no chunk is kept or computed again. `inputs` are what the leaves stand for: parameters themselves, or
+    states whose leaf is cut off from what made them. The first sum is differentiable with respect to them."""
 
     @staticmethod
-    def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], *inputs: Tensor):
+    def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], leaves: list, *inputs: Tensor):
         needed = any(ctx.needs_input_grad)
-        sums, gradients = list(zeros), [torch.zeros_like(tensor) for tensor in inputs] if needed else []
+        sums, gradients = list(zeros), [torch.zeros_like(leaf) for leaf in leaves] if needed else []
         for chunk in chunks:
             with torch.set_grad_enabled(needed):
                 found = loss_of(*chunk)
             sums = [so_far + new.detach() for so_far, new in zip(sums, found)]
             if needed:
-                own = torch.autograd.grad(found[0], inputs, allow_unused=True)
+                own = torch.autograd.grad(found[0], leaves, allow_unused=True)
                 for sum_, gradient in zip(gradients, own):
                     if gradient is not None:
                         sum_ += gradient
@@ -126,4 +126,4 @@ class Summed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
-        return None, None, None, *(gradient.mul_(grad) for gradient in ctx.gradients)
+        return None, None, None, None, *(gradient.mul_(grad) for gradient in ctx.gradients)
