@@ -46,7 +46,7 @@ class Eager:
 class Compiled:
     """One graph for one engine. Compiling takes tens of seconds a shape, less when the disk cache has it.
 
-    On a CPU in bfloat16 it reads a packed copy of the weights."""
+    On a CPU it reads a packed copy of the weights."""
 
     lag = 0
 

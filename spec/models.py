@@ -54,11 +54,14 @@ def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False
     """Load a causal LM in evaluation mode and its tokenizer: (model, tokenizer).
 
     `name_or_path` is a folder, a name from `paceline models` or a hub id; `dtype` a torch dtype or its
-    name ("auto" is the checkpoint's own). Without `with_tokenizer` the tokenizer is None. Remote code runs
+    name ("auto" is the checkpoint's own, but float32 for bfloat16 on a CPU that only emulates it, which is several
+    times slower). Without `with_tokenizer` the tokenizer is None. Remote code runs
     only with `trust_remote_code=True`. Raises ValueError, in one sentence, where nothing can be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .packing import has_bfloat16, is_x86
 
     if dtype != "auto":
         found = getattr(torch, str(dtype).removeprefix("torch."), None)
@@ -83,7 +86,11 @@ def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False
     absent = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if absent:  # transformers would fill them with random numbers
         raise ValueError(f"the weights of {where} lack {absent[0]} and {len(absent) - 1} more; fetch the model again")
-    return model.to(device or model.device).eval(), tokenizer
+    model = model.to(device or model.device)
+    emulated = model.dtype == torch.bfloat16 and model.device.type == "cpu" and is_x86() and not has_bfloat16()
+    if dtype == "auto" and emulated:
+        model = model.float()
+    return model.eval(), tokenizer
 
 
 def resolve(name: str) -> str:

@@ -1,9 +1,9 @@
-"""Linear layers in oneDNN's own layout of weights, for compiled bfloat16 steps on a CPU.
+"""Linear layers in oneDNN's own layout of weights, for compiled steps on a CPU.
 
-With weights as they are, oneDNN reads them at half the speed of the memory, and a decoding step is little else than
+With weights as they are, they are read at half the speed of the memory, and a decoding step is little else than
 reading weights. Here each `nn.Linear` keeps a second copy in the blocked layout that oneDNN prefers for few rows; the
-products are the same numbers. `packed_linears` lets a trace use them; everything else goes on with the weights as they
-are. Knows nothing of steps or executors.
+products are the same numbers in bfloat16, and differ by the order of their sums in float32. `packed_linears` lets a
+trace use them; everything else goes on with the weights as they are. Knows nothing of steps or executors.
 """
 
 import contextlib
@@ -44,23 +44,33 @@ class PackedWeight:
         return PackedWeight, ()
 
 
+def is_x86() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN computes in bfloat16 on this CPU. On x86 without it, products of many rows take several times as
+    long as in float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def pack(models: Iterable[nn.Module]) -> None:
-    """Pack the linear layers of `models` that are bfloat16 on a CPU, and again those whose weights have changed."""
-    able = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed."""
+    able = {torch.bfloat16: has_bfloat16(), torch.float32: torch.backends.mkldnn.is_available() and is_x86()}
     for layer in (module for model in models for module in model.modules() if type(module) is nn.Linear):
         weight, kept = layer.weight.detach(), getattr(layer, "packed_weight", PackedWeight())
-        if not (able and _can_be_packed(weight)):
+        if not (able.get(weight.dtype) and _can_be_packed(weight)):
             layer.__dict__.pop("packed_weight", None)
             continue
-        checksum = int(weight.view(-1).view(torch.int32).sum(dtype=torch.int32))
+        checksum = int(weight.view(-1).view(torch.int64).sum())
         if kept.checksum != checksum:
             packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
             layer.packed_weight = PackedWeight(packed, checksum)
 
 
 def _can_be_packed(weight: Tensor) -> bool:
-    there = weight.dtype == torch.bfloat16 and weight.device.type == "cpu"
-    return there and weight.is_contiguous() and weight.numel() % 2 == 0  # for the checksum
+    words = weight.nbytes % 8 == weight.storage_offset() * weight.itemsize % 8 == 0  # for the checksum
+    return weight.device.type == "cpu" and weight.is_contiguous() and words
 
 
 @contextlib.contextmanager
