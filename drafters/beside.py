@@ -12,14 +12,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec.planner import default_tree
 from ..spec.proposal import NO_TOKEN, DraftRequest, EmptySession, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
 
-NODES = 10  # of the first drafter's part of the default tree, root included
-COPIED = 6  # tokens of the second's, a chain
+COPIED = 4  # tokens of the second's part of the default tree, a chain
 
 
 class Beside:
@@ -40,9 +38,7 @@ class Beside:
         self.name = f"{first.name}+{second.name}"
         self.vocab_size = next((part.vocab_size for part in self.parts if part.vocab_size is not None), None)
         self.reads_hidden = any(getattr(part, "reads_hidden", False) for part in self.parts)
-        rates = getattr(first, "rates", None)
-        own = first.default_shape if rates is None else default_tree(rates, first.deepest, NODES)
-        self.default_shape = own.beside(TreeShape.chain(COPIED))
+        self.default_shape = first.default_shape.beside(TreeShape.chain(COPIED))
 
     def open(self, request: DraftRequest) -> "BesideSession | EmptySession":
         shape = request.shape

@@ -35,7 +35,8 @@ class ModelDrafter:
         if vocabulary is not None:
             model.set_output_embeddings(trimmed_head(model.get_output_embeddings(), self.vocabulary))
         self.name = name
-        self.default_shape = default_tree(rates, self.deepest) if rates else TreeShape.chain(self.deepest)
+        on_cpu = model.device.type == "cpu"
+        self.default_shape = default_tree(rates, self.deepest, on_cpu) if rates else TreeShape.chain(self.deepest)
         self.vocab_size = model.config.get_text_config().vocab_size
 
     def whole_model(self):

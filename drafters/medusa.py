@@ -201,7 +201,7 @@ class MedusaDrafter:
         self.vocab_size = heads.vocab_size
         self.deepest = heads.settings.heads  # levels of the default tree
         self.rates = rates or _PRIOR
-        self.default_shape = default_tree(self.rates, self.deepest)
+        self.default_shape = default_tree(self.rates, self.deepest, heads.weight.device.type == "cpu")
 
     def open(self, request: DraftRequest) -> "MedusaSession":
         if isinstance(request.shape, DynamicShape):

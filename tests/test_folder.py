@@ -164,9 +164,9 @@ def test_a_draft_model_folder_may_name_its_target(target, tmp_path):
 def test_the_default_tree_follows_the_measured_acceptance(target, saved):
     (saved / "acceptance.json").write_text(json.dumps({"p": [[0.9, 0.01], [0.9, 0.01]]}))
     narrow = paceline.load_drafter(saved, target).default_shape
-    (saved / "acceptance.json").write_text(json.dumps({"p": [[0.2] * 5, [0.01]]}))
+    (saved / "acceptance.json").write_text(json.dumps({"p": [[0.2] * 3, [0.01]]}))
     wide = paceline.load_drafter(saved, target).default_shape
-    assert narrow.max_depth == 2 and len(wide.children[0]) == 5
+    assert narrow.max_depth == 2 and len(wide.children[0]) == 3
     (saved / "acceptance.json").write_text("[]")
     with pytest.raises(ValueError, match="is no record of acceptance"):
         paceline.load_drafter(saved, target)

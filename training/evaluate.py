@@ -18,7 +18,7 @@ from ..drafters.shipped import shipped_folder
 from ..spec.commands import load
 from ..spec.console import table
 from ..spec.executors import choose
-from ..spec.planner import Acceptance, Plan, best_tree, default_tree
+from ..spec.planner import MODEST, Acceptance, Plan, best_tree
 from ..spec.planning import calibrate, first_turns
 from ..spec.plans import plan_path, read_shape
 from ..spec.refill import Text, decode_texts
@@ -156,7 +156,7 @@ def _planned(args, model, drafter, rates) -> TreeShape:
         return Plan.load(kept).shape
     if args.tree == "auto":
         raise ValueError(f"tree 'auto' has no plan for drafter {drafter.name!r} here; make one with paceline plan")
-    return default_tree(rates, drafter.deepest)
+    return best_tree(rates, MODEST, drafter.deepest)[0]
 
 
 def _held_out(folder: str) -> list[Batch]:

@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import Tensor, nn
 
-from ..spec.planner import Acceptance, default_tree
+from ..spec.planner import MODEST, Acceptance, best_tree
 from .acceptance import WIDTH, record
 from .checkpoint import Checkpoints, differences, gather, read_state, restore, write_json, write_state
 from .config import Config
@@ -237,7 +237,7 @@ class Trainer:
         step, counts = self.acceptance
         if step == self.step:
             how = {"counted": "teacher-forced on held-out rows in training", "step": step}
-            shape = default_tree(counts.rates(), self.depths)
+            shape = best_tree(counts.rates(), MODEST, self.depths)[0]
             write_json(folder / "acceptance.json", {**record(counts, shape), "how": how})
 
     def measure(self, steps: int = 2) -> float:
