@@ -2,6 +2,7 @@
 
 import copy
 import json
+import lzma
 from pathlib import Path
 
 import datasets
@@ -201,6 +202,20 @@ def test_a_second_run_does_nothing_and_another_is_refused(chat, tmp_path, capsys
     (tmp_path / "mine").mkdir()
     with pytest.raises(ValueError, match="is no prepared data set"):
         prepare(names, tmp_path / "mine", chat, "tiny", ENDS, Settings())
+
+
+def test_compressed_jsonl_holds_the_same_documents(chat, tmp_path):
+    (name,) = sources(tmp_path)
+    prepare([name], tmp_path / "plain", chat, "tiny", ENDS, Settings(length=32))
+    folder = tmp_path / "packed"
+    folder.mkdir()
+    (folder / "d.jsonl.xz").write_bytes(lzma.compress(Path(name).read_bytes()))
+    prepare([str(folder)], tmp_path / "out", chat, "tiny", ENDS, Settings(length=32))
+    rows = [datasets.load_from_disk(str(tmp_path / own))["train"][:] for own in ("plain", "out")]
+    assert rows[0] == rows[1]
+    (folder / "d.jsonl.xz").write_bytes(lzma.compress(Path(name).read_bytes())[:-20])
+    with pytest.raises(ValueError, match="is damaged"):
+        prepare([str(folder)], tmp_path / "cut", chat, "tiny", ENDS, Settings(length=32))
 
 
 def test_bad_sources_are_refused_in_one_sentence(chat, tmp_path, monkeypatch):

@@ -6,13 +6,17 @@ between the conversation templated up to an answer and with it. Nothing is searc
 the loss is on every token. Knows nothing of packing.
 """
 
+import contextlib
 import hashlib
 import json
+import lzma
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs", ".tex", ".html")
+JSONL_SUFFIXES = (".jsonl", ".jsonl.xz")
 TOGETHER = 256  # raw texts tokenized in one call
 
 
@@ -135,20 +139,36 @@ class Reader:
 
 
 def read_records(sources: Iterable[str | Path]) -> Iterator[dict | Unfit]:
-    """Records with `messages` or `text` of JSONL and text files and of the folders that hold them, in a fixed order.
+    """Records with `messages` or `text` of JSONL (also `.jsonl.xz`) and text files and of the folders that hold them,
+    in a fixed order.
 
-    Raises ValueError for a source that does not exist or is neither."""
+    Raises ValueError for a source that does not exist or is neither, and for a damaged one."""
     for path in source_files(sources):
-        if path.suffix != ".jsonl":
+        if not path.name.endswith(JSONL_SUFFIXES):
             try:
                 yield {"text": path.read_text(encoding="utf-8")}
             except UnicodeDecodeError:
                 yield Unfit(f"{path.name} is no UTF-8 text")
             continue
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with _unpacked(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    yield _record(line, f"{path.name}:{number}")
+                    yield _record(line.decode("utf-8", errors="replace"), f"{path.name}:{number}")
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rb") as file:
+            yield file
+    except (EOFError, lzma.LZMAError) as error:
+        raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
+
+
+def unpacked_size(path: Path) -> int:
+    """Bytes of the text in a source file, which may be compressed."""
+    with _unpacked(path) as file:
+        return file.seek(0, 2)
 
 
 def _record(line: str, place: str) -> dict | Unfit:
@@ -166,7 +186,7 @@ def source_files(sources: Iterable[str | Path]) -> list[Path]:
     files: list[Path] = []
     for source in map(Path, sources):
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix in (*TEXT_SUFFIXES, ".jsonl"))
+            inside = sorted(path for path in source.rglob("*") if path.name.endswith((*TEXT_SUFFIXES, *JSONL_SUFFIXES)))
             files += [path for path in inside if path.is_file()]
         elif source.is_file():
             files.append(source)

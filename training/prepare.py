@@ -17,7 +17,16 @@ from pathlib import Path
 
 import datasets
 
-from .documents import Document, Reader, Unfit, file_fingerprint, read_records, source_files, tokenizer_fingerprint
+from .documents import (
+    Document,
+    Reader,
+    Unfit,
+    file_fingerprint,
+    read_records,
+    source_files,
+    tokenizer_fingerprint,
+    unpacked_size,
+)
 from .mixture import load_mixture
 from .packing import pack, pieces, plan
 from .prompts import DIGESTS, digest, write_digests
@@ -130,7 +139,7 @@ def _estimate(reader: Reader, files: list[Path], out: Path, settings: Settings) 
         seen += len(json.dumps(record, ensure_ascii=False).encode()) if isinstance(record, dict) else 0
         sample += [record] if isinstance(record, dict) else []
     made = [found for found in reader.documents(sample) if isinstance(found, Document)]
-    size = sum(path.stat().st_size for path in files)
+    size = sum(map(unpacked_size, files))
     tokens = int(sum(len(own.tokens) for own in made) * max(1.0, size / max(seen, 1)))
     tokens += mixtures * (settings.tokens or 0)
     disk = tokens * BYTES_PER_TOKEN
