@@ -14,6 +14,7 @@ from paceline.spec import cli
 from paceline.training.documents import Document, Reader, Unfit, tokenizer_fingerprint
 from paceline.training.packing import pack, pieces, plan
 from paceline.training.prepare import Settings, prepare
+from paceline.training.rows import open_data
 
 from conftest import tiny_llama
 
@@ -206,16 +207,22 @@ def test_a_second_run_does_nothing_and_another_is_refused(chat, tmp_path, capsys
 
 def test_compressed_jsonl_holds_the_same_documents(chat, tmp_path):
     (name,) = sources(tmp_path)
-    prepare([name], tmp_path / "plain", chat, "tiny", ENDS, Settings(length=32))
+    prepare([name], tmp_path / "plain", chat, "tiny", ENDS, Settings(length=32, held_out=0.3))
     folder = tmp_path / "packed"
     folder.mkdir()
     (folder / "d.jsonl.xz").write_bytes(lzma.compress(Path(name).read_bytes()))
-    prepare([str(folder)], tmp_path / "out", chat, "tiny", ENDS, Settings(length=32))
-    rows = [datasets.load_from_disk(str(tmp_path / own))["train"][:] for own in ("plain", "out")]
+    prepare([str(folder)], tmp_path / "out", chat, "tiny", ENDS, Settings(length=32, held_out=0.3))
+    rows = [list(datasets.load_from_disk(str(tmp_path / own))["train"]) for own in ("plain", "out")]
     assert rows[0] == rows[1]
     (folder / "d.jsonl.xz").write_bytes(lzma.compress(Path(name).read_bytes())[:-20])
     with pytest.raises(ValueError, match="is damaged"):
-        prepare([str(folder)], tmp_path / "cut", chat, "tiny", ENDS, Settings(length=32))
+        prepare([str(folder)], tmp_path / "cut", chat, "tiny", ENDS, Settings(length=32, held_out=0.3))
+
+
+def test_a_split_without_rows_is_left_out(chat, tmp_path):
+    prepare(sources(tmp_path), tmp_path / "out", chat, "tiny", ENDS, Settings(length=32, held_out=0.0))
+    splits, about = open_data(tmp_path / "out")
+    assert set(splits) == {"train"} and about["counts"]["held_out"]["rows"] == 0
 
 
 def test_bad_sources_are_refused_in_one_sentence(chat, tmp_path, monkeypatch):

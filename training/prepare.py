@@ -198,6 +198,8 @@ def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, ab
                 yield pack([(part["tokens"], part["loss"]) for part in parts], settings.length)
 
         counts[split]["rows"] = len(rows)
+        if not rows:
+            continue  # an empty split could not be read again
         splits[split] = _arrow(packs, FEATURES, work, split + print_of)
     datasets.DatasetDict(splits).save_to_disk(work / "data")
     write_digests(work / "data" / DIGESTS, digests)
