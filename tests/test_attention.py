@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paceline.spec import attention, native, runs
 from paceline.spec.masks import SlotView, showing
+from paceline.spec.packing import has_bfloat16
 from paceline.spec.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
 from torch import nn
@@ -244,6 +245,7 @@ def rows_do_not_matter(*widths):
     return True
 
 
+@pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is emulated here, which takes minutes")
 @pytest.mark.parametrize("executor", ["eager", "compiled"])
 def test_bfloat16_text_is_the_same_with_and_without_drafts(compiled_source, executor):
     """Not up to near-ties: bit for bit, where linear layers allow it. A tiny random model has ties all the time."""
