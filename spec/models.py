@@ -55,8 +55,8 @@ def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False
 
     `name_or_path` is a folder, a name from `paceline models` or a hub id; `dtype` a torch dtype or its
     name ("auto" is the checkpoint's own, but float32 for bfloat16 on a CPU that only emulates it, which is several
-    times slower). Without `with_tokenizer` the tokenizer is None. Remote code runs
-    only with `trust_remote_code=True`. Raises ValueError, in one sentence, where nothing can be loaded.
+    times slower). Without `with_tokenizer` the tokenizer is None. Remote code runs only with
+    `trust_remote_code=True`. Raises ValueError, in one sentence, where nothing can be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 import torch
-from paceline.spec import models
+from paceline.spec import models, packing
 
 from conftest import tiny_llama
 
@@ -124,6 +124,17 @@ def test_a_full_disk_ends_in_a_sentence(cache, wheel, monkeypatch):
     with pytest.raises(ValueError, match="No space left on device"):
         models.load_target("tiny")
     assert leftovers(cache) == []
+
+
+@pytest.mark.parametrize(
+    "x86, able, wanted", [(True, False, "float32"), (True, True, "bfloat16"), (False, False, "bfloat16")]
+)
+def test_bfloat16_is_not_emulated_unless_asked_for(tmp_path, monkeypatch, x86, able, wanted):
+    monkeypatch.setattr(packing, "is_x86", lambda: x86)
+    monkeypatch.setattr(packing, "has_bfloat16", lambda: able)
+    tiny_llama().bfloat16().save_pretrained(tmp_path / "model")
+    for asked, found in (("auto", getattr(torch, wanted)), ("bfloat16", torch.bfloat16)):
+        assert models.load_target(tmp_path / "model", asked, "cpu", with_tokenizer=False)[0].dtype == found
 
 
 def test_damaged_and_foreign_folders_end_in_a_sentence(tmp_path, tokenizer):
