@@ -1,7 +1,8 @@
-"""Attention of bfloat16 in C++ (attention.cpp) as an operator, where there is a compiler.
+"""Attention of bfloat16 and linear layers in float32 in C++ (attention.cpp, linear.cpp) as operators, where there is a
+compiler.
 
-`prepare` compiles the source in about two seconds and keeps the result in the cache folder, under a name made of the
-source, the flags and the torch version. Knows nothing of models.
+`prepare` compiles the sources in some seconds and keeps the result in the cache folder, under a name made of the
+sources, the flags and the torch version. Knows nothing of models.
 """
 
 import ctypes
@@ -17,20 +18,21 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .models import cache_folder
 
-SOURCE = Path(__file__).with_name("attention.cpp")
-MAX_WIDTH = 512  # as in the source
+SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "linear.cpp")]
+MAX_WIDTH = 512  # as in attention.cpp
 _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-
+_LINEAR = [*[ctypes.c_void_p] * 2, ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_int]
 
 _loaded: ctypes.CDLL | None = None
 
 
 def prepare() -> bool:
-    """Make the operator ready, where it can be, and say whether it is; to be called before anything is traced."""
+    """Make the operators ready, where they can be, and say whether they are; to be called before anything is traced."""
     global _loaded
     _loaded = _library_file()
     return _loaded is not None
@@ -38,30 +40,33 @@ def prepare() -> bool:
 
 @functools.cache
 def _library_file() -> ctypes.CDLL | None:
-    """The compiled source; None, with a line that says why if it is not for want of a compiler, where there is none."""
+    """The compiled sources; None, with a line that says why if it is not for want of a compiler, where there is none."""
     march = _MARCH.get(torch.backends.cpu.get_cpu_capability())
     compilers = [found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))]
     reason = None
     for compiler in compilers if march else ():
         try:
-            return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
+            library = ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
+            library.linear.argtypes = _LINEAR
+            return library
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
     if reason:
-        print(f"attention.cpp is not used, torch's attention is ({reason.strip().splitlines()[0]})", file=sys.stderr)
+        said = reason.strip().splitlines()[0]
+        print(f"attention.cpp and linear.cpp are not used, torch's kernels are ({said})", file=sys.stderr)
     return None
 
 
 def _built(compiler: str, flags: list[str]) -> Path:
     """The library as made by `compiler`, found in the cache folder or made now."""
-    key = [SOURCE.read_text(encoding="utf-8"), compiler, platform.machine(), torch.__version__, *flags]
+    key = [*(source.read_text(encoding="utf-8") for source in SOURCES), compiler, platform.machine(), torch.__version__, *flags]
     folder = cache_folder() / "native"
-    file = folder / f"attention-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
+    file = folder / f"kernels-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / file.name
-            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made)], check=True, capture_output=True)
+            subprocess.run([compiler, *flags, *map(str, SOURCES), "-o", str(made)], check=True, capture_output=True)
             os.replace(made, file)
     return file
 
@@ -78,7 +83,32 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     return out
 
 
+def panels(weight: Tensor) -> Tensor:
+    """`weight` (N, K) in float32 as `panel_linear` reads it: of P panels of 2 L outputs, the last one filled up with
+    zeros. Where every weight is a bfloat16 they lie in the two halves of int32 (P, K, L), else in float32
+    (P, K, 2 L)."""
+    outputs, inputs = weight.shape
+    lanes = _loaded.panel_outputs() // 2
+    filled = F.pad(weight, (0, 0, 0, -outputs % (2 * lanes))).view(-1, 2, lanes, inputs)  # (P, 2, L, K)
+    bits = filled.view(torch.int32)
+    if (bits & 0xFFFF).any():
+        return filled.flatten(1, 2).transpose(1, 2).contiguous()
+    return (bits[:, 0].bitwise_right_shift(16).bitwise_and_(0xFFFF) | bits[:, 1]).transpose(1, 2).contiguous()
+
+
+def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    x = x.contiguous()
+    out = x.new_empty(*x.shape[:-1], outputs)
+    at, inputs = None if bias is None else bias.data_ptr(), x.shape[-1]
+    halves, rows = packed.dtype == torch.int32, x.numel() // inputs
+    sizes = (rows, inputs, outputs, torch.get_num_threads())
+    _loaded.linear(x.data_ptr(), packed.data_ptr(), halves, at, out.data_ptr(), *sizes)
+    return out
+
+
 _library = torch.library.Library("paceline", "FRAGMENT")
+_library.define("panel_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor")
+_library.impl("panel_linear", _linear, "CPU")
 _library.define("slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 _library.impl("slot_attention", _attend, "CPU")
 
@@ -87,6 +117,11 @@ _library.impl("slot_attention", _attend, "CPU")
 def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     batch, heads, nodes, _ = query.shape
     return query.new_empty(batch, nodes, heads, value.shape[-1])
+
+
+@torch.library.register_fake("paceline::panel_linear", lib=_library)
+def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    return x.new_empty(*x.shape[:-1], outputs)
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:

@@ -1,17 +1,21 @@
-"""Linear layers in oneDNN's own layout of weights, for compiled steps on a CPU.
+"""Linear layers with weights in another layout, for compiled steps on a CPU.
 
 With weights as they are, they are read at half the speed of the memory, and a decoding step is little else than
-reading weights. Here each `nn.Linear` keeps a second copy in the blocked layout that oneDNN prefers for few rows; the
-products are the same numbers in bfloat16, and differ by the order of their sums in float32. `packed_linears` lets a
-trace use them; everything else goes on with the weights as they are. Knows nothing of steps or executors.
+reading weights. Here each `nn.Linear` keeps a second copy: in float32 in the panels of linear.cpp, which are half as
+large where the weights came from a bfloat16 checkpoint; in bfloat16, and in float32 where there is no compiler, in the
+blocked layout that oneDNN prefers for few rows. The products are the same numbers in bfloat16, and differ by the order
+of their sums in float32. `packed_linears` lets a trace use them; everything else goes on with the weights as they are.
+Knows nothing of steps or executors.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from . import native
 
 ROWS = 16  # that the layout is chosen for; it suits 1 to 64
 
@@ -56,21 +60,29 @@ def has_bfloat16() -> bool:
 
 def pack(models: Iterable[nn.Module]) -> None:
     """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed."""
-    able = {torch.bfloat16: has_bfloat16(), torch.float32: torch.backends.mkldnn.is_available() and is_x86()}
+    layouts = {dtype: _layout(dtype) for dtype in (torch.bfloat16, torch.float32)}
     for layer in (module for model in models for module in model.modules() if type(module) is nn.Linear):
         weight, kept = layer.weight.detach(), getattr(layer, "packed_weight", PackedWeight())
-        if not (able.get(weight.dtype) and _can_be_packed(weight)):
+        layout = layouts.get(weight.dtype)
+        if layout is None or not _can_be_packed(weight):
             layer.__dict__.pop("packed_weight", None)
             continue
         checksum = int(weight.view(-1).view(torch.int64).sum())
         if kept.checksum != checksum:
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
-            layer.packed_weight = PackedWeight(packed, checksum)
+            layer.packed_weight = PackedWeight(layout(weight), checksum)
+
+
+def _layout(dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
+    """What packs weights of `dtype` (bfloat16 or float32) on this CPU."""
+    if dtype == torch.float32 and native.prepare():
+        return native.panels
+    able = has_bfloat16() if dtype == torch.bfloat16 else torch.backends.mkldnn.is_available() and is_x86()
+    return (lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)) if able else None
 
 
 def _can_be_packed(weight: Tensor) -> bool:
     words = weight.nbytes % 8 == weight.storage_offset() * weight.itemsize % 8 == 0  # for the checksum
-    return weight.device.type == "cpu" and weight.is_contiguous() and words
+    return weight.device.type == "cpu" and weight.is_contiguous() and words and weight.numel() > 0
 
 
 @contextlib.contextmanager
@@ -82,7 +94,9 @@ def packed_linears():
         packed = getattr(self, "packed_weight", None)
         if packed is None or packed.tensor is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.paceline.packed_linear(x, packed.tensor, self.bias)
+        if packed.tensor.is_mkldnn:
+            return torch.ops.paceline.packed_linear(x, packed.tensor, self.bias)
+        return torch.ops.paceline.panel_linear(x, packed.tensor, self.bias, self.out_features)
 
     nn.Linear.forward = forward
     try:

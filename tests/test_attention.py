@@ -280,8 +280,8 @@ def test_source_that_does_not_compile_is_a_line_and_no_error(compiled_source, mo
     broken.write_text("this is no C++")
     monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
     for source in (broken, tmp_path / "missing.cpp"):
-        monkeypatch.setattr(native, "SOURCE", source)
+        monkeypatch.setattr(native, "SOURCES", [*native.SOURCES, source])
         native._library_file.cache_clear()
         assert native._library_file() is None
-        assert "torch's attention is (" in capsys.readouterr().err
+        assert "torch's kernels are (" in capsys.readouterr().err
     native._library_file.cache_clear()

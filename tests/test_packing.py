@@ -6,7 +6,7 @@ import pickle
 import paceline
 import pytest
 import torch
-from paceline.spec import runs
+from paceline.spec import native, runs
 from paceline.spec.packing import has_bfloat16, is_x86, pack, packed_linears
 from torch import nn
 
@@ -34,6 +34,39 @@ def test_packed_products_are_the_products(dtype, rows, bias):
     assert found.shape == exact.shape and found.dtype == dtype
     near = 2**-8 if dtype == torch.bfloat16 else 1e-6
     torch.testing.assert_close(found.double(), exact, rtol=near, atol=near)
+
+
+@pytest.fixture(params=["short", "long"])
+def weights(request):
+    """A function that makes weights whose numbers are bfloat16, or are not."""
+    if not native.prepare():
+        pytest.skip("there is no compiler")
+    return lambda *shape: torch.randn(shape).bfloat16().float() if request.param == "short" else torch.randn(shape)
+
+
+@pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 3), (61, 96), (130, 40), (1000, 7)])
+def test_a_row_has_the_same_numbers_beside_any_others(weights, outputs, inputs):
+    """In panels every sum is taken in the order of the inputs, as float32 rounds it."""
+    torch.manual_seed(outputs)
+    weight, bias, x = weights(outputs, inputs), torch.randn(outputs), torch.randn(200, inputs)
+    packed = native.panels(weight)
+    exact = (x.double() @ weight.double().T + bias.double()).float()
+    whole = torch.ops.paceline.panel_linear(x, packed, bias, outputs)
+    torch.testing.assert_close(whole, exact, rtol=1e-5, atol=1e-5)
+    for rows in (*range(1, 20), 95, 96, 97):
+        assert torch.equal(torch.ops.paceline.panel_linear(x[:rows], packed, bias, outputs), whole[:rows])
+    assert torch.equal(torch.ops.paceline.panel_linear(x.T.contiguous().T, packed, bias, outputs), whole)
+
+
+def test_panels_hold_bfloat16_where_that_is_all_there_is(weights):
+    numbers = [[1.0, -2.0, 0.5, -0.0], [2.0**-130, -(2.0**-133), 3e38, 1.0078125]]  # -(2**-133): the least of all
+    short = torch.tensor(numbers).bfloat16().float().repeat(20, 1)
+    long = short + torch.tensor([2.0**-20, 0, 0, 0])
+    assert native.panels(short).dtype == torch.int32 and native.panels(long).dtype == torch.float32
+    assert native.panels(long).nbytes == 2 * native.panels(short).nbytes
+    for weight in (short, long):
+        kept = torch.ops.paceline.panel_linear(torch.eye(4), native.panels(weight), None, len(weight))
+        assert torch.equal(kept, weight.T)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
