@@ -40,7 +40,7 @@ def prepare() -> bool:
 
 @functools.cache
 def _library_file() -> ctypes.CDLL | None:
-    """The compiled sources; None, with a line that says why if it is not for want of a compiler, where there is none."""
+    """The compiled sources, or None, with a line that says why unless it is for want of a compiler."""
     march = _MARCH.get(torch.backends.cpu.get_cpu_capability())
     compilers = [found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))]
     reason = None
@@ -59,7 +59,13 @@ def _library_file() -> ctypes.CDLL | None:
 
 def _built(compiler: str, flags: list[str]) -> Path:
     """The library as made by `compiler`, found in the cache folder or made now."""
-    key = [*(source.read_text(encoding="utf-8") for source in SOURCES), compiler, platform.machine(), torch.__version__, *flags]
+    key = [
+        *(source.read_text(encoding="utf-8") for source in SOURCES),
+        compiler,
+        platform.machine(),
+        torch.__version__,
+        *flags,
+    ]
     folder = cache_folder() / "native"
     file = folder / f"kernels-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
     if not file.exists():
