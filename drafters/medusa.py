@@ -83,6 +83,7 @@ class MedusaHeads(nn.Module):
         bias = getattr(head, "bias", None)
         offset = torch.zeros(self.vocab_size, device=device) if bias is None else bias.detach()
         self.register_buffer("head_bias", offset[ids], persistent=False)  # (V',)
+        self._layer: tuple[nn.Linear, ...] = ()  # in a tuple, so that it is no part of this module
 
     def start(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, V')
         """What depends on the hidden state alone, of all heads."""
@@ -104,7 +105,18 @@ class MedusaHeads(nn.Module):
             x = x + F.silu(torch.einsum("...kh,kgh->...kg", x, weight[heads]) + bias[heads])
         if self.settings.own_heads:
             return torch.einsum("...kh,kvh->...kv", x, self.head_weight[heads]) + self.head_bias
-        return F.linear(x, self.head_weight, self.head_bias)
+        return self._layer[0](x) if self._layer else F.linear(x, self.head_weight, self.head_bias)
+
+    def linears(self) -> list[nn.Linear]:
+        """The LM head of the known tokens as a layer on the same memory, which heads go through from now on, so that
+        compiled steps can pack it; nothing for heads of their own."""
+        weight = None if self.settings.own_heads else self.head_weight
+        if weight is None or (self._layer and self._layer[0].weight.data_ptr() == weight.data_ptr()):
+            return list(self._layer)
+        layer = nn.Linear(*weight.shape[::-1], device="meta")
+        layer.weight, layer.bias = (nn.Parameter(own, requires_grad=False) for own in (weight, self.head_bias))
+        self._layer = (layer,)
+        return [layer]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -226,6 +238,7 @@ class MedusaSession:
 
     def __init__(self, heads: MedusaHeads, request: DraftRequest):
         self.heads = heads
+        self.packable = heads.linears()
         vocabulary = heads.vocabulary if heads.trimmed else None
         self.static = StaticTree(request, vocabulary, depth=heads.settings.heads)
 

@@ -2,7 +2,7 @@
 //
 // Decoding attends with 1 to some dozens of queries to hundreds of slots, for which general kernels spend more on
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
-// group, and a row is read as far as one of its queries sees. Numbers are bfloat16, sums float32.
+// group, and a row is read as far as one of its queries sees. Numbers are bfloat16 or float32, sums float32.
 //
 // What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots (of finite
 // numbers) between those that it sees: so a tree of drafts that is small enough to come here is verified with the very
@@ -22,19 +22,23 @@ constexpr int64_t CHUNK = 128;  // slots that are read at a time
 constexpr int64_t KEY_LANES = 64, VALUE_LANES = 32;  // sums that are held in registers
 constexpr int64_t MAX_WIDTH = 512;  // numbers of a head
 
-using Number = uint16_t;  // a bfloat16
+using Short = uint16_t;  // a bfloat16
 
-inline float number(Number x) {
+inline float number(float x) { return x; }
+
+inline float number(Short x) {
     uint32_t bits = uint32_t(x) << 16;
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
 }
 
-inline void put(Number* place, float x) {  // rounded to the nearest, ties to even
+inline void put(float* place, float x) { *place = x; }
+
+inline void put(Short* place, float x) {  // rounded to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    *place = std::isnan(x) ? 0x7fc0 : Number((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    *place = std::isnan(x) ? 0x7fc0 : Short((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 inline float exponential(float x) {  // of x <= 0, to 2 units in the last place; NaN stays NaN
@@ -75,6 +79,7 @@ inline void exchange_all(Lanes* rows) {  // one step of Eklundh's transposition
 }
 
 // A chunk of keys as float32, by number: block[d][t]. What lies beyond `count` means nothing.
+template <typename Number>
 void read_keys(const Number* from, int64_t stride, int64_t count, int64_t width, float* block) {
     const int64_t whole = width / 16 * 16;
     for (int64_t t = 0; t < count; t += 16) {
@@ -93,6 +98,7 @@ void read_keys(const Number* from, int64_t stride, int64_t count, int64_t width,
 }
 
 // VALUE_LANES numbers of a chunk of values as float32, by slot: block[t][d].
+template <typename Number>
 void read_values(const Number* from, int64_t stride, int64_t count, int64_t width, float* block) {
     for (int64_t t = 0; t < count; t++)
         for (int64_t d = 0; d < width; d++) block[t * VALUE_LANES + d] = number(from[t * stride + d]);
@@ -112,6 +118,7 @@ inline void accumulate(const float* const* weights, const float* block, int64_t 
 }
 
 // The scores of a chunk of `count` slots, for all queries of a group; a query's scores are `line` numbers apart.
+template <typename Number>
 void score(const Number* query, const Number* key, float scale, const Sizes& s, int64_t count, float* block,
            float* scores, int64_t line) {
     float own[MAX_WIDTH];
@@ -146,6 +153,7 @@ float weigh(float* scores, const uint8_t* seen, int64_t count) {
 }
 
 // VALUE_LANES numbers of the weighted sums of values, for all queries of a group, slot after slot.
+template <typename Number>
 void sum_values(const Number* value, const Sizes& s, int64_t first, int64_t reach, const float* weights, int64_t line,
                 float* block, float* sums) {
     const int64_t queries = s.heads / s.groups * s.nodes, width = std::min(VALUE_LANES, s.value_width - first);
@@ -162,6 +170,7 @@ void sum_values(const Number* value, const Sizes& s, int64_t first, int64_t reac
     }
 }
 
+template <typename Number>
 void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
             Number* out, const Sizes& s, int threads) {
     const int64_t share = s.heads / s.groups, queries = share * s.nodes;
@@ -213,8 +222,13 @@ void attend(const Number* query, const Number* key, const Number* value, const u
 
 }  // namespace
 
-extern "C" void attend_bfloat16(const void* query, const void* key, const void* value, const uint8_t* mask,
-                                float scale, void* out, const int64_t* sizes, int threads) {
-    attend((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
-           *(const Sizes*)sizes, threads);
+// `whole`: the numbers are float32.
+extern "C" void attend(const void* query, const void* key, const void* value, int whole, const uint8_t* mask,
+                       float scale, void* out, const int64_t* sizes, int threads) {
+    const auto go = [&](auto kind) {
+        using Number = decltype(kind);
+        attend((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
+               *(const Sizes*)sizes, threads);
+    };
+    whole ? go(float()) : go(Short());
 }

@@ -1,5 +1,4 @@
-"""Attention of bfloat16 and linear layers in float32 in C++ (attention.cpp, linear.cpp) as operators, where there is a
-compiler.
+"""Attention (attention.cpp) and linear layers in float32 (linear.cpp) in C++ as operators, where there is a compiler.
 
 `prepare` compiles the sources in some seconds and keeps the result in the cache folder, under a name made of the
 sources, the flags and the torch version. Knows nothing of models.
@@ -26,7 +25,9 @@ SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "linear.
 MAX_WIDTH = 512  # as in attention.cpp
 _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
-_LINEAR = [*[ctypes.c_void_p] * 2, ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_int]
+_AT, _INT = ctypes.c_void_p, ctypes.c_int
+_ATTEND = [_AT, _AT, _AT, _INT, _AT, ctypes.c_float, _AT, _AT, _INT]
+_LINEAR = [_AT, _AT, _INT, _AT, _AT, *[ctypes.c_int64] * 3, _INT]
 
 _loaded: ctypes.CDLL | None = None
 
@@ -47,7 +48,7 @@ def _library_file() -> ctypes.CDLL | None:
     for compiler in compilers if march else ():
         try:
             library = ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
-            library.linear.argtypes = _LINEAR
+            library.attend.argtypes, library.linear.argtypes = _ATTEND, _LINEAR
             return library
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
@@ -82,10 +83,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: floa
     out = query.new_empty(batch, nodes, heads, value.shape[-1])
     sizes = [batch, heads, key.shape[1], nodes, key.shape[2], width, value.shape[-1]]
     strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2)]
-    places = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (query, key, value, mask)]
     layout = (ctypes.c_int64 * 18)(*sizes, *strides)
-    threads = ctypes.c_int(torch.get_num_threads())
-    _loaded.attend_bfloat16(*places, ctypes.c_float(scale), ctypes.c_void_p(out.data_ptr()), layout, threads)
+    numbers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), query.dtype == torch.float32)
+    _loaded.attend(*numbers, mask.data_ptr(), scale, out.data_ptr(), layout, torch.get_num_threads())
     return out
 
 
@@ -132,9 +132,10 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
     """Whether `slot_attention` takes these: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), all in
-    bfloat16, and a boolean mask (B, 1, n, T)."""
+    bfloat16 or all in float32, and a boolean mask (B, 1, n, T)."""
     here = _loaded is not None and query.device.type == "cpu" and not query.requires_grad
-    numbers = query.dtype == key.dtype == value.dtype == torch.bfloat16 and mask.dtype == torch.bool
+    numbers = query.dtype == key.dtype == value.dtype and mask.dtype == torch.bool
+    numbers = numbers and query.dtype in (torch.bfloat16, torch.float32)
     shapes = mask.shape == (query.shape[0], 1, query.shape[2], key.shape[2]) and key.shape[:3] == value.shape[:3]
     dense = all(tensor.stride(-1) == 1 for tensor in (query, key, value, mask))
     fits = max(query.shape[-1], value.shape[-1]) <= MAX_WIDTH and query.shape[0] == key.shape[0]

@@ -49,9 +49,10 @@ class Engine:
 
     @property
     def models(self) -> list[torch.nn.Module]:
-        """Those that the step runs."""
+        """Those that the step runs, with linear layers that can be packed."""
         drafting = getattr(self.session, "slots", None)
-        return [self.target.model] if drafting is None else [self.target.model, drafting.model]
+        own = getattr(self.session, "packable", []) if drafting is None else [drafting.model]
+        return [self.target.model, *own]
 
     def idle_step(self) -> None:
         """A step in which every row is done: it changes no text, and allocates what is made on first use."""

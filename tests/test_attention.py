@@ -101,7 +101,10 @@ def compiled_source():
     assert native._loaded is not None, "the source compiles"
 
 
-@settings(max_examples=80, deadline=None)
+DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
+
+
+@settings(max_examples=120, deadline=None)
 @given(
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
@@ -110,14 +113,17 @@ def compiled_source():
     slots=st.sampled_from([1, 15, 16, 17, 127, 128, 129, 300]),
     widths=st.tuples(st.sampled_from([4, 16, 20, 64, 80]), st.sampled_from([4, 64, 130])),
     seen=st.floats(0.0, 1.0),
+    dtype=DTYPES,
     seed=st.integers(0, 1000),
 )
-def test_our_own_attention_is_the_formula(compiled_source, batch, kv_heads, groups, nodes, slots, widths, seen, seed):
+def test_our_own_attention_is_the_formula(
+    compiled_source, batch, kv_heads, groups, nodes, slots, widths, seen, dtype, seed
+):
     """Keys and values lie as in the slot cache, the slots behind the last one seen hold NaN, and a query that sees
     nothing gives zeros."""
     torch.manual_seed(seed)
-    query = torch.randn(batch, nodes, kv_heads * groups, widths[0]).bfloat16().transpose(1, 2) * 3
-    key, value = (torch.randn(batch, slots, kv_heads, width).bfloat16().transpose(1, 2) for width in widths)
+    query = torch.randn(batch, nodes, kv_heads * groups, widths[0]).to(dtype).transpose(1, 2) * 3
+    key, value = (torch.randn(batch, slots, kv_heads, width).to(dtype).transpose(1, 2) for width in widths)
     mask = torch.rand(batch, 1, nodes, slots) < seen
     reach = torch.randint(0, slots + 1, (batch,))
     mask &= torch.arange(slots) < reach[:, None, None, None]
@@ -127,11 +133,12 @@ def test_our_own_attention_is_the_formula(compiled_source, batch, kv_heads, grou
         key[row, :, last:] = value[row, :, last:] = float("nan")
     assert native.can_attend(query, key, value, mask)
     got = torch.ops.paceline.slot_attention(query, key, value, mask, 0.3)
-    assert got.dtype == torch.bfloat16 and got.is_contiguous()
-    torch.testing.assert_close(got.double(), wanted, rtol=5e-3, atol=1e-5)  # half a unit in the last place is 2**-9
+    assert got.dtype == dtype and got.is_contiguous()
+    near = 5e-3 if dtype == torch.bfloat16 else 1e-5  # half a unit in the last place is 2**-9
+    torch.testing.assert_close(got.double(), wanted, rtol=near, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 4),
@@ -139,24 +146,25 @@ def test_our_own_attention_is_the_formula(compiled_source, batch, kv_heads, grou
     seen=st.sampled_from([1, 2, 16, 100, 128, 130, 200]),
     gaps=st.integers(0, 30),
     widths=st.sampled_from([(64, 64), (20, 40), (128, 130)]),
+    dtype=DTYPES,
     seed=st.integers(0, 1000),
 )
 def test_what_a_query_gets_depends_on_what_it_sees_alone(
-    compiled_source, kv_heads, groups, others, seen, gaps, widths, seed
+    compiled_source, kv_heads, groups, others, seen, gaps, widths, dtype, seed
 ):
     """Bit by bit: alone over whole text, or among other queries, with masked slots between the last ones it sees."""
     torch.manual_seed(seed)
-    query = torch.randn(1, kv_heads * groups, 1, widths[0]).bfloat16()
-    key, value = (torch.randn(1, kv_heads, seen, width).bfloat16() for width in widths)
+    query = torch.randn(1, kv_heads * groups, 1, widths[0]).to(dtype)
+    key, value = (torch.randn(1, kv_heads, seen, width).to(dtype) for width in widths)
     alone = torch.ops.paceline.slot_attention(query, key, value, torch.ones(1, 1, 1, seen).bool(), 0.3)
     places = torch.arange(seen)
     first = max(0, seen - 5)  # from here on the slots stand apart
     places[first:] += torch.randint(0, gaps + 1, (seen - first,)).cumsum(0)
     slots = int(places[-1]) + 1 + gaps
-    wide = [torch.randn(1, kv_heads, slots, width).bfloat16() for width in widths]
+    wide = [torch.randn(1, kv_heads, slots, width).to(dtype) for width in widths]
     for padded, own in zip(wide, (key, value)):
         padded[:, :, places] = own
-    among = torch.randn(1, kv_heads * groups, others + 1, widths[0]).bfloat16()
+    among = torch.randn(1, kv_heads * groups, others + 1, widths[0]).to(dtype)
     among[:, :, others // 2] = query[:, :, 0]
     mask = torch.rand(1, 1, others + 1, slots) < 0.5
     mask[:, :, others // 2] = False
@@ -165,10 +173,11 @@ def test_what_a_query_gets_depends_on_what_it_sees_alone(
     assert torch.equal(out[:, others // 2], alone[:, 0])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("place", ["query", "key", "value"])
-def test_our_own_attention_hides_no_nan(compiled_source, place):
-    tensors = {name: torch.randn(2, 3, 40, 8).bfloat16() for name in ("query", "key", "value")}
-    tensors["query"] = torch.randn(2, 6, 2, 8).bfloat16()
+def test_our_own_attention_hides_no_nan(compiled_source, place, dtype):
+    tensors = {name: torch.randn(2, 3, 40, 8).to(dtype) for name in ("query", "key", "value")}
+    tensors["query"] = torch.randn(2, 6, 2, 8).to(dtype)
     tensors[place][1, 1, 1, 1] = float("nan")
     mask = torch.ones(2, 1, 2, 40, dtype=torch.bool)
     out = torch.ops.paceline.slot_attention(*tensors.values(), mask, 0.5)
@@ -205,7 +214,9 @@ def test_our_own_attention_stands_in_for_the_stock_one(compiled_source, monkeypa
     torch.testing.assert_close(ours, stock, rtol=2e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("change", ["broadcast mask", "another batch", "float32", "strided", "additive mask"])
+@pytest.mark.parametrize(
+    "change", ["broadcast mask", "another batch", "two dtypes", "float64", "strided", "additive mask"]
+)
 def test_what_our_own_attention_does_not_take(compiled_source, change):
     query, key = torch.randn(2, 4, 3, 16).bfloat16(), torch.randn(2, 2, 9, 16).bfloat16()
     mask = torch.ones(2, 1, 3, 9, dtype=torch.bool)
@@ -214,8 +225,10 @@ def test_what_our_own_attention_does_not_take(compiled_source, change):
         mask = mask[:1]
     elif change == "another batch":
         key = key[:1]
-    elif change == "float32":
+    elif change == "two dtypes":
         query = query.float()
+    elif change == "float64":
+        query, key = query.double(), key.double()
     elif change == "strided":
         key = key.transpose(2, 3).contiguous().transpose(2, 3)
     else:
@@ -224,9 +237,10 @@ def test_what_our_own_attention_does_not_take(compiled_source, change):
 
 
 @torch.no_grad()
-def test_a_compiled_bfloat16_step_is_the_eager_one(compiled_source, ragged):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged, dtype):
     """The operator inside a compiled step, on ragged rows and a tree: the same text as eagerly."""
-    model = tiny_llama().bfloat16()
+    model = tiny_llama().to(dtype)
     options = dict(do_sample=False, max_new_tokens=12, drafter="ngram", tree="2x2")
     eager = paceline.generate(model, *ragged, executor="eager", **options)
     compiled = paceline.generate(model, *ragged, executor="compiled", **options)
@@ -245,12 +259,21 @@ def rows_do_not_matter(*widths):
     return True
 
 
-@pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is emulated here, which takes minutes")
-@pytest.mark.parametrize("executor", ["eager", "compiled"])
-def test_bfloat16_text_is_the_same_with_and_without_drafts(compiled_source, executor):
+EMULATED = pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is emulated here, which takes minutes")
+
+
+@pytest.mark.parametrize(
+    "dtype, executor",
+    [
+        pytest.param(torch.bfloat16, "eager", marks=EMULATED),
+        pytest.param(torch.bfloat16, "compiled", marks=EMULATED),
+        (torch.float32, "compiled"),
+    ],
+)
+def test_text_is_the_same_with_and_without_drafts(compiled_source, dtype, executor):
     """Not up to near-ties: bit for bit, where linear layers allow it. A tiny random model has ties all the time."""
-    model = tiny_llama(hidden_size=192, intermediate_size=256, initializer_range=0.1).bfloat16()
-    if not rows_do_not_matter((192, 192), (192, 96), (192, 256), (256, 192), (192, 61)):
+    model = tiny_llama(hidden_size=192, intermediate_size=256, initializer_range=0.1).to(dtype)
+    if dtype == torch.bfloat16 and not rows_do_not_matter((192, 192), (192, 96), (192, 256), (256, 192), (192, 61)):
         pytest.skip("bfloat16 linear layers depend on the number of rows on this machine")
     torch.manual_seed(1)
     prompts = torch.randint(1, 61, (24 if executor == "eager" else 6, 1, 12))
