@@ -17,7 +17,7 @@ from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
 
-COPIED = 4  # tokens of the second's part of the default tree, a chain
+COPIED = 2  # tokens of the second's part of the default tree, a chain
 
 
 class Beside:
