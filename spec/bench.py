@@ -1,14 +1,14 @@
 """`paceline bench`: methods decode the same prompts in turns, and everything measured goes into a run file.
 
 Prompt by prompt (or batch by batch) every method decodes, the order rotating, after a decoding of the same size that
-is not measured. All turns of a conversation are carried on with plain decoding's answers, so every method sees the
+is not measured. The turns of a conversation are carried on with plain decoding's answers, so every method sees the
 same text. Figures and pages are computed from the file afterwards.
 """
 
 import hashlib
 import sys
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def bench(args) -> None:
     """The command: measure, or go on measuring, into `args.output`."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    prompts = read_prompts(args.prompts, args.limit)
+    prompts = [replace(prompt, turns=prompt.turns[: args.turns]) for prompt in read_prompts(args.prompts, args.limit)]
     model, tokenizer = load_model(args)
     executor = args.executor
     if executor == "auto":
@@ -222,6 +222,7 @@ def _header(args, model, decoders: dict[str, Decoder]) -> dict:
         "prompts": Path(args.prompts).name,
         "prompts_sha256": hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()[:16],
         "limit": args.limit,
+        "turns": args.turns,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type,
         "threads": torch.get_num_threads(),

@@ -112,6 +112,7 @@ def _bench_parser(commands) -> None:
         "name=SHORT. Plain decoding and transformers' generate() are always there",
     )  # fmt: skip
     bench.add_argument("--limit", type=_positive, metavar="N", help="take N prompts, spread over the file")
+    bench.add_argument("--turns", type=_positive, metavar="N", help="and the first N turns of each (default: all)")
     bench.add_argument("--repeats", type=_positive, default=1, metavar="N", help="of every measurement (default 1)")
     bench.add_argument("--batch", type=_positive, default=1, metavar="N", help="texts at a time (default 1)")
     bench.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per turn (default 64)")
