@@ -67,8 +67,11 @@ class BesideSession:
         for drafter, nodes in zip(parts, divided(request.shape)):
             self.nodes.append(torch.tensor(nodes, device=request.device))
             self.sessions.append(drafter.open(replace(request, shape=request.shape.part(nodes))))
-        self.packable = [layer for session in self.sessions for layer in getattr(session, "packable", [])]
         self.first_alone = request.sampling.noise == "own"
+
+    @property
+    def packable(self) -> list[torch.nn.Module]:
+        return [layer for session in self.sessions for layer in getattr(session, "packable", [])]
 
     def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
         for session in self.sessions:

@@ -118,6 +118,10 @@ class MedusaHeads(nn.Module):
         self._layer = (layer,)
         return [layer]
 
+    def _apply(self, *args, **options):
+        self._layer = ()  # of weights as they were
+        return super()._apply(*args, **options)
+
     @property
     def dtype(self) -> torch.dtype:
         return self.weight.dtype
@@ -238,9 +242,12 @@ class MedusaSession:
 
     def __init__(self, heads: MedusaHeads, request: DraftRequest):
         self.heads = heads
-        self.packable = heads.linears()
         vocabulary = heads.vocabulary if heads.trimmed else None
         self.static = StaticTree(request, vocabulary, depth=heads.settings.heads)
+
+    @property
+    def packable(self) -> list[nn.Linear]:
+        return self.heads.linears()
 
     def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
         pass

@@ -222,13 +222,13 @@ void attend(const Number* query, const Number* key, const Number* value, const u
 
 }  // namespace
 
-// `whole`: the numbers are float32.
-extern "C" void attend(const void* query, const void* key, const void* value, int whole, const uint8_t* mask,
+// `is_float32`: the numbers are, else bfloat16.
+extern "C" void attend(const void* query, const void* key, const void* value, int is_float32, const uint8_t* mask,
                        float scale, void* out, const int64_t* sizes, int threads) {
     const auto go = [&](auto kind) {
         using Number = decltype(kind);
         attend((const Number*)query, (const Number*)key, (const Number*)value, mask, scale, (Number*)out,
                *(const Sizes*)sizes, threads);
     };
-    whole ? go(float()) : go(Short());
+    is_float32 ? go(float()) : go(Short());
 }

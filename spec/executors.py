@@ -70,7 +70,7 @@ class Compiled:
         print("compiling the step ...", end="", file=sys.stderr, flush=True)
         try:
             engine.idle_step()  # allocates the caches, which must exist before the graph is traced
-            pack(engine.models)
+            pack(engine.packable)
             with packed_linears():
                 self.step()
         except torch._dynamo.exc.TorchDynamoException as error:

@@ -21,7 +21,7 @@ constexpr int LANES = 8, REGISTERS = 12;
 #endif
 constexpr int PANEL = 2 * LANES;       // outputs
 constexpr int MOST = REGISTERS / 2;    // rows of a tile
-constexpr int64_t BLOCK = 96;          // rows whose inputs stay in the second cache
+constexpr int64_t BLOCK = 96;          // rows that stay in the L2 cache
 constexpr int64_t GROUP = 4;           // panels that stay there with them
 constexpr int64_t AHEAD = 2048;        // bytes that weights are fetched ahead of their use
 
@@ -54,7 +54,8 @@ void tile(const float* x, const Weight* panels, const float* bias, int64_t input
         for (int p = 0; p < PANELS; p++) {
             Vector first, second;
             const Weight* place = panels + (p * inputs + k) * stride;
-            __builtin_prefetch((const char*)place + AHEAD);
+            for (int64_t line = 0; line < stride * int64_t(sizeof(Weight)); line += 64)
+                __builtin_prefetch((const char*)place + AHEAD + line);
             read(place, first, second);
             for (int r = 0; r < ROWS; r++) {
                 const float number = x[r * inputs + k];
@@ -115,10 +116,10 @@ void multiply(const float* x, const Weight* panels, const float* bias, float* ou
 
 extern "C" int panel_outputs() { return PANEL; }
 
-// out (rows, outputs) of x (rows, inputs); `halves`: the panels hold bfloat16.
-extern "C" void linear(const float* x, const void* panels, int halves, const float* bias, float* out, int64_t rows,
+// out (rows, outputs) of x (rows, inputs); `is_bfloat16`: the weights, of which a panel then holds the upper 16 bits.
+extern "C" void linear(const float* x, const void* panels, int is_bfloat16, const float* bias, float* out, int64_t rows,
                        int64_t inputs, int64_t outputs, int threads) {
-    if (halves)
+    if (is_bfloat16)
         multiply(x, (const uint32_t*)panels, bias, out, rows, inputs, outputs, threads);
     else
         multiply(x, (const float*)panels, bias, out, rows, inputs, outputs, threads);

@@ -24,7 +24,8 @@ from .models import cache_folder
 SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "linear.cpp")]
 MAX_WIDTH = 512  # as in attention.cpp
 _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"]
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+_FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _AT, _INT = ctypes.c_void_p, ctypes.c_int
 _ATTEND = [_AT, _AT, _AT, _INT, _AT, ctypes.c_float, _AT, _AT, _INT]
 _LINEAR = [_AT, _AT, _INT, _AT, _AT, *[ctypes.c_int64] * 3, _INT]
@@ -103,12 +104,14 @@ def panels(weight: Tensor) -> Tensor:
 
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    x = x.contiguous()
-    out = x.new_empty(*x.shape[:-1], outputs)
-    at, inputs = None if bias is None else bias.data_ptr(), x.shape[-1]
-    halves, rows = packed.dtype == torch.int32, x.numel() // inputs
-    sizes = (rows, inputs, outputs, torch.get_num_threads())
-    _loaded.linear(x.data_ptr(), packed.data_ptr(), halves, at, out.data_ptr(), *sizes)
+    inputs, is_bfloat16 = x.shape[-1], packed.dtype == torch.int32
+    assert x.dtype == torch.float32 and inputs == packed.shape[1], "what was packed is another layer"
+    assert -(-outputs // _loaded.panel_outputs()) == len(packed)
+    assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous())
+    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
+    sizes = (x.numel() // inputs, inputs, outputs, torch.get_num_threads())
+    at = None if bias is None else bias.data_ptr()
+    _loaded.linear(x.data_ptr(), packed.data_ptr(), is_bfloat16, at, out.data_ptr(), *sizes)
     return out
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from . import native
 
-ROWS = 16  # that the layout is chosen for; it suits 1 to 64
+ROWS = 16  # that oneDNN chooses its layout for; it suits 1 to 64
 
 # Through an operator of its own, because inductor takes packed weights only as constants.
 _library = torch.library.Library("paceline", "FRAGMENT")
@@ -36,10 +36,10 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class PackedWeight:
-    """A packed copy and the checksum of the weight that it was made of. Copies of a module do not take it along."""
+    """A packed copy and what the weight was that it was made of. Copies of a module do not take it along."""
 
-    def __init__(self, tensor: Tensor | None = None, checksum: int | None = None):
-        self.tensor, self.checksum = tensor, checksum
+    def __init__(self, tensor: Tensor | None = None, identity: tuple | None = None):
+        self.tensor, self.identity = tensor, identity
 
     def __deepcopy__(self, memo) -> "PackedWeight":
         return PackedWeight()
@@ -59,21 +59,25 @@ def has_bfloat16() -> bool:
 
 
 def pack(models: Iterable[nn.Module]) -> None:
-    """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed."""
-    layouts = {dtype: _layout(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed.
+    Layers on the same memory share a copy."""
+    made: dict[tuple, PackedWeight] = {}
     for layer in (module for model in models for module in model.modules() if type(module) is nn.Linear):
-        weight, kept = layer.weight.detach(), getattr(layer, "packed_weight", PackedWeight())
-        layout = layouts.get(weight.dtype)
-        if layout is None or not _can_be_packed(weight):
+        weight = layer.weight.detach()
+        layout = _layout(weight.dtype) if _can_be_packed(weight) else None
+        if layout is None:
             layer.__dict__.pop("packed_weight", None)
             continue
-        checksum = int(weight.view(-1).view(torch.int64).sum())
-        if kept.checksum != checksum:
-            layer.packed_weight = PackedWeight(layout(weight), checksum)
+        place = (weight.data_ptr(), weight.dtype, weight.shape)
+        if place not in made:
+            identity = (*place[1:], int(weight.view(-1).view(torch.int64).sum()))
+            kept = getattr(layer, "packed_weight", PackedWeight())
+            made[place] = kept if kept.identity == identity else PackedWeight(layout(weight), identity)
+        layer.packed_weight = made[place]
 
 
 def _layout(dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """What packs weights of `dtype` (bfloat16 or float32) on this CPU."""
+    """What packs weights of `dtype` on this CPU."""
     if dtype == torch.float32 and native.prepare():
         return native.panels
     able = has_bfloat16() if dtype == torch.bfloat16 else torch.backends.mkldnn.is_available() and is_x86()
@@ -81,8 +85,9 @@ def _layout(dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
 
 
 def _can_be_packed(weight: Tensor) -> bool:
+    here = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
     words = weight.nbytes % 8 == weight.storage_offset() * weight.itemsize % 8 == 0  # for the checksum
-    return weight.device.type == "cpu" and weight.is_contiguous() and words and weight.numel() > 0
+    return here and weight.is_contiguous() and words and weight.numel() > 0
 
 
 @contextlib.contextmanager
@@ -96,7 +101,7 @@ def packed_linears():
             return F.linear(x, self.weight, self.bias)
         if packed.tensor.is_mkldnn:
             return torch.ops.paceline.packed_linear(x, packed.tensor, self.bias)
-        return torch.ops.paceline.panel_linear(x, packed.tensor, self.bias, self.out_features)
+        return torch.ops.paceline.panel_linear(x, packed.tensor, self.bias, len(self.weight))
 
     nn.Linear.forward = forward
     try:

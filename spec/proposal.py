@@ -74,7 +74,7 @@ class DraftRequest:
 class DraftSession(Protocol):
     """One decoding run of a drafter: persistent buffers, each with the batch row as its first axis.
 
-    Linear layers that compiled steps may keep in a layout of their own may be named in a list `packable`."""
+    Linear layers that compiled steps may keep in a layout of their own may be listed by an attribute `packable`."""
 
     def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
         """See a new prompt, `chunk` tokens at a time, before its first step, and forget the last text.

@@ -225,8 +225,9 @@ def check_equal(path, name: str, mine, theirs) -> None:
     if mine == theirs:
         return
     if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in [*mine, *theirs]:
+        for key in [*mine, *theirs]:  # one that is absent is of a file that an earlier version began
             check_equal(path, key, mine.get(key), theirs.get(key))
+        return
     raise ValueError(
         f"{path} was begun with {name} = {_short(mine)} and now {name} = {_short(theirs)}; ask for the same, or write "
         "to another file"

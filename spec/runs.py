@@ -69,7 +69,7 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
     spec = asked.settled(name)
     if name != "eager" and spec in kept:
         kept.move_to_end(spec)
-        pack(kept[spec][0].models)  # again, where weights have changed
+        pack(kept[spec][0].packable)  # again, where weights have changed
         return kept[spec]
     try:
         run = _run(model, spec, sampler)

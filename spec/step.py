@@ -48,8 +48,8 @@ class Engine:
         self.session.prefill(state, chunk, rows)
 
     @property
-    def models(self) -> list[torch.nn.Module]:
-        """Those that the step runs, with linear layers that can be packed."""
+    def packable(self) -> list[torch.nn.Module]:
+        """The models that the step runs, and layers beside them, whose linear layers can be packed."""
         drafting = getattr(self.session, "slots", None)
         own = getattr(self.session, "packable", []) if drafting is None else [drafting.model]
         return [self.target.model, *own]

@@ -77,6 +77,18 @@ def test_an_interrupted_bench_goes_on_and_repeats_nothing(pair, tmp_path, capsys
     assert "temperature = 0.0 and now temperature = 0.5" in capsys.readouterr().err
 
 
+def test_the_first_turns_alone(pair, tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    assert cli.main(command(pair, out, "--turns", "1")) == 0
+    run = read_run(out)
+    assert {record.turn for record in run.records} == {0} and len(run.of("ngram")) == len(PROMPTS)
+    assert cli.main(command(pair, out)) == 2
+    assert "turns = 1 and now turns = null" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(command(pair, tmp_path / "none.jsonl", "--turns", "0"))
+    assert stopped.value.code == 2 and not (tmp_path / "none.jsonl").exists()
+
+
 def test_batches_and_sampling_give_the_text_of_single_prompts(pair, tmp_path):
     texts = []
     for batch in ("1", "3"):

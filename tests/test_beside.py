@@ -5,7 +5,7 @@ from dataclasses import replace
 import paceline
 import pytest
 import torch
-from paceline.drafters.beside import Beside, divided
+from paceline.drafters.beside import COPIED, Beside, divided
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
@@ -212,7 +212,7 @@ def test_they_are_loaded_by_their_names(target, heads, ragged, tmp_path):
     heads.save(tmp_path / "heads", torch.float32)
     both = paceline.load_drafter(f"{tmp_path / 'heads'}+ngram", target)
     assert both.name == "heads+ngram" and both.reads_hidden and both.vocab_size == 61
-    assert both.default_shape == both.parts[0].default_shape.beside(TreeShape.chain(4))
+    assert both.default_shape == both.parts[0].default_shape.beside(TreeShape.chain(COPIED))
     truth = paceline.generate(target, *ragged, do_sample=False, max_new_tokens=12)
     found = paceline.generate(target, *ragged, drafter=both, do_sample=False, max_new_tokens=12)
     assert torch.equal(found, truth)

@@ -89,7 +89,7 @@ def build(name, options):
 @torch.no_grad()
 @pytest.mark.parametrize("name", SUPPORTED)
 def test_tree_steps_equal_cacheless_forwards(name):
-    """Two ragged rows, three steps with commits of different paths: every node's logits to 1e-5."""
+    """Two ragged rows, three steps with commits of different paths: every node's logits to 1e-5 of the largest."""
     model = build(name, SUPPORTED[name])
     attach(model)
     shape = TreeShape.parse("2x2x1")
@@ -108,7 +108,7 @@ def test_tree_steps_equal_cacheless_forwards(name):
                 nodes = tree.paths[0, node, : tree.depths[0, node] + 1]
                 ids = torch.tensor([text[:-1] + tokens[row, nodes].tolist()])
                 truth = model(input_ids=ids, use_cache=False).logits[0, -1]
-                assert (logits[row, node] - truth).abs().max() <= 1e-5
+                assert (logits[row, node] - truth).abs().max() <= 1e-5 * max(1, truth.abs().max())
         chosen = [tree.size - 1 - step, 2 + step]
         slots.cache.compact(base, torch.stack([tree.paths[0, node] for node in chosen]))
         for row, node in enumerate(chosen):

@@ -1,5 +1,6 @@
 """Medusa heads as drafters: proposals against path-by-path evaluation, text and law in whole decoding."""
 
+import copy
 import itertools
 
 import paceline
@@ -8,6 +9,7 @@ import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.spec import noise
 from paceline.spec.noise import row_keys
+from paceline.spec.packing import is_x86, pack, packed_linears
 from paceline.spec.proposal import DraftRequest, DraftSampling
 from paceline.spec.state import DecodeState
 from paceline.spec.tree import TreeShape
@@ -166,6 +168,24 @@ def test_what_is_the_targets_is_shared_and_not_stored(target):
     assert torch.equal(trimmed.head_weight, target.lm_head.weight[[3, 9, 60]])
     assert set(trimmed.state_dict()) == {"weight", "bias", "vocabulary"}
     assert set(MedusaHeads.make(HeadSettings(), target, torch.arange(61)).state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.skipif(not is_x86(), reason="not an x86 CPU")
+@torch.no_grad()
+def test_the_lm_head_of_heads_can_be_packed(heads):
+    """As a layer on the same memory, which follows the heads; what is read of it is the packed copy."""
+    own, hidden, path = copy.deepcopy(heads["hydra", 40]), torch.randn(2, 32), torch.tensor([[5], [9]])
+    before = own.follow(own.start(hidden), 0, path)
+    (layer,) = own.linears()
+    assert layer.weight.data_ptr() == own.head_weight.data_ptr() and own.linears() == [layer]
+    pack([layer])
+    own.head_weight.mul_(2)
+    with packed_linears():
+        torch.testing.assert_close(own.follow(own.start(hidden), 0, path), before)
+    assert not torch.allclose(own.follow(own.start(hidden), 0, path), before), "outside, the weights are"
+    (other,) = own.double().linears()
+    assert other is not layer and other.weight.dtype == torch.float64
+    assert heads["own", None].linears() == []
 
 
 @pytest.mark.parametrize("rule", ["match", "residual"])

@@ -29,6 +29,7 @@ def test_packed_products_are_the_products(dtype, rows, bias):
     x = torch.randn(*rows, 96).to(dtype)
     exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     pack([layer])
+    assert layer.packed_weight.tensor.is_mkldnn == (dtype == torch.bfloat16 or not native.prepare())
     with packed_linears():
         found = layer(x)
     assert found.shape == exact.shape and found.dtype == dtype
@@ -36,20 +37,25 @@ def test_packed_products_are_the_products(dtype, rows, bias):
     torch.testing.assert_close(found.double(), exact, rtol=near, atol=near)
 
 
+@pytest.fixture
+def panels():
+    if not native.prepare():
+        pytest.skip("there is no compiler")
+    return native.panels
+
+
 @pytest.fixture(params=["short", "long"])
 def weights(request):
     """A function that makes weights whose numbers are bfloat16, or are not."""
-    if not native.prepare():
-        pytest.skip("there is no compiler")
     return lambda *shape: torch.randn(shape).bfloat16().float() if request.param == "short" else torch.randn(shape)
 
 
 @pytest.mark.parametrize("outputs, inputs", [(1, 1), (16, 3), (61, 96), (130, 40), (1000, 7)])
-def test_a_row_has_the_same_numbers_beside_any_others(weights, outputs, inputs):
+def test_a_row_has_the_same_numbers_beside_any_others(panels, weights, outputs, inputs):
     """In panels every sum is taken in the order of the inputs, as float32 rounds it."""
     torch.manual_seed(outputs)
     weight, bias, x = weights(outputs, inputs), torch.randn(outputs), torch.randn(200, inputs)
-    packed = native.panels(weight)
+    packed = panels(weight)
     exact = (x.double() @ weight.double().T + bias.double()).float()
     whole = torch.ops.paceline.panel_linear(x, packed, bias, outputs)
     torch.testing.assert_close(whole, exact, rtol=1e-5, atol=1e-5)
@@ -58,14 +64,14 @@ def test_a_row_has_the_same_numbers_beside_any_others(weights, outputs, inputs):
     assert torch.equal(torch.ops.paceline.panel_linear(x.T.contiguous().T, packed, bias, outputs), whole)
 
 
-def test_panels_hold_bfloat16_where_that_is_all_there_is(weights):
+def test_panels_hold_bfloat16_where_that_is_all_there_is(panels):
     numbers = [[1.0, -2.0, 0.5, -0.0], [2.0**-130, -(2.0**-133), 3e38, 1.0078125]]  # -(2**-133): the least of all
     short = torch.tensor(numbers).bfloat16().float().repeat(20, 1)
     long = short + torch.tensor([2.0**-20, 0, 0, 0])
-    assert native.panels(short).dtype == torch.int32 and native.panels(long).dtype == torch.float32
-    assert native.panels(long).nbytes == 2 * native.panels(short).nbytes
+    assert panels(short).dtype == torch.int32 and panels(long).dtype == torch.float32
+    assert panels(long).nbytes == 2 * panels(short).nbytes
     for weight in (short, long):
-        kept = torch.ops.paceline.panel_linear(torch.eye(4), native.panels(weight), None, len(weight))
+        kept = torch.ops.paceline.panel_linear(torch.eye(4), panels(weight), None, len(weight))
         assert torch.equal(kept, weight.T)
 
 
@@ -87,6 +93,13 @@ def test_packed_weights_are_read_only_inside_and_follow_the_weights(dtype):
     second = layer.packed_weight.tensor
     pack([layer])
     assert layer.packed_weight.tensor is second is not first, "packed again where weights changed, and only there"
+
+
+def test_layers_on_the_same_memory_share_a_copy():
+    one, other, apart = (linear(32, 32, False) for _ in range(3))
+    other.weight = nn.Parameter(one.weight.detach(), requires_grad=False)
+    pack([one, nn.ModuleList([other, apart])])
+    assert one.packed_weight is other.packed_weight is not apart.packed_weight
 
 
 def test_copies_leave_packed_weights_behind():
@@ -113,16 +126,18 @@ def test_what_gains_nothing_is_left_alone():
     assert not hasattr(layer, "packed_weight"), "no longer a dtype that is packed"
 
 
-@pytest.mark.parametrize("dtype", DTYPES[-1:])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_compiled_step_follows_weights_that_change(ragged, dtype):
     """The kept step, with the packed weights of now, gives the text of a step compiled now."""
-    model = tiny_llama().to(dtype)
+    model = tiny_llama().to(torch.bfloat16).to(dtype)  # times -1.5, not all of its weights are bfloat16 any more
     options = dict(do_sample=False, max_new_tokens=8, executor="compiled")
     first = paceline.generate(model, *ragged, **options)
-    assert model.lm_head.packed_weight.tensor is not None
+    before = model.lm_head.packed_weight.tensor
     for parameter in model.parameters():
         parameter.data.mul_(-1.5)
     second = paceline.generate(model, *ragged, **options)
+    if dtype == torch.float32 and native.prepare():
+        assert (before.dtype, model.lm_head.packed_weight.tensor.dtype) == (torch.int32, torch.float32)
     runs.reset(model)
     for module in model.modules():
         module.__dict__.pop("packed_weight", None)
