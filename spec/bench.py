@@ -27,6 +27,7 @@ from .plans import automatic_shape, read_shape
 from .prompts import BenchPrompt, conversation_ids, left_padded, read_prompts
 from .proposal import NoDrafter
 from .runfile import VERSION, Difference, Record, RunWriter
+from .runs import keep
 from .tree import TreeShape
 
 SHOWN = 3  # prompts whose tokens are kept as text, for the report's token trace
@@ -153,8 +154,9 @@ class Bench:
         seeds = [self._seed(prompt.id, repeat) for prompt in rows]
         size = name, len(rows), decoder.capacity(max(map(len, ids)), new_tokens)
         if size not in self.warm:
-            decoder.decode(batch, seeds, new_tokens)
             self.warm.add(size)
+            keep(self.model, len(self.warm))  # so that no step is ever made, or read from the disk, while measuring
+            decoder.decode(batch, seeds, new_tokens)
         cuda = self.model.device.type == "cuda"
         if cuda:
             torch.cuda.reset_peak_memory_stats(self.model.device)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from .models import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("attention.cpp", "linear.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "linear.cpp")]
 MAX_WIDTH = 512  # as in attention.cpp
 _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
@@ -74,7 +74,8 @@ def _built(compiler: str, flags: list[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / file.name
-            subprocess.run([compiler, *flags, *map(str, SOURCES), "-o", str(made)], check=True, capture_output=True)
+            units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
+            subprocess.run([compiler, *flags, *units, "-o", str(made)], check=True, capture_output=True)
             os.replace(made, file)
     return file
 

@@ -80,7 +80,7 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
         return _run(model, asked.settled("eager"), sampler)
     if name != "eager":
         kept[spec] = run
-        while len(kept) > KEPT:
+        while len(kept) > max(KEPT, model.__dict__.get("_paceline_kept", 0)):
             kept.popitem(last=False)
     return run
 
@@ -125,7 +125,13 @@ def open_engine(
     )
 
 
+def keep(model, engines: int) -> None:
+    """Let `model` keep as many, where that is more than usual, for a caller that comes back to all of them."""
+    model.__dict__["_paceline_kept"] = engines
+
+
 def reset(model) -> None:
     """Free the engines kept with `model`, their caches and their compiled steps."""
     model.__dict__.pop("_paceline_runs", None)
+    model.__dict__.pop("_paceline_kept", None)
     torch._dynamo.reset()

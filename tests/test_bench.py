@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from paceline.spec import cli
+from paceline.spec import cli, runs
 from paceline.spec.methods import parse_methods
 from paceline.spec.runfile import read_run
+from tape import tape_executor
 
 from conftest import noisy_copy, tiny_llama
 
@@ -87,6 +88,18 @@ def test_the_first_turns_alone(pair, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main(command(pair, tmp_path / "none.jsonl", "--turns", "0"))
     assert stopped.value.code == 2 and not (tmp_path / "none.jsonl").exists()
+
+
+def test_no_step_is_made_while_measuring(pair, tmp_path, monkeypatch):
+    """Prompts of two sizes in turns, by plain decoding and by ngram: four steps, each recorded once."""
+    longer = [{"id": 4, "turns": ["ABC" * 90]}, *PROMPTS[:2], {"id": 5, "turns": ["XYZ" * 90]}]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in longer))
+    monkeypatch.setattr(runs, "KEPT", 1)
+    with tape_executor(monkeypatch) as tapes:
+        ask = command(pair, tmp_path / "run.jsonl", methods=["ngram:executor=tape"])
+        ask[1] = str(tmp_path / "prompts.jsonl")
+        assert cli.main(ask) == 0
+    assert len(tapes) == 4
 
 
 def test_batches_and_sampling_give_the_text_of_single_prompts(pair, tmp_path):

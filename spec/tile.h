@@ -1,0 +1,97 @@
+// Sums of products in registers: a tile of rows by panels of columns, on vectors of AVX2 or AVX-512.
+//
+// Every number is added up in the order of the terms, by itself: what a row gets is, bit by bit, the same whatever the
+// other rows of its tile and their number.
+
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+namespace {
+
+#ifdef __AVX512F__
+constexpr int LANES = 16, REGISTERS = 24;  // numbers of a vector; vectors of sums
+#else
+constexpr int LANES = 8, REGISTERS = 12;
+#endif
+constexpr int PANEL = 2 * LANES;     // columns
+constexpr int MOST = REGISTERS / 2;  // rows of a tile
+
+typedef float Vector __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+
+using Short = uint16_t;  // a bfloat16
+struct Halves {          // two bfloat16 that stand LANES columns apart
+    uint32_t bits;
+};
+
+inline Vector vector(const float* from) {
+    Vector out;
+    std::memcpy(&out, from, sizeof(out));
+    return out;
+}
+
+inline Vector vector(const Short* from) {
+    Shorts out;
+    std::memcpy(&out, from, sizeof(out));
+    return (Vector)(__builtin_convertvector(out, Bits) << 16);
+}
+
+// The two vectors of one term's panel.
+template <typename Number>
+inline void read(const Number* from, Vector& first, Vector& second) {
+    first = vector(from), second = vector(from + LANES);
+}
+
+inline void read(const Halves* from, Vector& first, Vector& second) {
+    Bits both;
+    std::memcpy(&both, from, sizeof(both));
+    first = (Vector)(both << 16), second = (Vector)(both & 0xffff0000u);
+}
+
+// sums[r][p] = the sum over k < count of x[r * line + k] * (panel p of term k), which stands at
+// from + k * step + p * apart; memory is fetched `ahead` bytes before its use.
+template <int ROWS, int PANELS, typename Number>
+inline void multiply(const float* x, int64_t line, const Number* from, int64_t step, int64_t apart, int64_t count,
+                     int64_t ahead, Vector (&sums)[ROWS][PANELS][2]) {
+    constexpr int64_t bytes = sizeof(Number) * (std::is_same_v<Number, Halves> ? LANES : PANEL);
+    std::memset(&sums, 0, sizeof(sums));
+    for (int64_t k = 0; k < count; k++)
+        for (int p = 0; p < PANELS; p++) {
+            const Number* place = from + k * step + p * apart;
+            for (int64_t at = 0; at < bytes; at += 64)
+                if (ahead) __builtin_prefetch((const char*)place + ahead + at);
+            Vector first, second;
+            read(place, first, second);
+            for (int r = 0; r < ROWS; r++) {
+                const float number = x[r * line + k];
+                sums[r][p][0] += number * first;
+                sums[r][p][1] += number * second;
+            }
+        }
+}
+
+// Calls work(std::integral_constant<int, rows>()) for 1 to MOST rows.
+template <int ROWS = MOST, typename Work>
+void with_rows(int64_t rows, Work work) {
+    if constexpr (ROWS > 1)
+        if (rows < ROWS) return with_rows<ROWS - 1>(rows, work);
+    work(std::integral_constant<int, ROWS>());
+}
+
+// Calls work(rows, from) for tiles of as equal a size as can be that together are `rows`.
+template <typename Work>
+void in_tiles(int64_t rows, Work work) {
+    const int64_t cuts = (rows + MOST - 1) / MOST;
+    for (int64_t cut = 0; cut < cuts; cut++) {
+        const int64_t from = rows * cut / cuts, to = rows * (cut + 1) / cuts;
+        with_rows(to - from, [&](auto count) { work(count, from); });
+    }
+}
+
+}  // namespace
