@@ -16,7 +16,7 @@ from .analysis import FEW, analyse, check_comparable, paired
 from .console import table
 from .runfile import Run, read_run
 from .statistics import Interval, quotient_interval
-from .tokens import chips, visible
+from .tokens import COMMAND, chips, visible
 
 HEADER = [
     "category", "prompts", "tokens", "tokens/step", "accepted / examined", "tokens/s", "plain tokens/s", "speed-up",
@@ -58,12 +58,12 @@ def _put(path: str, text: str) -> None:
 def page(figures: dict, runs: list[Run]) -> str:
     """The report as one HTML file."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"interval": interval, "visible": lambda value: visible(str(value))}
+    environment.filters |= {"interval": interval, "visible": lambda value, *most: visible(str(value), *most)}
     source = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
     return environment.from_string(source).render(
         **figures, verdict=verdict(figures), header=HEADER, lines=lines(figures), draw=drawing, few=FEW,
-        drafted=drafted, texts=_texts(figures, runs), megabytes=lambda size: f"{size / 1e6:,.1f}",
+        drafted=drafted, texts=_texts(figures, runs), whole=COMMAND, megabytes=lambda size: f"{size / 1e6:,.1f}",
     )  # fmt: skip
 
 

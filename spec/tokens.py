@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from .runfile import Record
 
-LONGEST = 120  # characters of one token
+LONGEST = 120  # characters of one token or name
+COMMAND = 2000  # of a command, which is to be repeated
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,10 +19,10 @@ class Chip:
     title: str
 
 
-def visible(text: str) -> str:
-    """`text` with what cannot be seen spelt out; at most `LONGEST` characters of it."""
-    cut = f"… ({len(text)} characters)" if len(text) > LONGEST else ""
-    return "".join(_shown(letter) for letter in text[:LONGEST]) + cut
+def visible(text: str, longest: int = LONGEST) -> str:
+    """`text` with what cannot be seen spelt out; at most `longest` characters of it."""
+    cut = f"… ({len(text)} characters)" if len(text) > longest else ""
+    return "".join(_shown(letter) for letter in text[:longest]) + cut
 
 
 def _shown(letter: str) -> str:

@@ -86,6 +86,12 @@ def test_hostile_text_is_shown_and_never_interpreted(tmp_path):
     assert json.loads((tmp_path / "r.json").read_text())["best"] == "ngram"
 
 
+def test_the_command_is_shown_whole(tmp_path):
+    head = runs.header()
+    head["command"] = "paceline bench p.jsonl --methods " + " ".join(f"drafter-{n}" for n in range(40))
+    assert head["command"] in Outline(render(tmp_path, runs.write(tmp_path / "r.jsonl", head, runs.records(4)))).text
+
+
 def test_what_cannot_be_seen_is_spelt_out():
     assert visible("a\tb\u202e\ud800 é\n") == "a⟨U+0009⟩b⟨U+202E⟩⟨U+D800⟩ é↵\n"
     assert len(visible("y" * 10_000)) < 200
