@@ -93,6 +93,9 @@ def plain_attention(query, key, value, mask, scale):
     return out
 
 
+EMULATED = pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is emulated here, which takes minutes")
+
+
 @pytest.fixture(scope="module")
 def compiled_source():
     native.prepare()
@@ -237,7 +240,7 @@ def test_what_our_own_attention_does_not_take(compiled_source, change):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=EMULATED), torch.float32])
 def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged, dtype):
     """The operator inside a compiled step, on ragged rows and a tree: the same text as eagerly."""
     model = tiny_llama().to(dtype)
@@ -260,9 +263,6 @@ def rows_do_not_matter(*widths):
     return True
 
 
-EMULATED = pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is emulated here, which takes minutes")
-
-
 @pytest.mark.parametrize(
     "dtype, executor",
     [
@@ -279,7 +279,8 @@ def test_text_is_the_same_with_and_without_drafts(compiled_source, dtype, execut
     torch.manual_seed(1)
     prompts = torch.randint(1, 61, (24 if executor == "eager" else 6, 1, 12))
     options = dict(max_new_tokens=48, executor=executor, return_dict_in_generate=True, output_logits=True)
-    for sampling in (dict(do_sample=False), dict(do_sample=True, temperature=0.7, top_k=0)):
+    ways = [dict(do_sample=False), dict(do_sample=True, temperature=0.7, top_k=0)]
+    for sampling in ways if executor == "eager" else ways[:1]:  # compiling takes seconds
         for ids in prompts:
             plain = paceline.generate(model, ids, **sampling, **options)
             for tree in ("chain:4", "4x2x1") if executor == "eager" else ("chain:4",):
