@@ -118,31 +118,38 @@ def row(name: str, records: list[Record], baselines: dict[str, list[Record]]) ->
         "examined": figures["num_examined_draft_tokens"],
         "speedup": None,
         "over_transformers": None,
+        "speedup_of_steps": _data(speedup(records, baselines.get("speedup", []), steps_alone=True)),
     }
     return out | {key: _data(speedup(records, plain)) for key, plain in baselines.items()}
 
 
-def unit_sums(records: list[Record]) -> dict[int, tuple[float, int, int]]:
+def unit_sums(records: list[Record], steps_alone: bool = False) -> dict[int, tuple[float, int, int]]:
     """(seconds, tokens, steps) of each batch of prompts, the unit that is drawn."""
     sums: dict[int, tuple[float, int, int]] = {}
+    counted = set()  # steps, which the rows of a batch share
     for record in records:
         seconds, tokens, steps = sums.get(record.batch, (0.0, 0, 0))
-        seconds += record.seconds / record.rows
+        own = {(event.group, event.step): sum(event.seconds.values()) for event in record.events}
+        in_steps = sum(time for step, time in own.items() if step not in counted)
+        counted |= own.keys()
+        seconds += in_steps if steps_alone else record.seconds / record.rows
         sums[record.batch] = seconds, tokens + len(record.tokens), steps + len(record.events)
     return sums
 
 
-def paired(*sides: list[Record]) -> list[list[tuple[float, int, int]]]:
+def paired(*sides: list[Record], steps_alone: bool = False) -> list[list[tuple[float, int, int]]]:
     """Sums of each side over the turns that all sides have, unit by unit."""
     turns = set.intersection(*[{(r.prompt, r.turn, r.repeat) for r in side} for side in sides])
-    sums = [unit_sums([r for r in side if (r.prompt, r.turn, r.repeat) in turns]) for side in sides]
+    sums = [unit_sums([r for r in side if (r.prompt, r.turn, r.repeat) in turns], steps_alone) for side in sides]
     return [[own[unit] for unit in sums[0]] for own in sums]
 
 
-def speedup(records: list[Record], plain: list[Record]) -> Interval | None:
-    """Seconds per token of `plain` by those of `records`, over the same turns; at equal tokens the ratio of times."""
-    theirs, mine = paired(plain, records)
-    if not mine:
+def speedup(records: list[Record], plain: list[Record], steps_alone: bool = False) -> Interval | None:
+    """Seconds per token of `plain` by those of `records`, over the same turns; at equal tokens the ratio of times.
+    With `steps_alone` without what passes outside of steps, such as the reading of prompts; None where there are
+    none."""
+    theirs, mine = paired(plain, records, steps_alone=steps_alone)
+    if not mine or (steps_alone and not all(steps for _, _, steps in [*theirs, *mine])):
         return None
     a, b, c, d = [s for s, _, _ in theirs], [t for _, t, _ in theirs], [s for s, _, _ in mine], [t for _, t, _ in mine]
     return quotient_interval([a, d], [b, c])
@@ -159,7 +166,7 @@ def macro(categories: list[dict]) -> dict:
         "rate": mean([own["rate"] for own in categories]),
         **{
             key: mean([own[key] and own[key]["value"] for own in categories])
-            for key in ("tokens_per_step", "speedup", "over_transformers")
+            for key in ("tokens_per_step", "speedup", "speedup_of_steps", "over_transformers")
         },
     }
 

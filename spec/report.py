@@ -20,7 +20,7 @@ from .tokens import COMMAND, chips, visible
 
 HEADER = [
     "category", "prompts", "tokens", "tokens/step", "accepted / examined", "tokens/s", "plain tokens/s", "speed-up",
-    "over transformers",
+    "in steps alone", "over transformers",
 ]  # fmt: skip
 
 
@@ -103,7 +103,7 @@ def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
         rows = [_line(row, theirs.get(row["name"])) for row in [*own["categories"], own["overall"]]]
         means = own["macro"]
         shown = [_number(means["tokens_per_step"]), "", _number(means["rate"], 1), ""]
-        gains = [_number(means[key]) for key in ("speedup", "over_transformers")]
+        gains = [_number(means[key]) for key in ("speedup", "speedup_of_steps", "over_transformers")]
         out.append((own, [*rows, ["mean of categories", "", "", *shown, *gains]]))
     return out
 
@@ -114,7 +114,8 @@ def _line(row: dict, theirs: dict | None) -> list[str]:
     rate = "–" if theirs is None else f"{theirs['rate']:.1f}"
     return [
         row["name"], str(row["prompts"]), str(row["tokens"]), _number(per_step and per_step["value"]), acceptance,
-        f"{row['rate']:.1f}", rate, interval(row["speedup"], "×"), interval(row["over_transformers"], "×"),
+        f"{row['rate']:.1f}", rate, interval(row["speedup"], "×"), interval(row["speedup_of_steps"], "×"),
+        interval(row["over_transformers"], "×"),
     ]  # fmt: skip
 
 

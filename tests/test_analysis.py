@@ -41,6 +41,25 @@ def test_time_adds_up_and_the_prediction_is_near_where_steps_are_all_there_is(ru
     assert own["planned_tokens_per_step"] == pytest.approx(drafted["tokens_per_step"]["value"], rel=0.1)
 
 
+def test_the_gain_in_steps_alone_leaves_the_prompt_out(run):
+    """Also of batches, here of two prompts each, whose rows share their steps."""
+    plain, drafted = analyse([run])["methods"]
+    time = {name: sum(sum(e.seconds.values()) for r in run.of(name) for e in r.events) for name in ("ar", "ngram")}
+    gain = drafted["overall"]["speedup_of_steps"]
+    assert gain["value"] == pytest.approx(time["ar"] / time["ngram"]) and gain["low"] < gain["value"] < gain["high"]
+    assert gain["value"] > drafted["speedup"]["value"] and plain["overall"]["speedup_of_steps"] is None
+    time = {"ar": 0.0, "ngram": 0.0}
+    for record in run.records:
+        record.batch //= 2
+        for event in record.events:
+            event.group = f"{record.method} {record.batch} {record.repeat}"
+    for name in time:
+        shared = {(e.group, e.step): e.seconds for r in run.of(name) for e in r.events}
+        time[name] = sum(sum(seconds.values()) for seconds in shared.values())
+    _, drafted = analyse([run])["methods"]
+    assert drafted["overall"]["speedup_of_steps"]["value"] == pytest.approx(time["ar"] / time["ngram"])
+
+
 def test_unequal_set_ups_are_refused_with_the_difference(tmp_path, run):
     for changes, words in (({"dtype": "bfloat16"}, "dtype = 'float32'"), ({"threads": 2}, "threads = 1")):
         other = read_run(runs.write(tmp_path / "o.jsonl", runs.header(**changes)))
