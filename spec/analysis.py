@@ -129,10 +129,12 @@ def unit_sums(records: list[Record], steps_alone: bool = False) -> dict[int, tup
     counted = set()  # steps, which the rows of a batch share
     for record in records:
         seconds, tokens, steps = sums.get(record.batch, (0.0, 0, 0))
-        own = {(event.group, event.step): sum(event.seconds.values()) for event in record.events}
-        in_steps = sum(time for step, time in own.items() if step not in counted)
-        counted |= own.keys()
-        seconds += in_steps if steps_alone else record.seconds / record.rows
+        if steps_alone:
+            new = [event for event in record.events if (event.group, event.step) not in counted]
+            counted |= {(event.group, event.step) for event in new}
+            seconds += sum(sum(event.seconds.values()) for event in new)
+        else:
+            seconds += record.seconds / record.rows
         sums[record.batch] = seconds, tokens + len(record.tokens), steps + len(record.events)
     return sums
 

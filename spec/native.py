@@ -106,9 +106,6 @@ def panels(weight: Tensor) -> Tensor:
 
 def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     inputs, is_bfloat16 = x.shape[-1], packed.dtype == torch.int32
-    assert x.dtype == torch.float32 and inputs == packed.shape[1], "what was packed is another layer"
-    assert -(-outputs // _loaded.panel_outputs()) == len(packed)
-    assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous())
     x, out = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
     sizes = (x.numel() // inputs, inputs, outputs, torch.get_num_threads())
     at = None if bias is None else bias.data_ptr()
@@ -131,6 +128,10 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> 
 
 @torch.library.register_fake("paceline::panel_linear", lib=_library)
 def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+    """Checks too, because a step is traced once and run often."""
+    assert x.dtype == torch.float32 and x.shape[-1] == packed.shape[1], "what was packed is another layer"
+    assert -(-outputs // _loaded.panel_outputs()) == len(packed)
+    assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous())
     return x.new_empty(*x.shape[:-1], outputs)
 
 
