@@ -18,9 +18,11 @@ from .runfile import Run, read_run
 from .statistics import Interval, quotient_interval
 from .tokens import COMMAND, chips, visible
 
+GAINS = {"speedup": "speed-up", "speedup_of_steps": "in steps alone", "over_transformers": "over transformers"}
+OVERVIEW = ["method", "tokens/step", "tokens/s", *GAINS.values(), "identical texts"]
 HEADER = [
-    "category", "prompts", "tokens", "tokens/step", "accepted / examined", "tokens/s", "plain tokens/s", "speed-up",
-    "in steps alone", "over transformers",
+    "category", "prompts", "tokens", "tokens/step", "accepted / examined", "tokens/s", "plain tokens/s",
+    *GAINS.values(),
 ]  # fmt: skip
 
 
@@ -62,8 +64,9 @@ def page(figures: dict, runs: list[Run]) -> str:
     source = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
     return environment.from_string(source).render(
-        **figures, verdict=verdict(figures), header=HEADER, lines=lines(figures), draw=drawing, few=FEW,
-        drafted=drafted, texts=_texts(figures, runs), whole=COMMAND, megabytes=lambda size: f"{size / 1e6:,.1f}",
+        **figures, verdict=verdict(figures), overview=[OVERVIEW, *overview(figures)], header=HEADER,
+        lines=lines(figures), draw=drawing, few=FEW, drafted=drafted, texts=_texts(figures, runs), whole=COMMAND,
+        megabytes=lambda size: f"{size / 1e6:,.1f}",
     )  # fmt: skip
 
 
@@ -92,6 +95,15 @@ def interval(value: dict | None, unit: str = "") -> str:
     return f"{value['value']:.2f}{unit}{bounds}"
 
 
+def overview(figures: dict) -> list[list[str]]:
+    """A table row for each method, of all prompts together."""
+    rows = []
+    for own in figures["methods"]:
+        row, same = own["overall"], f"{own['identical']} / {own['compared']}" if own["compared"] else "–"
+        rows.append([own["label"], _per_step(row), f"{row['rate']:.1f}", *_gains(row), same])
+    return rows
+
+
 def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
     """(method, table rows by category, then together and the mean over categories)."""
     plain = {own["label"]: own for own in figures["methods"]}
@@ -103,20 +115,26 @@ def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
         rows = [_line(row, theirs.get(row["name"])) for row in [*own["categories"], own["overall"]]]
         means = own["macro"]
         shown = [_number(means["tokens_per_step"]), "", _number(means["rate"], 1), ""]
-        gains = [_number(means[key]) for key in ("speedup", "speedup_of_steps", "over_transformers")]
+        gains = [_number(means[key]) for key in GAINS]
         out.append((own, [*rows, ["mean of categories", "", "", *shown, *gains]]))
     return out
 
 
 def _line(row: dict, theirs: dict | None) -> list[str]:
-    per_step = row["tokens_per_step"]
     acceptance = f"{row['accepted']} / {row['examined']}" if row["examined"] else "–"
     rate = "–" if theirs is None else f"{theirs['rate']:.1f}"
     return [
-        row["name"], str(row["prompts"]), str(row["tokens"]), _number(per_step and per_step["value"]), acceptance,
-        f"{row['rate']:.1f}", rate, interval(row["speedup"], "×"), interval(row["speedup_of_steps"], "×"),
-        interval(row["over_transformers"], "×"),
+        row["name"], str(row["prompts"]), str(row["tokens"]), _per_step(row), acceptance, f"{row['rate']:.1f}", rate,
+        *_gains(row),
     ]  # fmt: skip
+
+
+def _per_step(row: dict) -> str:
+    return _number(row["tokens_per_step"] and row["tokens_per_step"]["value"])
+
+
+def _gains(row: dict) -> list[str]:
+    return [interval(row[key], "×") for key in GAINS]
 
 
 def _number(value: float | None, places: int = 2) -> str:
@@ -125,14 +143,18 @@ def _number(value: float | None, places: int = 2) -> str:
 
 def markdown(figures: dict) -> str:
     """The verdict and every table, to paste."""
-    parts = [f"**{_cell(verdict(figures))}**\n"]
+    parts = [f"**{_cell(verdict(figures))}**\n", _table(OVERVIEW, overview(figures))]
     for own, rows in lines(figures):
         parts.append(f"### {_cell(own['label'])}\n")
         if own["compared"]:
             parts.append(f"{_cell(identity(own))}\n")
-        body = [HEADER, ["---", *["---:"] * (len(HEADER) - 1)], *[[_cell(cell) for cell in row] for row in rows]]
-        parts.append("".join(f"| {' | '.join(row)} |\n" for row in body))
+        parts.append(_table(HEADER, rows))
     return "\n".join(parts)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    body = [header, ["---", *["---:"] * (len(header) - 1)], *[[_cell(cell) for cell in row] for row in rows]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in body)
 
 
 def _cell(text: str) -> str:

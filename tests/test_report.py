@@ -57,12 +57,29 @@ def test_the_page_is_one_file_in_order_with_real_tables_and_titled_pictures(tmp_
     )
     assert names.count("table") >= 5 and all("scope" in own for tag, own in outline.tags if tag == "th")
     order = [
-        "of plain decoding ·", "Set-up", "Speed by category", "Tokens per step", "Acceptance by depth",
-        "depth and rank", "The drafted tree", "Where the time goes", "Token by token", "Memory", "Definitions",
+        "of plain decoding ·", "Methods, all prompts", "Set-up", "Speed by category", "Tokens per step",
+        "Acceptance by depth", "depth and rank", "The drafted tree", "Where the time goes", "Token by token",
+        "Memory", "Definitions",
     ]  # fmt: skip
-    places = [outline.text.index(title, outline.text.index("Set-up") if n else 0) for n, title in enumerate(order)]
+    places = [outline.text.index(title, outline.text.index("Set-up") if n > 1 else 0) for n, title in enumerate(order)]
     assert places == sorted(places)
     assert "output identical on 24/24 texts" in outline.text and "would keep 97 %" in outline.text
+
+
+def test_the_first_table_has_a_row_for_each_method(tmp_path, capsys):
+    path = runs.write(tmp_path / "r.jsonl", lines=runs.records(24))
+    assert cli.main(["report", str(path), "--markdown", "-", "--json", str(tmp_path / "r.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index(next(line for line in lines if line.startswith("| method |")))
+    plain, drafted = (line.strip("| ").split(" | ") for line in lines[first + 2 : first + 4])
+    assert plain[0] == "ar" and plain[1] == "1.00" and plain[3:] == ["–"] * 4
+    own = read_run(path).of("ngram")
+    tokens = sum(len(record.tokens) for record in own)
+    assert drafted[:2] == ["ngram", f"{tokens / sum(len(record.events) for record in own):.2f}"]
+    assert drafted[2] == f"{tokens / sum(record.seconds for record in own):.1f}" and drafted[-1] == "24 / 24"
+    assert drafted[3].startswith(
+        f"{json.loads((tmp_path / 'r.json').read_text())['methods'][1]['speedup']['value']:.2f}×"
+    )
 
 
 def test_hostile_text_is_shown_and_never_interpreted(tmp_path):
