@@ -6,7 +6,7 @@
 //
 // What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots (of finite
 // numbers) between those that it sees: so a tree of drafts that is small enough to come here is verified with the very
-// numbers of plain decoding. Needs GCC 12 or Clang. Compiled and called by native.py; knows nothing of torch.
+// numbers of plain decoding. Needs GCC 12 or Clang. Called by operators.cpp; knows nothing of torch.
 
 #include <cmath>
 #include <memory>
@@ -40,7 +40,7 @@ inline void put(Short* place, float x) {  // rounded to the nearest, ties to eve
     *place = std::isnan(x) ? 0x7fc0 : Short((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
-struct Sizes {  // as attention.py lays them out; strides in numbers
+struct Sizes {  // as operators.cpp lays them out; strides in numbers
     int64_t batch, heads, groups, nodes, slots, width, value_width;  // groups: heads of keys and values
     int64_t query[3], key[3], value[3], mask[2];  // strides of row, head and token; of row and query
 };

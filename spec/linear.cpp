@@ -3,8 +3,7 @@
 // A decoding step is little else than reading weights. Here they lie in panels of some outputs, read once and in order,
 // for all rows of a tile that stays in registers; where every weight is a bfloat16 (most checkpoints are), a panel holds
 // just these 16 bits, which are exactly the float32 weights at half the reading. Numbers and sums are float32, and what
-// a row gets does not depend on the other rows. Needs GCC 12 or Clang. Compiled and called by native.py; knows nothing
-// of torch.
+// a row gets does not depend on the other rows. Needs GCC 12 or Clang. Called by operators.cpp; knows nothing of torch.
 
 #include "tile.h"
 
@@ -30,11 +29,12 @@ void tile(const float* x, const Weight* panels, const float* bias, int64_t input
     }
 }
 
-// ROWS rows by the panels from `first` to before `last`: of few rows, several panels at a time.
+// ROWS rows by the panels from `first` to before `last`: of few rows, several panels at a time, which leaves registers for
+// what is multiplied.
 template <int ROWS, typename Weight>
 void tiles(const float* x, const Weight* panels, const float* bias, int64_t inputs, int64_t outputs, int64_t first,
            int64_t last, float* out) {
-    constexpr int WIDE = std::clamp(MOST / ROWS, 1, 4);
+    constexpr int WIDE = std::clamp(MOST / (ROWS + 1), 1, 4);
     const auto go = [&](auto wide, int64_t p) {
         const int64_t count = std::min<int64_t>(wide * PANEL, outputs - p * PANEL);
         tile<ROWS, wide>(x, panels + p * inputs * STEP<Weight>, bias ? bias + p * PANEL : nullptr, inputs, outputs,

@@ -1,7 +1,8 @@
 """Attention (attention.cpp) and linear layers in float32 (linear.cpp) in C++ as operators, where there is a compiler.
 
 `prepare` compiles the sources in some seconds and keeps the result in the cache folder, under a name made of the
-sources, the flags and the torch version. Knows nothing of models.
+sources, the flags and the torch version; loading it gives the operators (operators.cpp) what they run. Knows nothing of
+models.
 """
 
 import ctypes
@@ -21,14 +22,13 @@ from torch.nn import functional as F
 
 from .models import cache_folder
 
-SOURCES = [Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "linear.cpp")]
+SOURCES = [Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "linear.cpp", "operators.cpp")]
 MAX_WIDTH = 512  # as in attention.cpp
 _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
-_AT, _INT = ctypes.c_void_p, ctypes.c_int
-_ATTEND = [_AT, _AT, _AT, _INT, _AT, ctypes.c_float, _AT, _AT, _INT]
-_LINEAR = [_AT, _AT, _INT, _AT, _AT, *[ctypes.c_int64] * 3, _INT]
+_TORCH = Path(torch.__file__).parent
+_LIBRARY = ["-L", str(_TORCH / "lib"), "-ltorch_cpu"]  # found among what is loaded when it is used
 
 _loaded: ctypes.CDLL | None = None
 
@@ -48,14 +48,12 @@ def _library_file() -> ctypes.CDLL | None:
     reason = None
     for compiler in compilers if march else ():
         try:
-            library = ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
-            library.attend.argtypes, library.linear.argtypes = _ATTEND, _LINEAR
-            return library
+            return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march, "-I", str(_TORCH / "include")])))
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
     if reason:
         said = reason.strip().splitlines()[0]
-        print(f"attention.cpp and linear.cpp are not used, torch's kernels are ({said})", file=sys.stderr)
+        print(f"our own attention and linear layers are not used, torch's kernels are ({said})", file=sys.stderr)
     return None
 
 
@@ -75,20 +73,9 @@ def _built(compiler: str, flags: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / file.name
             units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-            subprocess.run([compiler, *flags, *units, "-o", str(made)], check=True, capture_output=True)
+            subprocess.run([compiler, *flags, *units, *_LIBRARY, "-o", str(made)], check=True, capture_output=True)
             os.replace(made, file)
     return file
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
-    batch, heads, nodes, width = query.shape
-    out = query.new_empty(batch, nodes, heads, value.shape[-1])
-    sizes = [batch, heads, key.shape[1], nodes, key.shape[2], width, value.shape[-1]]
-    strides = [*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], mask.stride(0), mask.stride(2)]
-    layout = (ctypes.c_int64 * 18)(*sizes, *strides)
-    numbers = (query.data_ptr(), key.data_ptr(), value.data_ptr(), query.dtype == torch.float32)
-    _loaded.attend(*numbers, mask.data_ptr(), scale, out.data_ptr(), layout, torch.get_num_threads())
-    return out
 
 
 def panels(weight: Tensor) -> Tensor:
@@ -104,20 +91,9 @@ def panels(weight: Tensor) -> Tensor:
     return (bits[:, 0].bitwise_right_shift(16).bitwise_and_(0xFFFF) | bits[:, 1]).transpose(1, 2).contiguous()
 
 
-def _linear(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    inputs, is_bfloat16 = x.shape[-1], packed.dtype == torch.int32
-    x, out = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
-    sizes = (x.numel() // inputs, inputs, outputs, torch.get_num_threads())
-    at = None if bias is None else bias.data_ptr()
-    _loaded.linear(x.data_ptr(), packed.data_ptr(), is_bfloat16, at, out.data_ptr(), *sizes)
-    return out
-
-
 _library = torch.library.Library("paceline", "FRAGMENT")
 _library.define("panel_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor")
-_library.impl("panel_linear", _linear, "CPU")
 _library.define("slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
-_library.impl("slot_attention", _attend, "CPU")
 
 
 @torch.library.register_fake("paceline::slot_attention", lib=_library)
