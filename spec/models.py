@@ -61,7 +61,7 @@ def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from .packing import has_bfloat16, is_x86
+    from .packing import emulates_bfloat16
 
     if dtype != "auto":
         found = getattr(torch, str(dtype).removeprefix("torch."), None)
@@ -87,8 +87,7 @@ def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False
     if absent:  # transformers would fill them with random numbers
         raise ValueError(f"the weights of {where} lack {absent[0]} and {len(absent) - 1} more; fetch the model again")
     model = model.to(device or model.device)
-    emulated = model.dtype == torch.bfloat16 and model.device.type == "cpu" and is_x86() and not has_bfloat16()
-    if dtype == "auto" and emulated:
+    if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(model.device):
         model = model.float()
     return model.eval(), tokenizer
 

@@ -28,7 +28,7 @@ _MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": [
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _TORCH = Path(torch.__file__).parent
-_LIBRARY = ["-L", str(_TORCH / "lib"), "-ltorch_cpu"]  # found among what is loaded when it is used
+_LINK = ["-I", str(_TORCH / "include"), "-L", str(_TORCH / "lib"), "-ltorch_cpu"]  # when used, torch is loaded
 
 _loaded: ctypes.CDLL | None = None
 
@@ -48,7 +48,7 @@ def _library_file() -> ctypes.CDLL | None:
     reason = None
     for compiler in compilers if march else ():
         try:
-            return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march, "-I", str(_TORCH / "include")])))
+            return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
     if reason:
@@ -73,7 +73,7 @@ def _built(compiler: str, flags: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / file.name
             units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-            subprocess.run([compiler, *flags, *units, *_LIBRARY, "-o", str(made)], check=True, capture_output=True)
+            subprocess.run([compiler, *flags, *units, *_LINK, "-o", str(made)], check=True, capture_output=True)
             os.replace(made, file)
     return file
 

@@ -58,6 +58,10 @@ def has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+def emulates_bfloat16(device: torch.device) -> bool:
+    return device.type == "cpu" and is_x86() and not has_bfloat16()
+
+
 def pack(models: Iterable[nn.Module]) -> None:
     """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed.
     Layers on the same memory share a copy."""

@@ -1,5 +1,6 @@
 """The training loop: its arithmetic against the obvious, resuming, kills, two processes, what it refuses."""
 
+import functools
 import json
 import math
 import os
@@ -11,7 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from paceline.spec.models import load_target
+from paceline.training import config as configuration
+from paceline.training import train
 from paceline.training.config import Optimisation
 from paceline.training.draft_lm import DraftObjective
 from paceline.training.optimisation import adamw, schedule
@@ -274,6 +278,29 @@ def test_mixed_precision_trains(folder):
     assert exit_codes(children(config)) == [0]
     losses = [line["train/loss"] for line in lines(config) if "train/loss" in line]
     assert losses[-1] < losses[0] and all(tensor.dtype == torch.float32 for tensor in weights(config).values())
+
+
+@pytest.fixture
+def new_accelerator():
+    """Calls let the next accelerator of this process have another precision."""
+    reset = functools.partial(AcceleratorState._reset_state, reset_partial_state=True)
+    reset()
+    yield reset
+    reset()
+
+
+@pytest.mark.parametrize("emulated", [True, False])
+def test_automatic_precision_is_resolved_and_a_resume_checks_it(folder, monkeypatch, new_accelerator, emulated):
+    monkeypatch.setattr(train, "emulates_bfloat16", lambda device: emulated)
+    config = settings(folder, f"auto-{emulated}", optimisation__mixed_precision="auto")
+    run(config)
+    used = "no" if emulated else "bf16"
+    kept = configuration.load(Path(config.run.folder) / "latest" / "trainer" / "config.yaml")
+    assert kept.optimisation.mixed_precision == used
+    monkeypatch.setattr(train, "emulates_bfloat16", lambda device: not emulated)
+    new_accelerator()
+    with pytest.raises(ValueError, match=f"mixed_precision is '.*' now and was '{used}'"):
+        run(config, resume=True)
 
 
 @pytest.mark.parametrize(

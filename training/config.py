@@ -60,7 +60,7 @@ class Optimisation:
     weight_decay: float = 0.1  # on matrices only
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float = 1.0  # norm of the gradient
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto is bf16 where the device computes in it
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ It builds the parts (target, objective, data, trainer), prints the plan, and let
 import json
 import signal
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set
 
 from .. import load_drafter
 from ..spec.models import load_target
+from ..spec.packing import emulates_bfloat16
 from ..spec.planning import first_turns
 from ..spec.provenance import target_fingerprint
 from . import config as configuration
@@ -45,6 +47,7 @@ def train(args) -> None:
 
 def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | None:
     """Train; the number of the signal that stopped it, if one did. Raises ValueError for what a user can mend."""
+    config = _with_precision(config)
     kind = _kind(config.objective)
     check_trackers(config.run.trackers)
     folder = Path(config.run.folder)
@@ -70,6 +73,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
         "data": fingerprint(splits, about),
         "objective": config.objective,
         "order": {"seed": config.run.seed, "batch": config.optimisation.batch},
+        "mixed_precision": config.optimisation.mixed_precision,
     }
     decoding = _decoding(config, model, tokenizer)
     del model
@@ -96,6 +100,17 @@ def _describe(folder: Path, about: dict, config: Config) -> None:
         if (folder / name).exists():
             write_record(folder / name, about, config)
             write_card(folder / name)
+
+
+def _with_precision(config: Config) -> Config:
+    """`config` with a mixed precision that says what it is."""
+    if config.optimisation.mixed_precision != "auto":
+        return config
+    if torch.cuda.is_available():
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = not emulates_bfloat16(torch.device("cpu"))
+    return replace(config, optimisation=replace(config.optimisation, mixed_precision="bf16" if able else "no"))
 
 
 def _kind(settings: dict):
