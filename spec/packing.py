@@ -40,6 +40,7 @@ class PackedWeight:
 
     def __init__(self, tensor: Tensor | None = None, identity: tuple | None = None):
         self.tensor, self.identity = tensor, identity
+        self.by_onednn = tensor is not None and tensor.is_mkldnn  # which the tensor that a trace sees does not tell
 
     def __deepcopy__(self, memo) -> "PackedWeight":
         return PackedWeight()
@@ -53,13 +54,13 @@ def is_x86() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether oneDNN computes in bfloat16 on this CPU. On x86 without it, products of many rows take several times as
-    long as in float32."""
+    """Whether oneDNN takes bfloat16 on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    return device.type == "cpu" and is_x86() and not has_bfloat16()
+    """Whether products of many rows take several times as long in bfloat16 as in float32 there."""
+    return device.type == "cpu" and is_x86() and not torch.cpu._is_avx512_bf16_supported()
 
 
 def pack(models: Iterable[nn.Module]) -> None:
@@ -103,7 +104,7 @@ def packed_linears():
         packed = getattr(self, "packed_weight", None)
         if packed is None or packed.tensor is None:
             return F.linear(x, self.weight, self.bias)
-        if packed.tensor.is_mkldnn:
+        if packed.by_onednn:
             return torch.ops.paceline.packed_linear(x, packed.tensor, self.bias)
         return torch.ops.paceline.panel_linear(x, packed.tensor, self.bias, len(self.weight))
 

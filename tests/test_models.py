@@ -131,7 +131,7 @@ def test_a_full_disk_ends_in_a_sentence(cache, wheel, monkeypatch):
 )
 def test_bfloat16_is_not_emulated_unless_asked_for(tmp_path, monkeypatch, x86, able, wanted):
     monkeypatch.setattr(packing, "is_x86", lambda: x86)
-    monkeypatch.setattr(packing, "has_bfloat16", lambda: able)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
     tiny_llama().bfloat16().save_pretrained(tmp_path / "model")
     for asked, found in (("auto", getattr(torch, wanted)), ("bfloat16", torch.bfloat16)):
         assert models.load_target(tmp_path / "model", asked, "cpu", with_tokenizer=False)[0].dtype == found

@@ -143,3 +143,12 @@ def test_a_compiled_step_follows_weights_that_change(ragged, dtype):
         module.__dict__.pop("packed_weight", None)
     assert torch.equal(second, paceline.generate(model, *ragged, **options))
     assert not torch.equal(first, second)
+
+
+def test_a_compiled_step_reads_weights_in_onednns_layout(ragged, monkeypatch):
+    monkeypatch.setattr(native, "prepare", lambda: False)
+    model = tiny_llama()
+    options = dict(do_sample=False, max_new_tokens=8)
+    text = paceline.generate(model, *ragged, executor="compiled", **options)
+    assert model.lm_head.packed_weight.tensor.is_mkldnn
+    assert torch.equal(text, paceline.generate(model, *ragged, executor="eager", **options))
