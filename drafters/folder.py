@@ -110,6 +110,11 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
     config = _config(str(name_or_path))
     if "paceline_drafter" not in config:
         return None
+    target = config.get("paceline_target")
+    if not isinstance(config.get("paceline_format", FORMAT), int) or not (
+        target is None or (isinstance(target, dict) and {"name", "fingerprint"} <= target.keys())
+    ):
+        raise ValueError(f"the config.json of drafter {name_or_path} is damaged; fetch or train it again")
     if config.get("paceline_format", FORMAT) > FORMAT:
         raise ValueError(
             f"drafter {name_or_path} has format {config['paceline_format']} and this version knows {FORMAT}; upgrade"

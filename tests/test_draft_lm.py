@@ -166,6 +166,21 @@ def test_shared_weights_are_the_targets_and_stay(model, batch):
     assert set(own.parameter_groups()) == {"embeddings", "layers"} and own.model.config.tie_word_embeddings
 
 
+def test_an_untied_targets_head_is_its_own(tmp_path):
+    target = tiny_llama(tie_word_embeddings=False)
+    build(target, sizes=SIZES).save(tmp_path)
+    draft = build(target, start=str(tmp_path), embeddings="target", head="target").model
+    assert torch.equal(draft.get_input_embeddings().weight, target.get_input_embeddings().weight)
+    assert torch.equal(draft.get_output_embeddings().weight, target.get_output_embeddings().weight)
+    assert not draft.config.tie_word_embeddings
+
+
+def test_a_head_with_a_bias_is_not_shared_with_a_llama():
+    target = tiny("gptj", n_embd=32, n_layer=2, n_head=4, rotary_dim=8)
+    with pytest.raises(ValueError, match="has a bias, for which the draft's architecture has no place"):
+        build(target, sizes=SIZES, head="target")
+
+
 @pytest.mark.parametrize("origin", [{"layers": [1]}, {"sizes": SIZES}])
 def test_the_saved_folder_is_an_ordinary_model(model, folder, tmp_path, origin):
     objective = build(model, **origin, embeddings="target", save={"dtype": "float32"})
@@ -200,6 +215,13 @@ def test_a_folder_without_the_targets_weights_is_completed_by_it(model, tmp_path
         complete(tmp_path / "lean", tiny_llama(seed=4))
     further = build(model, start=str(tmp_path / "lean"), embeddings="target", head="target")
     assert torch.equal(further(batch, None).total, objective(batch, None).total), "distillation begins from pretraining"
+    own = build(model, start=str(tmp_path / "lean"))
+    with torch.no_grad():
+        for weight in own.model.parameters():
+            weight.mul_(1.5)
+    own.save(tmp_path / "own")
+    with torch.no_grad():
+        torch.testing.assert_close(complete(tmp_path / "own", model)(ids).logits, own.model(ids).logits)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +235,8 @@ def test_a_folder_without_the_targets_weights_is_completed_by_it(model, tmp_path
         ({"layers": [0], "save": {"without_target_weights": True}}, "nothing is; set objective.embeddings"),
         ({"sizes": {**SIZES, "hidden_size": 16}, "head": "target"}, "hidden size 16 is not the target's 32"),
         ({"sizes": {**SIZES, "num_attention_heads": 5}}, "5 heads do not divide hidden_size 32"),
+        ({"sizes": {**SIZES, "num_attention_heads": 0}}, "num_attention_heads is 0; give a number of at least 1"),
+        ({"sizes": {**SIZES, "num_attention_heads": 4, "num_key_value_heads": 3}}, "3 key-value heads do not divide 4"),
         ({"start": "./none-such"}, "no such folder"),
         ({"layers": [0], "losses": {"kl": 1}}, "loss 'kl' is unknown"),
         ({"layers": [0], "head": "mine"}, "choose of own, target"),

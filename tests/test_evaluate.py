@@ -136,6 +136,12 @@ def test_held_out_rows_may_be_the_text(place, heads):
     assert found["estimated"]["replayed"]["tokens"] == found["labels"][0] > 0
 
 
+def test_rows_of_another_tokenizer_are_not_the_text(place, heads, tmp_path, capsys):
+    write_data(tmp_path / "data", random_rows(2), random_rows(2), tokenizer="another")
+    assert evaluate(place, heads, "--data", str(tmp_path / "data")) == 2
+    assert "was prepared with another tokenizer" in capsys.readouterr().err
+
+
 def test_what_cannot_be_judged_on_text_is_counted_in_decoding(place, heads, tmp_path, capsys):
     out = tmp_path / "ngram.json"
     assert evaluate(place, "ngram", "-o", str(out), tokens=20) == 0
@@ -163,6 +169,7 @@ def test_training_prompts_among_the_prompts_are_counted(place, heads, capsys):
         ("none", ["-o", "x.json"], "none is no drafter"),
         ("ngram", ["-o", "x.json", "--data", "d"], "leave it out here"),
         ("ngram", ["-o", "x.json", "--temperature", "-1"], "at least 0"),
+        ("ngram", ["-o", "nowhere/x.json"], "nowhere is no folder that can be written to"),
         ("smollm2-135m-nothing", ["-o", "x.json"], "smollm2-135m-nothing"),
     ],
 )

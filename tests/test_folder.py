@@ -122,6 +122,8 @@ BROKEN = {
     "mode": (edit_config(mode="eagle"), "mode='eagle' is not a kind of heads"),
     "setting": (without_mode, "lacks 'mode'"),
     "later format": (edit_config(paceline_format=2), "has format 2 and this version knows 1"),
+    "no number": (edit_config(paceline_format="2"), "is damaged; fetch or train it again"),
+    "target": (edit_config(paceline_target={"name": "tiny"}), "is damaged; fetch or train it again"),
     "kind": (edit_config(paceline_drafter="oracle"), "is of a kind 'oracle'"),
 }
 

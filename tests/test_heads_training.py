@@ -12,6 +12,7 @@ from paceline.training import medusa
 from paceline.training.known_tokens import frequent_tokens
 from paceline.training.medusa import MedusaObjective
 from paceline.training.objective import NO_LABEL, Losses, acceptance, labelled
+from paceline.training.target import ScaledHead
 
 from conftest import fitted_heads, target_view, tiny_llama, whole_rows
 
@@ -99,6 +100,14 @@ def test_losses_equal_the_slow_reference(target, monkeypatch, mode, known, weigh
         assert (int(losses.counted), losses.hits.tolist(), losses.tried.tolist()) == (counted, hits, tried)
         for parameter, grad in zip(objective.parameters(), slow):
             assert torch.allclose(parameter.grad, grad, atol=1e-4), "gradients too, of every parameter"
+
+
+def test_the_law_of_a_target_that_scales_its_logits_is_scaled_too(target):
+    batch = packed()
+    seen = view_of(target, batch)
+    seen.lm_head = ScaledHead(seen.lm_head, 0.25, 2.0)
+    objective = MedusaObjective(fitted_heads(target, "markov", steps=3, known=30), 0.0, 1.0)
+    assert torch.allclose(objective(batch, seen).total.double(), slow_losses(objective, batch, seen)[0], rtol=1e-5)
 
 
 def test_labels_are_the_targets_own_tokens_of_one_document():

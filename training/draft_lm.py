@@ -130,6 +130,7 @@ class DraftObjective(Objective):
     def save(self, folder: Path) -> None:
         model = copy.deepcopy(self.model).to("cpu", self.saved_dtype).eval()
         left_out = target_weights(model, self.settings) if self.settings.save.without_target_weights else {}
+        vars(model.config).pop("paceline_left_out", None)  # of the draft that this one started from
         if left_out:
             model.config.paceline_left_out = left_out
         model.save_pretrained(folder)

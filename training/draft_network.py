@@ -24,6 +24,22 @@ class Sizes:
     num_attention_heads: int
     num_key_value_heads: int | None = None
 
+    def check(self) -> None:
+        """Raises ValueError for sizes of which there is no Llama."""
+        for name, size in vars(self).items():
+            if size is not None and size < 1:
+                raise ValueError(f"objective.sizes.{name} is {size}; give a number of at least 1")
+        heads, grouped = self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads
+        if self.hidden_size % (2 * heads):
+            raise ValueError(
+                f"objective.sizes: {heads} heads do not divide hidden_size {self.hidden_size} into even widths; choose "
+                "a multiple of twice their number"
+            )
+        if heads % grouped:
+            raise ValueError(
+                f"objective.sizes: {grouped} key-value heads do not divide {heads} heads; choose a divisor"
+            )
+
 
 def make_network(settings, target) -> nn.Module:
     """The untrained, or earlier trained, network in float32. Raises ValueError for settings that make none."""
@@ -35,10 +51,7 @@ def make_network(settings, target) -> nn.Module:
             raise ValueError(f"objective.start {settings.start} has another vocabulary than the target")
         return model
     sizes, theirs = settings.sizes, target.config.get_text_config()
-    if sizes.hidden_size % sizes.num_attention_heads:
-        raise ValueError(
-            f"objective.sizes: {sizes.num_attention_heads} heads do not divide hidden_size {sizes.hidden_size}"
-        )
+    sizes.check()
     config = LlamaConfig(
         vocab_size=theirs.vocab_size,
         hidden_size=sizes.hidden_size,
@@ -103,7 +116,9 @@ def from_layers(target, layers: list[int]) -> nn.Module:
 def share(model, settings, target) -> None:
     """Put the target's embeddings and head, frozen, in the place of the draft's; untie what is no longer one."""
     origins = {"get_input_embeddings": settings.embeddings, "get_output_embeddings": settings.head}
-    tied = settings.embeddings == settings.head and model.config.tie_word_embeddings
+    tied = model.config.tie_word_embeddings and settings.embeddings == settings.head
+    if settings.head == "target":
+        tied = tied and target.config.get_text_config().tie_word_embeddings
     if model.config.tie_word_embeddings and not tied:
         model.get_output_embeddings().weight = nn.Parameter(model.get_input_embeddings().weight.detach().clone())
         model.config.tie_word_embeddings = False
@@ -115,6 +130,11 @@ def share(model, settings, target) -> None:
             raise ValueError(
                 f"the draft's hidden size {mine.weight.shape[1]} is not the target's {theirs.weight.shape[1]}, so its "
                 "embeddings and head cannot be shared; use own ones, or the target's hidden size"
+            )
+        if lacking := {*dict(theirs.named_parameters())} - {*dict(mine.named_parameters())}:
+            raise ValueError(
+                f"the target's LM head has a {lacking.pop()}, for which the draft's architecture has no place; use "
+                "objective.head: own"
             )
         for name, weight in theirs.named_parameters(recurse=False):
             setattr(mine, name, nn.Parameter(weight.detach().to(mine.weight.dtype), requires_grad=False))

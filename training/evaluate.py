@@ -6,6 +6,7 @@ and with it the prompts are really decoded. Both go into one `acceptance.json`, 
 came about.
 """
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -32,7 +33,7 @@ from .packing import pack
 from .prompts import digest, read_digests, turns_of
 from .ranks import accuracies, judge_of, spans, walk
 from .records import shown, write_whole
-from .rows import open_data
+from .rows import check_tokenizer, open_data
 from .versions import versions
 
 ROWS = 8  # judged together
@@ -48,6 +49,9 @@ def evaluate(args) -> None:
     folder = _own_folder(args.drafter)
     if folder is None and not args.output:
         raise ValueError(f"{args.drafter} is no drafter folder here to keep its acceptance in; give a file with -o")
+    kept = Path(args.output or folder / "acceptance.json")
+    if not os.access(kept.parent, os.W_OK):
+        raise ValueError(f"{kept.parent} is no folder that can be written to; keep the acceptance elsewhere with -o")
     overlap = _overlap(folder, args.prompts)
     model, tokenizer, drafter = load(args)
     if drafter is None:
@@ -56,7 +60,7 @@ def evaluate(args) -> None:
         raise ValueError(f"{args.drafter} has no p of its own; evaluate its parts, and measure it with paceline bench")
     prompts = first_turns(args.prompts, tokenizer, model)
     settings = Settings(args.max_new_tokens, args.temperature, args.verify, args.executor)
-    found, shape = _foretold(args, model, drafter, prompts, settings)
+    found, shape = _foretold(args, model, tokenizer, drafter, prompts, settings)
     decoded = decode(model, prompts, drafter, shape, settings)
     tree = {"nodes": len(shape), "depth": shape.max_depth, "parents": _static(shape) and list(shape.parents)}
     found["measured"] = {**counted(decoded), **tree}
@@ -76,7 +80,7 @@ def evaluate(args) -> None:
         },
         "versions": versions(),
     }
-    write_whole(args.output or folder / "acceptance.json", found)
+    write_whole(kept, found)
     if not args.output:
         write_card(folder)
     _show(found)
@@ -100,7 +104,7 @@ def _overlap(folder: Path | None, prompts: str) -> int | None:
     return shared
 
 
-def _foretold(args, model, drafter, prompts: Prompts, settings: Settings) -> tuple[dict, TreeShape]:
+def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Settings) -> tuple[dict, TreeShape]:
     """The record of p and what it promises, and the tree to decode with."""
     sampled = args.temperature > 0
     asked = read_shape(args.tree, drafter) if args.tree not in (None, "auto") else None
@@ -118,7 +122,7 @@ def _foretold(args, model, drafter, prompts: Prompts, settings: Settings) -> tup
             found["estimated"]["replayed"] = _replayed(len(replay.walk(shape)), sum(map(len, replay.texts)))
         return {**found, "how": {"counted": "a wide tree drafted at every position of the target's own text"}}, shape
     if args.data:
-        batches, text = _held_out(args.data), f"held-out rows of {Path(args.data).name}"
+        batches, text = _held_out(args.data, tokenizer), f"held-out rows of {Path(args.data).name}"
     else:
         batches, text = _answers(model, prompts, args.max_new_tokens), "the target's own greedy answers to the prompts"
     answers: list[torch.Tensor] = []
@@ -159,8 +163,9 @@ def _planned(args, model, drafter, rates) -> TreeShape:
     return best_tree(rates, MODEST, drafter.deepest)[0]
 
 
-def _held_out(folder: str) -> list[Batch]:
-    splits, _ = open_data(folder)
+def _held_out(folder: str, tokenizer) -> list[Batch]:
+    splits, about = open_data(folder)
+    check_tokenizer(about, tokenizer, folder)
     if "held_out" not in splits:
         raise ValueError(f"data folder {folder} has no held-out rows; prepare it with --held-out")
     rows = splits["held_out"]

@@ -20,6 +20,7 @@ from .config import read
 from .known_tokens import frequent_tokens
 from .losses import Summed
 from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, labelled, windows
+from .target import ScaledHead
 
 _CHUNK = 1 << 23  # logits at a time, in numbers; twice as many no longer stay in the cache of a CPU
 
@@ -145,8 +146,9 @@ class MedusaObjective(Objective):
         return torch.stack(ranks, dim=1)
 
     def _law_of(self, seen: TargetView):
-        """The target's law, log-probabilities over the known tokens of states (n, H), by its bare LM head."""
+        """The target's law, log-probabilities over the known tokens of states (n, H)."""
         head, ids = seen.lm_head, self.heads.vocabulary
+        scaled = head.scaled if isinstance(head, ScaledHead) else nn.Identity()
         weight = head.weight.detach()[ids] if self.heads.trimmed else head.weight.detach()
         weight, bias = weight.to(self.heads.dtype), self.heads.head_bias
-        return lambda states: F.linear(states, weight, bias).float().log_softmax(-1)
+        return lambda states: scaled(F.linear(states, weight, bias)).float().log_softmax(-1)

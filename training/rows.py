@@ -14,6 +14,8 @@ import torch
 from datasets import load_from_disk
 from torch import Tensor
 
+from .documents import tokenizer_fingerprint
+
 COLUMNS = ("input_ids", "loss_mask", "position_ids", "document")
 
 
@@ -56,6 +58,15 @@ def open_data(folder: str | Path) -> tuple[dict[str, Rows], dict]:
         if missing := [column for column in COLUMNS if column not in split.column_names]:
             raise ValueError(f"{name} of {folder} has no column {missing[0]!r}; make it with paceline data prepare")
     return {name: Rows(split) for name, split in splits.items() if name in ("train", "held_out")}, about
+
+
+def check_tokenizer(about: dict, tokenizer, folder: str | Path) -> None:
+    """Raise ValueError where a folder, described by `about`, was prepared with another tokenizer."""
+    theirs = about.get("tokenizer")
+    if isinstance(theirs, str) and theirs != tokenizer_fingerprint(tokenizer):
+        raise ValueError(
+            f"data folder {folder} was prepared with another tokenizer than the target's; prepare it for this target"
+        )
 
 
 def fingerprint(splits: dict[str, Rows], about: dict) -> str:

@@ -48,7 +48,10 @@ class ScaledHead(nn.Module):
         return self.linear.weight
 
     def forward(self, hidden: Tensor) -> Tensor:
-        logits = self.linear(hidden) * self.factor
+        return self.scaled(self.linear(hidden))
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        logits = logits * self.factor
         return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
 
 

@@ -27,7 +27,7 @@ from .config import Config, suggest
 from .decoding import Settings, counted, decode
 from .documents import tokenizer_fingerprint
 from .metrics import check_trackers
-from .rows import Rows, fingerprint, open_data
+from .rows import Rows, check_tokenizer, fingerprint, open_data
 from .target import OfflineTarget, OnlineTarget, hidden_bytes, lm_head, write_hidden_states
 from .trainer import Trainer
 from .versions import versions
@@ -57,7 +57,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     splits, about = open_data(config.data.folder)
     target = config.target
     model, tokenizer = load_target(target.model, target.dtype, accelerator.device, target.trust_remote_code)
-    _check_tokenizer(about, tokenizer, config.data.folder)
+    check_tokenizer(about, tokenizer, config.data.folder)
     set_seed(config.run.seed)
     objective = kind.build(config.objective, model, splits["train"].split)
     vocabulary = model.config.get_text_config().vocab_size
@@ -168,14 +168,6 @@ def _decoding(config: Config, model, tokenizer):
         return counted(decoded)["tokens_per_step"]
 
     return tokens_per_step
-
-
-def _check_tokenizer(about: dict, tokenizer, folder: str) -> None:
-    theirs = about.get("tokenizer")
-    if isinstance(theirs, str) and theirs != tokenizer_fingerprint(tokenizer):
-        raise ValueError(
-            f"data folder {folder} was prepared with another tokenizer than the target's; prepare it for this target"
-        )
 
 
 def _documents(config: Config) -> dict[str, str]:
