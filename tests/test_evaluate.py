@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import paceline
@@ -19,6 +20,7 @@ from paceline.training.prompts import digest, read_digests, turns_of, write_dige
 from paceline.training.ranks import spans, walk
 from paceline.training.train import run
 from training_runs import random_rows, settings, write_data, write_target
+from transformers import GenerationConfig
 
 from conftest import fitted_heads, noisy_copy, target_view, tiny_llama, whole_rows
 
@@ -118,6 +120,15 @@ def test_what_is_foretold_is_what_decoding_does(place, request, kind, tree):
         assert sum(own[name] for own in found["categories"].values()) == measured[name]
     assert found["how"]["prompts"]["file"] == "prompts.jsonl" and len(found["accuracy"]) == len(found["p"])
     assert str(place) not in (folder / "acceptance.json").read_text() + (folder / "README.md").read_text()
+
+
+def test_a_target_with_penalties_is_decoded_as_foretold(place, heads, tmp_path):
+    shutil.copytree(place / "target", tmp_path / "target")
+    GenerationConfig(repetition_penalty=5.0, do_sample=True, top_k=3).save_pretrained(tmp_path / "target")
+    shutil.copy(place / "prompts.jsonl", tmp_path)
+    assert evaluate(tmp_path, heads) == 0
+    found = json.loads((heads / "acceptance.json").read_text())
+    assert found["measured"]["steps"] == found["estimated"]["replayed"]["steps"]
 
 
 def test_the_default_tree_is_then_the_best_small_one(place, model, heads, draft):

@@ -1,8 +1,10 @@
 """Real decoding of prompts, counted: tokens per step with its denominators. Knows nothing of where p comes from."""
 
+import contextlib
 from dataclasses import dataclass
 
 from tqdm import tqdm
+from transformers import GenerationConfig
 
 from ..spec.generate import generate
 from ..spec.prompts import left_padded
@@ -38,9 +40,24 @@ def decode(model, prompts: Prompts, drafter, shape, settings: Settings) -> list[
         ids = [prompts[place][1]["input_ids"][0].tolist() for place in places]
         batch = left_padded(ids, 0, model.device)
         options = {**how, **settings.sampling, "seed": places, "return_dict_in_generate": True}
-        for row, events in generate(model, **batch, drafter=drafter, tree=shape, **options).trace.rows():
+        with _own_law(model):
+            out = generate(model, **batch, drafter=drafter, tree=shape, **options)
+        for row, events in out.trace.rows():
             found[places[row]] = events
     return found
+
+
+@contextlib.contextmanager
+def _own_law(model):
+    """Decode by the model's own law: of its generation config only the special tokens count, and not the penalties
+    and cuts that some models come with, which no forecast knows."""
+    kept = model.generation_config
+    ids = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**ids)
+    try:
+        yield
+    finally:
+        model.generation_config = kept
 
 
 def counted(decoded: list[list[Event]]) -> dict:
