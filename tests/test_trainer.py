@@ -291,13 +291,18 @@ def new_accelerator():
 
 @pytest.mark.parametrize("emulated", [True, False])
 def test_automatic_precision_is_resolved_and_a_resume_checks_it(folder, monkeypatch, new_accelerator, emulated):
-    monkeypatch.setattr(train, "emulates_bfloat16", lambda device: emulated)
+    def set_up(emulated: bool) -> None:
+        monkeypatch.setattr(train, "has_bfloat16", lambda: True)
+        monkeypatch.setattr(train, "emulates_bfloat16", lambda device: emulated)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: not emulated)
+
+    set_up(emulated)
     config = settings(folder, f"auto-{emulated}", optimisation__mixed_precision="auto")
     run(config)
     used = "no" if emulated else "bf16"
     kept = configuration.load(Path(config.run.folder) / "latest" / "trainer" / "config.yaml")
     assert kept.optimisation.mixed_precision == used
-    monkeypatch.setattr(train, "emulates_bfloat16", lambda device: not emulated)
+    set_up(not emulated)
     new_accelerator()
     with pytest.raises(ValueError, match=f"mixed_precision is '.*' now and was '{used}'"):
         run(config, resume=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
 
 from .. import load_drafter
 from ..spec.models import load_target
-from ..spec.packing import emulates_bfloat16
+from ..spec.packing import emulates_bfloat16, has_bfloat16
 from ..spec.planning import first_turns
 from ..spec.provenance import target_fingerprint
 from . import config as configuration
@@ -106,10 +106,11 @@ def _with_precision(config: Config) -> Config:
     """`config` with a mixed precision that says what it is."""
     if config.optimisation.mixed_precision != "auto":
         return config
-    if torch.cuda.is_available():
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = not emulates_bfloat16(torch.device("cpu"))
+        able = device.type == "cpu" and has_bfloat16() and not emulates_bfloat16(device)
     return replace(config, optimisation=replace(config.optimisation, mixed_precision="bf16" if able else "no"))
 
 
