@@ -30,11 +30,16 @@ def shipped_folder(name: str | Path) -> Path | None:
 
 
 def best_shipped(target) -> Path | None:
-    """The shipped drafter of `target` that commits the most tokens per step; None where there is none."""
+    """The shipped drafter of `target` that commits the most tokens per step; None where there is none.
+
+    Heads come before draft models: their steps are cheaper, and prompt lookup goes beside them."""
     mine = target_fingerprint(target)
-    found = [(_measured(about), folder) for folder, config, about in _shipped() if _fingerprint(config) == mine]
-    best = max((pair for pair in found if pair[0] is not None), default=(None, None))
-    return best[1]
+    measured = [
+        (config.get("paceline_drafter") == "medusa", _measured(about), folder)
+        for folder, config, about in _shipped()
+        if _fingerprint(config) == mine and _measured(about) is not None
+    ]
+    return max(measured, default=(None, None, None))[-1]
 
 
 def drafters(args) -> None:

@@ -9,6 +9,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters import shipped
+from paceline.drafters.folder import target_identity
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
@@ -222,7 +223,12 @@ def test_auto_is_the_best_that_ships_for_this_target(model, target, pretrained):
         fitted_heads(model, "independent", steps=0).save(pretrained / name)
         if number:
             (pretrained / name / "acceptance.json").write_text(json.dumps({"measured": {"tokens_per_step": number}}))
-    assert paceline.load_drafter("auto", target).name == "strong+ngram"
+    noisy_copy(model).save_pretrained(pretrained / "draft")
+    config = json.loads((pretrained / "draft" / "config.json").read_text())
+    config |= {"paceline_drafter": "draft_lm", "paceline_target": target_identity(model)}
+    (pretrained / "draft" / "config.json").write_text(json.dumps(config))
+    (pretrained / "draft" / "acceptance.json").write_text(json.dumps({"measured": {"tokens_per_step": 3.0}}))
+    assert paceline.load_drafter("auto", target).name == "strong+ngram", "heads before a draft model"
     heads = paceline.load_drafter("auto", model)
     assert [type(part) for part in heads.parts] == [MedusaDrafter, NgramDrafter], "prompt lookup beside them"
     assert paceline.load_drafter("auto", tiny_llama(seed=1)).name == "ngram"
