@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from . import provenance
 from .commands import load_model
-from .curves import open_idle
+from .curves import slot_bytes
 from .executors import choose
 from .margin import margin, parting
 from .methods import Decoder, Method, parse_methods
@@ -25,9 +25,8 @@ from .models import context_length, end_ids
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
 from .prompts import BenchPrompt, conversation_ids, left_padded, read_prompts
-from .proposal import NoDrafter
 from .runfile import VERSION, Difference, Record, RunWriter
-from .runs import keep
+from .runs import keep, modules_of
 from .tree import TreeShape
 
 SHOWN = 3  # prompts whose tokens are kept as text, for the report's token trace
@@ -42,7 +41,7 @@ def bench(args) -> None:
     executor = args.executor
     if executor == "auto":
         executor = choose("auto", model.device, len(prompts) * args.max_new_tokens, True, compiled_before=False)
-    methods = parse_methods(args.methods, executor, args.temperature)
+    methods = [own.settled(model.device) for own in parse_methods(args.methods, executor, args.temperature)]
     if args.batch > 1 and any(method.kind in ("transformers-lookup", "transformers-assisted") for method in methods):
         raise ValueError(f"--batch {args.batch}: transformers speculates with one text at a time; use --batch 1")
     decoders = {method.name: _decoder(method, model, tokenizer) for method in methods}
@@ -253,19 +252,8 @@ def _memory(model, decoders: dict[str, Decoder]) -> dict:
     mine = {parameter.data_ptr() for parameter in model.parameters()}
     drafters = {}
     for name, decoder in decoders.items():
-        parts = getattr(decoder.drafter, "parts", (decoder.drafter,))
-        held = [value for part in parts if hasattr(part, "__dict__") for value in vars(part).values()]
-        modules = [value for value in held if isinstance(value, torch.nn.Module)]
-        own = {p.data_ptr(): p.nbytes for module in modules for p in module.parameters()}
+        own = {p.data_ptr(): p.nbytes for module in modules_of(decoder.drafter) for p in module.parameters()}
         weights = sum(size for place, size in own.items() if place not in mine)
         drafts = getattr(decoder.drafter, "model", None)
-        drafters[name] = {"weights": weights, "slot": _slot_bytes(drafts) if drafts is not None else 0}
-    return {"target": sum(p.nbytes for p in model.parameters()), "slot": _slot_bytes(model), "drafters": drafters}
-
-
-def _slot_bytes(model) -> int:
-    runner = open_idle(model, "eager", NoDrafter(), TreeShape.chain(0), capacity=64)
-    with torch.no_grad():
-        runner.run(lambda phase: None)
-    layers = runner.engine.target.cache.layers
-    return sum(buffer.nbytes for layer in layers for buffer in (layer.keys, layer.values)) // 64
+        drafters[name] = {"weights": weights, "slot": slot_bytes(drafts) if drafts is not None else 0}
+    return {"target": sum(p.nbytes for p in model.parameters()), "slot": slot_bytes(model), "drafters": drafters}

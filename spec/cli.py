@@ -183,7 +183,7 @@ def _model_options(parser: argparse.ArgumentParser, drafter: bool = True) -> Non
 
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="folder, short name or hub id")
-    executors = ("auto", "eager", "compiled", "cuda_graph")
+    executors = ("auto", "eager", "compiled", "cuda_graph", "cuda_graph_eager", "cuda_graph_compiled")
     how = "how steps are run (default %(default)s)"
     parser.add_argument("--executor", default="eager", choices=executors, help=how)
     parser.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")

@@ -25,6 +25,8 @@ from .step import Engine
 from .trace import Trace
 from .tree import TokenTree, TreeShape
 
+IDLE_CAPACITY = 512  # slots of an engine that is timed; half of them hold text
+
 
 @dataclass(frozen=True)
 class Curves:
@@ -72,16 +74,17 @@ def open_idle(
     executor: str,
     drafter,
     shape: TreeShape,
-    capacity: int = 512,
+    capacity: int = IDLE_CAPACITY,
     sampling: DraftSampling | None = None,
     forward_only: bool = False,
+    batch: int = 1,
 ):
-    """An executor over an engine without a text, of whole steps or of their target forwards."""
-    prompt, sampling = torch.ones(1, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
+    """An executor over an engine of `batch` rows without a text, of whole steps or of their target forwards."""
+    prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)
     rule = "residual" if sampling.noise == "own" else "match"
     with torch.no_grad():
-        engine = open_engine(model, drafter, shape, sampler, sampling, rule, batch=1, capacity=capacity, eos=1)
+        engine = open_engine(model, drafter, shape, sampler, sampling, rule, batch=batch, capacity=capacity, eos=1)
         engine.state.lengths.fill_(capacity // 2)  # attention looks as far as there is text
         return EXECUTORS[executor](engine, _forward_alone(engine, shape) if forward_only else None)
 
@@ -142,6 +145,15 @@ def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
             trace.append_to(Path(folder) / "trace.jsonl")
             seconds.append((time.perf_counter() - started) / steps)
     return statistics.median(seconds)
+
+
+def slot_bytes(model) -> int:
+    """Bytes of one slot of a row in the cache of `model`, over all layers."""
+    runner = open_idle(model, "eager", NoDrafter(), TreeShape.chain(0), capacity=64)
+    with torch.no_grad():
+        runner.run(lambda phase: None)
+    layers = runner.engine.target.cache.layers
+    return sum(buffer.nbytes for layer in layers for buffer in (layer.keys, layer.values)) // 64
 
 
 def wait_for(model) -> None:

@@ -1,11 +1,14 @@
 """Ways to run the one step function over one record of persistent buffers.
 
-    eager       as it is written
-    compiled    torch.compile, one graph, no recompiles, cached on disk between processes
-    cuda_graph  captured once, replayed; results are read one step late, so nothing waits for the host
+    eager                as it is written
+    compiled             torch.compile, one graph, no recompiles, cached on disk between processes
+    cuda_graph_eager     the eager step captured once as a CUDA graph and replayed
+    cuda_graph_compiled  the compiled step captured, so that Triton's fused kernels are replayed without any Python
+    cuda_graph           the better of these two on this GPU, as far as `paceline check` has shown (captures.py)
 
-The last two bind to the buffers of an engine, so an engine with its executor is kept and filled again with
-the next text of the same shape. Knows nothing of what a step does.
+Results of captured steps are read one step late, so nothing waits for the host. All but eager bind to the buffers
+of an engine, so an engine with its executor is kept and filled again with the next text of the same shape. Knows
+nothing of what a step does.
 """
 
 import os
@@ -13,14 +16,15 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from typing import ClassVar
 
 import torch
 
+from .captures import compiled_capture_is_better
 from .models import cache_folder
 from .packing import pack, packed_linears
 from .step import Engine, StepResult, step
 
-NAMES = ("auto", "eager", "compiled", "cuda_graph")
 LONG_RUN = 8192  # new tokens in one call from which compiling on a CPU pays for itself, roughly
 
 
@@ -85,31 +89,48 @@ class Compiled:
 
 
 class CudaGraph:
-    """One capture for one engine, all captures in one memory pool."""
+    """One capture of the eager step for one engine; all captures on a device share one memory pool, as no two of them
+    ever run at the same time and none reads what another left behind."""
 
     lag = 1
-    pool = None
+    name = "cuda_graph_eager"
+    pools: ClassVar[dict[torch.device, object]] = {}
 
     def __init__(self, engine: Engine, work: Step | None = None):
-        work = work or step
-        side = torch.cuda.Stream(engine.state.tokens.device)
+        self.work, self.device = work or step, engine.state.tokens.device
+        with torch.cuda.device(self.device):
+            try:
+                self._capture(engine)
+            except RuntimeError as error:
+                raise ValueError(_reason(self.name, error)) from error
+
+    def _capture(self, engine: Engine) -> None:
+        side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        try:
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    engine.idle_step()
-            torch.cuda.current_stream().wait_stream(side)
-            CudaGraph.pool = CudaGraph.pool or torch.cuda.graph_pool_handle()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, pool=CudaGraph.pool, capture_error_mode="thread_local"):
-                self.result = work(engine, _silent)
-        except RuntimeError as error:
-            raise ValueError(_reason("cuda_graph", error)) from error
+        with torch.cuda.stream(side):
+            engine.idle_step()  # allocates the caches
+            for _ in range(3):  # libraries choose their kernels and workspaces now
+                self.work(engine, _silent)
+        torch.cuda.current_stream().wait_stream(side)
+        pool = self.pools.setdefault(self.device, torch.cuda.graph_pool_handle())
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            self.result = self.work(engine, _silent)
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         self.graph.replay()
         mark("step")
         return self.result
+
+
+class CompiledCudaGraph(CudaGraph):
+    """One capture of the compiled step."""
+
+    name = "cuda_graph_compiled"
+
+    def __init__(self, engine: Engine, work: Step | None = None):
+        compiled = Compiled(engine, work)
+        super().__init__(engine, lambda engine, mark: compiled.step())
 
 
 def _keep_compiled_code() -> None:
@@ -131,23 +152,32 @@ def _reason(name: str, error: Exception) -> str:
 
 
 def choose(name: str, device: torch.device, new_tokens: int, capturable: bool, compiled_before: bool) -> str:
-    """The executor that `name` means here. Raises ValueError, naming one that can run, for one that cannot."""
+    """The executor of `EXECUTORS` that `name` means here. Raises ValueError, naming one that can run, for one that
+    cannot."""
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or device.type == "cuda"
     if name == "auto":
         if not capturable:
             return "eager"
         if device.type == "cuda":
-            return "cuda_graph"
+            return choose("cuda_graph", device, new_tokens, capturable, compiled_before)
         return "compiled" if compiled_before or (has_compiler and new_tokens >= LONG_RUN) else "eager"
-    if name == "cuda_graph" and device.type != "cuda":
-        raise ValueError(f"executor='cuda_graph' needs CUDA and the model is on {device}; use 'compiled' or 'eager'")
+    if name.startswith("cuda_graph") and device.type != "cuda":
+        raise ValueError(f"executor={name!r} needs CUDA and the model is on {device}; use 'compiled' or 'eager'")
     if name == "compiled" and not has_compiler:
         raise ValueError("executor='compiled' needs a C++ compiler (g++ or clang++) and there is none; use 'eager'")
     if name != "eager" and not capturable:
         raise ValueError(
             f"executor={name!r} cannot run logits processors that look at the history or at Python state; use 'eager'"
         )
+    if name == "cuda_graph":
+        return CompiledCudaGraph.name if compiled_capture_is_better(device) else CudaGraph.name
     return name
 
 
-EXECUTORS = {"eager": Eager, "compiled": Compiled, "cuda_graph": CudaGraph}
+EXECUTORS: dict[str, type] = {
+    "eager": Eager,
+    "compiled": Compiled,
+    CudaGraph.name: CudaGraph,
+    CompiledCudaGraph.name: CompiledCudaGraph,
+}
+NAMES = ("auto", "cuda_graph", *EXECUTORS)

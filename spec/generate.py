@@ -143,7 +143,8 @@ class _Call:
         slots = prompt.shape[1] + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
         what = self.drafter, self.shape, self.rule, self.executor
-        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, placed(model))
+        models = placed(model, self.drafter)
+        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, models)
         engine, executor = open_run(model, asked, sampler, new_tokens * len(prompt))
         engine.state.load(prompt, pads, new_tokens, keys, eos)
         trace, books = Trace(), (scores, logits)

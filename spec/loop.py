@@ -23,14 +23,14 @@ class Stopwatch:
     """Seconds of each phase of a step; on CUDA by events, so that timing never waits inside a step."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.device, self.cuda = device, device.type == "cuda"
         self.marks: list[tuple[str, object]] = [("", self._now())]
 
     def _now(self):
         if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record()
+        event.record(torch.cuda.current_stream(self.device))  # which need not be the current device
         return event
 
     def mark(self, phase: str) -> None:
@@ -58,7 +58,7 @@ class Readout:
             self.report = torch.empty(result.report.shape, dtype=torch.int64, pin_memory=True)
             self.report.copy_(result.report, non_blocking=True)
             self.arrived = torch.cuda.Event()
-            self.arrived.record()
+            self.arrived.record(torch.cuda.current_stream(result.report.device))
 
     def rows(self) -> list["RowReport"]:
         if self.arrived is not None:

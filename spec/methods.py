@@ -15,10 +15,10 @@ from dataclasses import asdict, dataclass, replace
 import torch
 
 from .curves import wait_for
-from .executors import EXECUTORS
+from .executors import EXECUTORS, choose
 from .generate import generate
 from .proposal import NoDrafter
-from .runs import RunSpec
+from .runs import settled_capacity
 from .trace import Trace
 from .verify import LOSSLESS
 
@@ -39,6 +39,12 @@ class Method:
     executor: str | None  # None: transformers' own loop
     temperature: float
     baseline: str | None = None
+
+    def settled(self, device: torch.device) -> "Method":
+        """With the executor that "cuda_graph" means on `device`."""
+        if self.executor != "cuda_graph":
+            return self
+        return replace(self, executor=choose(self.executor, device, 0, capturable=True, compiled_before=False))
 
     def same_text(self) -> bool:
         """Whether its text must be its baseline's."""
@@ -106,8 +112,9 @@ def _parse(text: str, executor: str, temperature: float) -> Method:
     for key in unfit & set(options):
         raise ValueError(f"method {text!r}: {head!r} takes no {key}=; leave it out")
     rule, runs = options.get("rule", "match"), options.get("executor", executor)
-    if rule not in LOSSLESS or (not theirs and runs not in EXECUTORS):
-        raise ValueError(f"method {text!r}: rules are {', '.join(LOSSLESS)}, executors {', '.join(EXECUTORS)}")
+    executors = "cuda_graph", *EXECUTORS
+    if rule not in LOSSLESS or (not theirs and runs not in executors):
+        raise ValueError(f"method {text!r}: rules are {', '.join(LOSSLESS)}, executors {', '.join(executors)}")
     drafter = head if kind == "drafted" else options.get("drafter")
     name = options.get("name", text.rstrip(":"))
     return Method(name, kind, drafter, options.get("tree"), rule, None if theirs else runs, heat)
@@ -126,8 +133,7 @@ class Decoder:
     def capacity(self, prompt: int, new_tokens: int) -> int:
         """The slots of a run: what its compiled step is bound to."""
         nodes = 1 if self.shape is None else self.shape.slots
-        asked = RunSpec(None, None, "", "", 1, prompt + new_tokens + nodes + 1, 0, False, (), "")
-        return asked.settled(self.method.executor or "eager").capacity
+        return settled_capacity(prompt + new_tokens + nodes + 1, self.method.executor or "eager")
 
     def decode(self, batch: dict, seeds: list[int], new_tokens: int) -> tuple[torch.Tensor, Trace | None, float]:
         """Texts (B, P + new), the trace where there is one, and seconds."""

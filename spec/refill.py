@@ -84,8 +84,9 @@ def decode_texts(
         rows = min(batch, len(group))
         sampler = _sampler(temperature, top_p, rows, model.device)
         capacity = max(text.room for text in group) + shape.slots + 1
+        models = placed(model, drafter)
         asked = RunSpec(
-            drafter, shape, "match", executor, rows, capacity, len(ends), False, sampler.signature, placed(model)
+            drafter, shape, "match", executor, rows, capacity, len(ends), False, sampler.signature, models
         )  # fmt: skip
         engine, running = open_run(model, asked, sampler, sum(text.new_tokens for text in group))
         engine.state.eos.copy_(ends)

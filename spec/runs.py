@@ -4,6 +4,8 @@ A compiled or captured step is bound to its buffers, so its engine stays with th
 text of the same batch, tree, capacity, drafter and sampling. The last few are kept; they go with the model.
 """
 
+import hashlib
+import itertools
 import sys
 from collections import OrderedDict
 from dataclasses import dataclass, replace
@@ -37,19 +39,45 @@ class RunSpec:
     eos: int  # how many end-of-text ids
     keep_scores: bool
     sampling: tuple  # the sampler's signature
-    model: str  # as `placed` says
+    models: tuple[str, ...]  # as `placed` says
 
     def settled(self, executor: str) -> "RunSpec":
-        """With `executor`, and slots in whole 64s where a size costs nothing, in powers of two where each
-        size is compiled or captured."""
-        captured = max(256, 1 << (self.capacity - 1).bit_length())
-        capacity = -(-self.capacity // 64) * 64 if executor == "eager" else captured
-        return replace(self, executor=executor, capacity=capacity)
+        """With `executor`, and the slots that it takes."""
+        return replace(self, executor=executor, capacity=settled_capacity(self.capacity, executor))
 
 
-def placed(model) -> str:
-    """The device, dtype and attention of `model`, which may change between calls."""
-    return f"{model.device} {model.dtype} {model.config.get_text_config()._attn_implementation}"
+def settled_capacity(needed: int, executor: str) -> int:
+    """Slots for `needed` ones: in whole 64s where a size costs nothing, in powers of two where each size is compiled or
+    captured."""
+    return -(-needed // 64) * 64 if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
+
+
+def placed(model, drafter) -> tuple[str, ...]:
+    """Where the target, and then each module of the drafter, is and how it attends, which may change between calls:
+    attention, dtypes, devices and the addresses of all tensors, from which a captured step reads."""
+    return tuple(_placed(module) for module in (model, *modules_of(drafter)))
+
+
+def _placed(module: torch.nn.Module) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        digest.update(f"{_address(tensor)} {tensor.dtype} {tensor.device};".encode())
+    attention = module.config.get_text_config()._attn_implementation if hasattr(module, "config") else ""
+    return f"{attention} {digest.hexdigest()}"
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without memory of its own
+        return id(tensor)
+
+
+def modules_of(drafter) -> list[torch.nn.Module]:
+    """The modules that a drafter, or each of the drafters side by side, holds."""
+    parts = getattr(drafter, "parts", (drafter,))
+    held = [value for part in parts if hasattr(part, "__dict__") for value in vars(part).values()]
+    return [value for value in held if isinstance(value, torch.nn.Module)]
 
 
 def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[Engine, object]:
@@ -64,6 +92,8 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
             f"of {vocab}; use a drafter made for this target's tokenizer"
         )
     kept: OrderedDict = model.__dict__.setdefault("_paceline_runs", OrderedDict())
+    for spec in [spec for spec in kept if spec.models[0] != asked.models[0]]:
+        del kept[spec]  # bound to weights that are elsewhere now
     compiled_before = asked.settled("compiled") in kept
     name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before)
     spec = asked.settled(name)

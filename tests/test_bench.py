@@ -159,7 +159,7 @@ def test_methods_bring_their_baselines():
         ("ngram:depth=3", "is not one of tree="),
         ("ngram:tree=", "is not one of tree="),
         ("ngram:rule=luck", "rules are match"),
-        ("ngram:executor=fast", "executors eager"),
+        ("ngram:executor=fast", "executors cuda_graph, eager"),
         ("ngram:temperature=warm", "temperature is not a number"),
         ("ngram:tree=tall", "neither 'chain:5'"),
         ("ar:tree=4x2", "takes no tree="),

@@ -14,7 +14,7 @@ from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter, NgramSession
-from paceline.spec import executors, runs
+from paceline.spec import captures, executors, runs
 from paceline.spec.packing import is_x86
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.step import step
@@ -285,13 +285,26 @@ def test_a_model_that_changes_gets_new_engines(prompts, monkeypatch):
     assert len(tapes) == 2
 
 
-def test_the_executor_is_chosen_by_what_can_run(monkeypatch):
+def test_the_executor_is_chosen_by_what_can_run(monkeypatch, tmp_path):
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     choose = executors.choose
     assert choose("auto", cpu, 64, True, False) == "eager"
     assert choose("auto", cpu, 64, True, True) == "compiled"
     assert choose("auto", cpu, 8192, True, False) == "compiled"
-    assert choose("auto", gpu, 64, True, False) == "cuda_graph"
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
+    for name in ("auto", "cuda_graph"):  # the captured eager step until a check has shown the other to be better
+        assert choose(name, gpu, 64, True, False) == "cuda_graph_eager"
+    captures.keep_verdict(gpu, compiled_is_better=True)
+    for name in ("auto", "cuda_graph"):
+        assert choose(name, gpu, 64, True, False) == "cuda_graph_compiled"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another card")
+    assert choose("auto", gpu, 64, True, False) == "cuda_graph_eager"
+    captures.verdict_path(gpu).write_text("[")
+    assert choose("auto", gpu, 64, True, False) == "cuda_graph_eager", "what cannot be read is no verdict"
+    captures.keep_verdict(gpu, compiled_is_better=False)
+    for name in ("cuda_graph_eager", "cuda_graph_compiled"):
+        assert choose(name, gpu, 64, True, False) == name
     assert choose("auto", gpu, 64, False, False) == "eager"
     with pytest.raises(ValueError, match="use 'compiled' or 'eager'"):
         choose("cuda_graph", cpu, 64, True, False)
