@@ -195,9 +195,10 @@ def test_two_processes_give_the_curve_of_one_and_resume_exactly(folder, whole):
     assert_same_end(killed, config)
 
 
-def test_a_signal_to_one_of_two_processes_stops_both(folder):
-    config = settings(folder, "two-stopped", run__save_every=100)
-    processes = children(config, ranks=2)
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_signal_to_one_of_two_processes_stops_both(folder, sharded):
+    config = settings(folder, f"two-stopped-{sharded}", run__save_every=100)
+    processes = children(config, ranks=2, sharded=sharded)
     metrics = Path(config.run.folder) / "metrics.jsonl"
     while not metrics.exists() or not metrics.stat().st_size:
         assert all(process.is_alive() for process in processes)
@@ -237,7 +238,7 @@ def test_a_loss_that_is_no_number_stops_before_it_does_harm(folder, monkeypatch)
         if (batch["input_ids"] == poison).all(1).any() and self.training:
             after.append(1)
             if len(after) > 4:  # it has been measured and seen before
-                losses.total = losses.total * math.nan
+                losses = losses._replace(total=losses.total * math.nan)
         return losses
 
     monkeypatch.setattr(DraftObjective, "forward", poisoned)
@@ -317,12 +318,19 @@ def test_automatic_precision_is_resolved_and_a_resume_checks_it(folder, monkeypa
         ({"data__folder": "/no/such/data"}, "make it with paceline data prepare"),
         ({"target__model": "./nothing"}, "there is no such folder"),
         ({"run__trackers": ["mlflow"]}, "tracker mlflow is not installed"),
+        ({"optimisation__mixed_precision": "fp16"}, "accelerate trains in float32 instead on a CPU"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_trained(folder, changes, words):
     with pytest.raises(ValueError) as error:
         run(settings(folder, "mistake", **changes))
     assert words in str(error.value)
+
+
+def test_other_ways_of_sharding_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match=r"set up for FSDP 1; use DDP .* or FSDP2"):
+        run(settings(folder, "fsdp1"))
 
 
 def test_data_that_cannot_be_trained_on(folder, tmp_path):

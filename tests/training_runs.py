@@ -10,8 +10,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+import yaml
+from paceline import configs
 from paceline.training import config as configuration
 from paceline.training.packing import pack
+from torch.distributed.tensor import DTensor
 
 from conftest import tiny_llama
 
@@ -75,7 +78,7 @@ def lines(config: configuration.Config) -> list[dict]:
     return [{name: value for name, value in line.items() if name != "tokens_per_second"} for line in read]
 
 
-def train_in_process(config: configuration.Config, resume: bool, rank: int = 0, ranks: int = 1, port: int = 0):
+def train_in_process(config: configuration.Config, resume: bool, rank: int, ranks: int, port: int, sharded: bool):
     """For a child process: train as one of `ranks` processes on the CPU."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -84,18 +87,47 @@ def train_in_process(config: configuration.Config, resume: bool, rank: int = 0, 
     if ranks > 1:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in place.items()}
+        _write_shares(Path(config.run.folder), rank)
+    if sharded:
+        os.environ |= fsdp2()
     from paceline.training.train import run
 
     stopped = run(config, resume=resume)
     raise SystemExit(0 if stopped is None else 128 + stopped)
 
 
-def children(config: configuration.Config, resume: bool = False, ranks: int = 1) -> list:
-    """Start a run in `ranks` processes, forked from one that has imported all there is to import."""
+def _write_shares(folder: Path, rank: int) -> None:
+    """Let this process write at every save how many numbers of weights and moments it holds, and how many there are."""
+    from paceline.training.checkpoint import trained
+    from paceline.training.trainer import Trainer
+
+    save = Trainer.save
+
+    def counting(trainer: Trainer) -> None:
+        save(trainer)
+        parameters = [parameter for _, parameter in trained(trainer.objective)]
+        tensors = [trainer.optimizer.state[parameter]["exp_avg"] for parameter in parameters] + parameters
+        held = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        counts = {name: sum(map(torch.numel, these)) for name, these in (("held", held), ("whole", tensors))}
+        (folder / f"shares-{rank}.json").write_text(json.dumps(counts))
+
+    Trainer.save = counting
+
+
+def fsdp2() -> dict[str, str]:
+    """What `accelerate launch --config_file configs/fsdp2.yaml` puts into the environment of FSDP2."""
+    settings = yaml.safe_load((Path(configs.__file__).parent / "fsdp2.yaml").read_text(encoding="utf-8"))
+    named = {name.upper(): str(value) for name, value in settings["fsdp_config"].items()}
+    return {"ACCELERATE_USE_FSDP": "true", **named}
+
+
+def children(config: configuration.Config, resume: bool = False, ranks: int = 1, sharded: bool = False) -> list:
+    """Start a run in `ranks` processes, by DDP or sharded by FSDP2, forked from one that has imported all there is to
+    import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training_runs", "paceline.training.train", "paceline.training.draft_lm"])
     port = free_port()
-    arguments = [(config, resume, rank, ranks, port) for rank in range(ranks)]
+    arguments = [(config, resume, rank, ranks, port, sharded) for rank in range(ranks)]
     processes = [context.Process(target=train_in_process, args=each, daemon=True) for each in arguments]
     for process in processes:
         process.start()

@@ -4,6 +4,7 @@ It builds the parts (target, objective, data, trainer), prints the plan, and let
 """
 
 import json
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -13,7 +14,14 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    FullyShardedDataParallelPlugin,
+    parse_flag_from_env,
+    set_seed,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .. import load_drafter
 from ..spec.models import load_target
@@ -33,6 +41,7 @@ from .trainer import Trainer
 from .versions import versions
 
 DECODED_TOKENS = 64  # per prompt of run.decode_prompts
+_WAYS = "use DDP (the default) or FSDP2 (configs/fsdp2.yaml)"
 KINDS = {"draft_lm": (".draft_lm", "DraftObjective"), "medusa": (".medusa", "MedusaObjective")}
 
 
@@ -78,7 +87,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     decoding = _decoding(config, model, tokenizer)
     del model
     trainer = Trainer(config, accelerator, objective, seen, splits, identity, _documents(config), decoding)
-    speed = trainer.measure()
+    speed, _ = trainer.measure()
     plan = make_plan(config, trainer.objective, vocabulary, splits["train"], need, speed)
     accelerator.print(plan.show())
     if plan_only:
@@ -104,9 +113,14 @@ def _describe(folder: Path, about: dict, config: Config) -> None:
 
 def _with_precision(config: Config) -> Config:
     """`config` with a mixed precision that says what it is."""
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
+    if config.optimisation.mixed_precision == "fp16" and device.type == "cpu":
+        raise ValueError(
+            "config: optimisation.mixed_precision is 'fp16' and accelerate trains in float32 instead on a CPU; choose "
+            "bf16 or no"
+        )
     if config.optimisation.mixed_precision != "auto":
         return config
-    device = PartialState(cpu=not torch.accelerator.is_available()).device
     if device.type == "cuda":
         able = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -124,19 +138,37 @@ def _kind(settings: dict):
 
 def _accelerator(config: Config) -> Accelerator:
     """The processes of this run. Refuses what would train wrongly or could not be resumed."""
+    plugin = _sharding()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
         mixed_precision=config.optimisation.mixed_precision,
         log_with=config.run.trackers or None,
         project_dir=Path(config.run.folder),
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no buffer is ever changed
+        fsdp_plugin=plugin,
     )
+    if plugin is not None and accelerator.distributed_type == DistributedType.MULTI_CPU:
+        _shard_on_cpus(accelerator, plugin)
     kind = accelerator.distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM) or (
-        kind == DistributedType.FSDP and not accelerator.is_fsdp2
-    ):
-        raise ValueError(f"accelerate is set up for {kind.value}; use DDP (the default) or FSDP2 (configs/fsdp2.yaml)")
+    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"accelerate is set up for {kind.value}; {_WAYS}")
     return accelerator
+
+
+def _sharding() -> FullyShardedDataParallelPlugin | None:
+    """How weights are sharded, where accelerate is set up for FSDP. Casting is left to autocast, as everywhere else:
+    FSDP2 would cast the summed loss and the gradients on their way too."""
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
+        raise ValueError(f"accelerate is set up for FSDP {version}; {_WAYS}")
+    return FullyShardedDataParallelPlugin(mixed_precision_policy=MixedPrecisionPolicy())
+
+
+def _shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
+    """Do for CPUs what accelerate does for GPUs; it would train by DDP without a word."""
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def _hidden_bytes(config: Config, objective, model, splits: dict[str, Rows]) -> int:

@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from ..spec.planner import MODEST, Acceptance, best_tree
 from .acceptance import WIDTH, record
@@ -167,7 +168,8 @@ class Trainer:
 
     def _forward(self, batch: Batch, seen: TargetView | None) -> tuple[Losses, Tensor]:
         """The losses of a batch, and their sums as one vector."""
-        losses = self.model(batch, seen)
+        with self.accelerator.autocast():  # the wrappers of other kinds do it themselves, FSDP2 does not
+            losses = self.model(batch, seen)
         tokens = (batch["document"] >= 0).sum()
         sums = self._zeros()
         sums[:3] = torch.stack([losses.total.detach().to(sums), losses.counted.to(sums), tokens.to(sums)])
@@ -195,18 +197,31 @@ class Trainer:
         count = min(len(self.splits.get("held_out", ())), self.config.data.held_out_rows)
         self.model.eval()
         sums, ranks = self._zeros(), []
-        for start in range(0, count, micro * accelerator.num_processes):
-            first = start + accelerator.process_index * micro
-            rows = list(range(first, min(first + micro, count)))
-            read = self._read("held_out", rows or [0], counting=len(rows))
-            sums += self._forward(*read)[1]
-            if not self.sharded:  # shards are whole in forwards only
+        with self._whole_weights():
+            for start in range(0, count, micro * accelerator.num_processes):
+                first = start + accelerator.process_index * micro
+                rows = list(range(first, min(first + micro, count)))
+                read = self._read("held_out", rows or [0], counting=len(rows))
+                sums += self._forward(*read)[1]
                 ranks.append(self.objective.label_ranks(*read))
-        if count and not self.sharded:
+        if count:
             counts = count_ranks(ranks, self.depths, WIDTH)
             both = torch.tensor([counts.hits, counts.trials], device=accelerator.device)  # (2, depths, width)
             self.acceptance = self.step, Acceptance(*accelerator.reduce(both, "sum").tolist())
         return self._reduce(sums)
+
+    @contextlib.contextmanager
+    def _whole_weights(self):
+        """Within, weights that FSDP2 shards are whole outside of forwards too, and afterwards they are shards again:
+        after a forward that no backward follows they would stay whole, and strangers to the optimizer."""
+        parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
+        for part in parts:
+            part.unshard()
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.reshard()
 
     def _evaluate(self, report: Report) -> bool:
         """Evaluate on held-out text; whether it is the best so far."""
@@ -240,15 +255,17 @@ class Trainer:
             shape = best_tree(counts.rates(), MODEST, self.depths)[0]
             write_json(folder / "acceptance.json", {**record(counts, shape), "how": how})
 
-    def measure(self, steps: int = 2) -> float:
-        """Tokens per second of a few steps that change nothing; the first one warms up."""
-        self.steps = steps
+    def measure(self, steps: int = 2) -> tuple[float, float]:
+        """Tokens per second of a few steps that change nothing, the first of which warms up, and the last one's loss."""
+        self.steps, tokens = steps, 0.0
         for step in range(steps):
-            started = time.perf_counter()
+            if step == 1:
+                started = time.perf_counter()
             self._begin_step()
             tally = self._gradient(rows_of_step(step, self.config.optimisation.batch, len(self.splits["train"]), 0))
+            tokens += tally.tokens if step else 0.0
         self.optimizer.zero_grad()
-        return tally.tokens / (time.perf_counter() - started)
+        return tokens / (time.perf_counter() - started), tally.total / max(tally.counted, 1.0)
 
     def save(self) -> None:
         """Write the checkpoint of this step and let `latest` and `best` follow. Every process must call it."""
