@@ -6,6 +6,7 @@ A user's error ends in one line on stderr and exit code 2, Ctrl-C in exit code 1
 import argparse
 import os
 import sys
+import time
 from importlib import import_module
 
 _COMMANDS = {
@@ -22,6 +23,7 @@ _COMMANDS = {
     "evaluate": "..training.evaluate",
     "push": "..training.push",
     "drafters": "..drafters.shipped",
+    "check": ".check.command",
 }
 
 
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
     profile.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
 
+    _check_parser(commands)
     _bench_parser(commands)
     _data_parser(commands)
     _drafter_parsers(commands)
@@ -101,6 +104,33 @@ def _drafter_parsers(commands) -> None:
     push.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
+def _check_parser(commands) -> None:
+    check = commands.add_parser("check", help="does every promise hold on this machine, and how fast is it here?")
+    what = check.add_mutually_exclusive_group()
+    what.add_argument("--model", metavar="NAME", help="check with this model: folder, short name or hub id")
+    shapes = "random weights in the shape of a known model, no download (default %(default)s)"
+    what.add_argument("--shape", default="smollm2-135m", metavar="NAME", help=shapes)
+    what.add_argument("--config", metavar="FILE", help="random weights in the shape of this config.json")
+    check.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
+    check.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")
+    check.add_argument("--executors", default="all", metavar="LIST", help="all, or some of them, with commas between")
+    budget = "seconds that the check may take, within a fifth (default 100)"
+    check.add_argument("--budget", type=_seconds, default=100.0, metavar="SECONDS", help=budget)
+    check.add_argument("-o", "--output", metavar="FILE", help="everything that was found, raw, as JSON")
+    check.add_argument("--markdown", metavar="FILE", help="the tables as Markdown; - is standard output")
+    check.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 1 <= seconds < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds of at least 1")
+    return seconds
+
+
 def _bench_parser(commands) -> None:
     bench = commands.add_parser("bench", help="measure methods on prompts, in turns, into a run file")
     bench.add_argument("prompts", metavar="PROMPTS", help="JSONL with turns or prompt, perhaps id and category")
@@ -127,8 +157,8 @@ def _bench_parser(commands) -> None:
     report.add_argument("--markdown", metavar="FILE", help="the tables as Markdown; - is standard output")
     report.add_argument("--json", metavar="FILE", help="all figures; - is standard output")
 
-    compare = commands.add_parser("compare", help="compare two run files; exit code 1 where B is worse beyond noise")
-    compare.add_argument("runs", nargs=2, metavar="RUN", help="A, then B")
+    compare = commands.add_parser("compare", help="compare two run files or checks; exit code 1 where B is worse")
+    compare.add_argument("runs", nargs=2, metavar="FILE", help="A, then B: of paceline bench, or of paceline check")
 
 
 def _data_parser(commands) -> None:
@@ -198,12 +228,14 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    started = time.perf_counter()
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and (args.command != "train" or any(item.startswith("-") for item in rest)):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # argparse takes no more overrides once it has seen an option
         args.overrides += rest
+    args.started = started  # importing torch is part of what a person waits for
     # One line for an error means that the libraries' own warnings and bars stay out of the way.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")

@@ -5,6 +5,7 @@ their slots held text, in turns, and medians are kept. Knows nothing of acceptan
 """
 
 import itertools
+import math
 import statistics
 import tempfile
 import time
@@ -54,17 +55,21 @@ class BlankSession(EmptySession):
         return Proposal(tokens, self.tree, "without_replacement", "own", self.draft_logits)
 
 
-def in_turns(model, runners: dict, repeats: int) -> dict:
-    """Median seconds of a run of each of `runners`, which take turns."""
+def in_turns(model, runners: dict, repeats: int, warm_up: int = 3, limit: float = math.inf) -> dict:
+    """Median seconds of a run of each of `runners`, which take turns, after `warm_up` turns that do not count; no turn
+    begins after `limit` seconds, but one counts in any case."""
     seconds: dict = {key: [] for key in runners}
     with torch.no_grad():
-        for repeat in range(repeats + 3):
+        begun = time.perf_counter()
+        for repeat in range(repeats + warm_up):
+            if repeat > warm_up and time.perf_counter() - begun > limit:
+                break
             for key, runner in runners.items():
                 wait_for(model)
                 started = time.perf_counter()
                 runner.run(lambda phase: None)
                 wait_for(model)
-                if repeat >= 3:
+                if repeat >= warm_up:
                     seconds[key].append(time.perf_counter() - started)
     return {key: statistics.median(values) for key, values in seconds.items()}
 

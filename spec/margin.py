@@ -4,6 +4,8 @@ In lower precision a forward of many tokens rounds differently from a forward of
 The margin shows whether it was one.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,3 +33,23 @@ def margin(model, text: list[int], temperature: float = 0.0, key: Tensor | None 
         scores = scores / temperature + noise.gumbel(key[None], position, noise.TARGET, vocab)[0, 0]
     best = scores.topk(2).values
     return float(best[0] - best[1]), spacing
+
+
+@torch.no_grad()
+def rounding_can_swap(
+    logits: Tensor, one: int, other: int, rounding: float, scores_of: Callable[[Tensor], Tensor]
+) -> tuple[bool, float]:
+    """Whether two forwards whose logits (V,) are each off by at most `rounding` can choose tokens `one` and `other`,
+    and how far apart the two logits are.
+
+    `scores_of` turns logits (1, V) into what the argmax is taken of. The two tokens are pushed apart by the rounding,
+    each way, so that the edge of a nucleus is judged by the rule that draws it."""
+    gap = abs(float(logits[one] - logits[other]))
+
+    def choice(winner: int, loser: int) -> int:
+        pushed = logits.clone()
+        pushed[winner] += rounding
+        pushed[loser] -= rounding
+        return int(scores_of(pushed[None])[0].argmax())
+
+    return choice(one, other) == one and choice(other, one) == other, gap

@@ -13,6 +13,7 @@ from jinja2 import Environment
 
 from . import drawing
 from .analysis import FEW, analyse, check_comparable, paired
+from .check.differences import compare_checks, read_check
 from .console import table
 from .runfile import Run, read_run
 from .statistics import Interval, quotient_interval
@@ -172,10 +173,14 @@ def _texts(figures: dict, runs: list[Run]) -> list[tuple[str, list]]:
 
 
 def compare(args) -> int:
-    """The command `paceline compare A B`: exit code 1 where a method of B is worse than in A beyond noise.
+    """The command `paceline compare A B`: exit code 1 where a method of B is worse than in A beyond noise. Two files of
+    `paceline check` are put side by side: exit code 1 where what holds in A fails in B.
 
     What is compared is the speed-up over the baseline of the same run (for plain decoding, over transformers), so that
     a machine that is slower today does not count, and tokens per step; tokens per second where there is neither."""
+    checks = [read_check(path) for path in args.runs]
+    if any(checks):
+        return compare_checks(args.runs, checks)
     runs = [_read(path) for path in args.runs]
     check_comparable(runs)
     figures = [{own["name"]: own for own in run.methods} for run in runs]

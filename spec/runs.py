@@ -7,6 +7,7 @@ text of the same batch, tree, capacity, drafter and sampling. The last few are k
 import hashlib
 import itertools
 import sys
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -91,7 +92,7 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
             f"drafter {asked.drafter.name!r} has a vocabulary of {asked.drafter.vocab_size} tokens and the target one "
             f"of {vocab}; use a drafter made for this target's tokenizer"
         )
-    kept: OrderedDict = model.__dict__.setdefault("_paceline_runs", OrderedDict())
+    kept = kept_runs(model)
     for spec in [spec for spec in kept if spec.models[0] != asked.models[0]]:
         del kept[spec]  # bound to weights that are elsewhere now
     compiled_before = asked.settled("compiled") in kept
@@ -116,8 +117,10 @@ def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[
 
 
 def _run(model, spec: RunSpec, sampler: Sampler) -> tuple[Engine, object]:
-    engine = make_engine(model, spec, sampler)
-    return engine, EXECUTORS[spec.executor](engine)
+    engine, started = make_engine(model, spec, sampler), time.perf_counter()
+    executor = EXECUTORS[spec.executor](engine)
+    executor.making_seconds = time.perf_counter() - started
+    return engine, executor
 
 
 def make_engine(model, spec: RunSpec, sampler: Sampler) -> Engine:
@@ -153,6 +156,22 @@ def open_engine(
         rule=rule,
         keep_scores=keep_scores,
     )
+
+
+class KeptRuns(OrderedDict[RunSpec, tuple[Engine, object]]):
+    """The engines and executors kept with a model, the one used last at the end. Copies of the model, which have other
+    weights, begin without any."""
+
+    def __deepcopy__(self, memo) -> "KeptRuns":
+        return KeptRuns()
+
+    def __reduce__(self):
+        return KeptRuns, ()
+
+
+def kept_runs(model) -> KeptRuns:
+    """What is kept with `model`."""
+    return model.__dict__.setdefault("_paceline_runs", KeptRuns())
 
 
 def keep(model, engines: int) -> None:

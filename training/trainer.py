@@ -256,7 +256,7 @@ class Trainer:
             write_json(folder / "acceptance.json", {**record(counts, shape), "how": how})
 
     def measure(self, steps: int = 2) -> tuple[float, float]:
-        """Tokens per second of a few steps that change nothing, the first of which warms up, and the last one's loss."""
+        """Tokens per second of a few steps that change nothing, the first of which warms up, and the last loss."""
         self.steps, tokens = steps, 0.0
         for step in range(steps):
             if step == 1:

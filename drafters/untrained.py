@@ -1,0 +1,51 @@
+"""Drafters for any target that need neither training nor download, to check with: their texts must be the target's own
+all the same, and they cost what trained ones of their kind cost.
+
+    ngram        prompt lookup
+    draft model  the target itself with noise on its weights, which is right now and then
+    medusa       independent heads with random weights
+    hydra        sequential heads with random weights
+"""
+
+import copy
+
+import torch
+
+from .draft_model import ModelDrafter
+from .medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from .ngram import NgramDrafter
+
+KINDS = ("ngram", "draft model", "medusa", "hydra")
+NOISE = 0.05  # of a weight's own spread
+_BLOCK = 1_048_573  # random numbers that are drawn and repeated, a prime
+
+
+def untrained(kind: str, target):
+    """A drafter of one of `KINDS` for the model `target`; "draft model" takes as much memory as the target."""
+    if kind == "ngram":
+        return NgramDrafter()
+    if kind == "draft model":
+        return ModelDrafter(_noisy_copy(target), kind)
+    heads = MedusaHeads.make(HeadSettings("independent" if kind == "medusa" else kind), target).to(target.dtype)
+    for parameter in heads.parameters():
+        _add_noise(parameter, 0.1 * heads.hidden_size**-0.5)
+    return MedusaDrafter(heads.requires_grad_(False).eval(), kind)
+
+
+@torch.no_grad()
+def _noisy_copy(target):
+    model = copy.deepcopy(target)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            _add_noise(parameter, NOISE * float(parameter[0].float().std()))
+    return model
+
+
+@torch.no_grad()
+def _add_noise(parameter: torch.Tensor, spread: float) -> None:
+    """Add normal noise, drawn once and repeated, because drawing billions of numbers takes minutes on a CPU."""
+    generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
+    block = spread * torch.randn(_BLOCK, generator=generator, device=parameter.device)
+    flat, block = parameter.view(-1), block.to(parameter.dtype)
+    for start in range(0, flat.numel(), len(block)):
+        flat[start : start + len(block)].add_(block[: flat.numel() - start])

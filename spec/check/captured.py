@@ -1,0 +1,95 @@
+"""What a captured step promises beside the text: one capture serves other prompts, its report can be read a step late,
+replaying it never waits for the device, and memory does not grow.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from ..generate import generate
+from ..runs import kept_runs
+from ..step import step
+from .budget import NotHere, Task
+from .record import FAILS, Finding
+from .subject import Subject
+
+PROMPTS, STEPS = 10, 200
+
+
+def captured_tasks(subject: Subject, executor: str, new_tokens: int) -> Iterator[Task]:
+    """The promises of a captured step, shown with prompt lookup on one row."""
+    promises = {
+        f"one capture for {PROMPTS} prompts, read one step late": _serves_other_prompts,
+        "a replayed step never waits": _never_waits,
+        f"memory is flat over {STEPS} steps": _memory_is_flat,
+    }
+    for promise, show in promises.items():
+        what = {"promise": promise, "executor": executor}
+        yield Task(what, lambda what=what, show=show: [show(subject, what, new_tokens)])
+
+
+def _decode(subject: Subject, executor: str, seed: int, new_tokens: int):
+    generator = torch.Generator().manual_seed(seed)
+    half = torch.randint(5, subject.vocabulary, (1, 4 + seed), generator=generator)
+    ids = torch.cat([half, half], dim=1).to(subject.device)
+    options = dict(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, return_dict_in_generate=True)
+    return generate(subject.model, ids, drafter=subject.drafter("ngram"), tree="2x1x1", executor=executor, **options)
+
+
+def _serves_other_prompts(subject: Subject, what: dict, new_tokens: int) -> Finding:
+    """Equal events, step by step, show that each report was read before the next step wrote over it."""
+    executor, made, parted = what["executor"], [], 0
+    for seed in range(PROMPTS):
+        plain, before = _decode(subject, "eager", seed, new_tokens), len(kept_runs(subject.model))
+        replayed = _decode(subject, executor, seed, new_tokens)
+        made.append(len(kept_runs(subject.model)) - before)
+        if not torch.equal(plain.sequences, replayed.sequences):  # which the texts' own check judges
+            parted += 1
+            continue
+        steps = [[(e.tokens, e.accepted, e.bonus) for e in out.trace.events] for out in (plain, replayed)]
+        if steps[0] != steps[1]:
+            number = next((i for i, pair in enumerate(zip(*steps)) if pair[0] != pair[1]), min(map(len, steps)))
+            return Finding(what, FAILS, f"step {number} on prompt {seed} is not what the eager step does")
+    if sum(made[1:]):
+        return Finding(what, FAILS, f"{1 + sum(made[1:])} steps were captured for prompts of one shape")
+    if parted and subject.dtype in (torch.float32, torch.float64):
+        return Finding(what, FAILS, f"{parted} of {PROMPTS} texts are not those of eager steps")
+    return Finding(what, figures={"texts": PROMPTS, "parted": parted})
+
+
+def _runner(subject: Subject, executor: str):
+    """The engine kept for `executor` last, and its executor."""
+    if subject.device.type != "cuda":
+        raise NotHere("needs CUDA")
+    kept = [run for spec, run in kept_runs(subject.model).items() if spec.executor == executor]
+    if not kept:
+        raise NotHere("no step was captured")
+    return kept[-1]
+
+
+@torch.no_grad()
+def _never_waits(subject: Subject, what: dict, new_tokens: int) -> Finding:
+    engine, executor = _runner(subject, what["executor"])
+    engine.idle_step()
+    torch.cuda.synchronize(subject.device)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(engine, lambda phase: None)
+        executor.run(lambda phase: None)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return Finding(what)
+
+
+@torch.no_grad()
+def _memory_is_flat(subject: Subject, what: dict, new_tokens: int) -> Finding:
+    engine, executor = _runner(subject, what["executor"])
+    engine.idle_step()
+    before = torch.cuda.memory_allocated(subject.device)
+    for _ in range(STEPS):
+        executor.run(lambda phase: None)
+    torch.cuda.synchronize(subject.device)
+    grown = torch.cuda.memory_allocated(subject.device) - before
+    if grown > 0:
+        return Finding(what, FAILS, f"{grown:,} bytes more are allocated after {STEPS} steps")
+    return Finding(what)

@@ -1,0 +1,72 @@
+"""Two checks side by side: what changed its verdict, and every figure of both with the ratio.
+
+Reads the JSON files of `paceline check` and nothing else.
+"""
+
+import json
+from pathlib import Path
+
+from ..console import table
+from .record import FAILS, FIGURES, HOLDS
+
+
+def read_check(path: str) -> dict | None:
+    """A check as `paceline check -o` wrote it; None for any other file. Raises ValueError for a damaged check."""
+    try:
+        check = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a run file, or something that whoever reads it next will refuse
+    if not isinstance(check, dict) or check.get("kind") != "paceline-check":
+        return None
+    try:
+        _findings(check)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is a damaged check ({type(error).__name__}: {error}); make it again") from error
+    return check
+
+
+def compare_checks(paths: list[str], checks: list[dict | None]) -> int:
+    """Print A and B side by side; 1 where something that holds in A fails in B.
+
+    Raises ValueError where one of the two files is no check."""
+    for path, check in zip(paths, checks):
+        if check is None:
+            raise ValueError(f"{path} is no file of paceline check and the other one is; compare two of a kind")
+    for name, check in zip("AB", checks):
+        subject, machine = check["subject"], check["machine"]
+        where = machine["gpu"] if subject["device"].startswith("cuda") else machine["cpu"]
+        print(f"{name}: {subject['name']}, {subject['dtype']}, {where}, {check['created']}, commit {check['commit']}")
+    (a, b), rows, broken = map(_findings, checks), [], 0
+    for key in [*a, *(key for key in b if key not in a)]:
+        mine, theirs = (side.get(key, {"verdict": "-", "figures": {}}) for side in (a, b))
+        part, what = key
+        label = f"{part}: {', '.join(str(value) for _, value in what)}"
+        if mine["verdict"] != theirs["verdict"]:
+            broken += (mine["verdict"], theirs["verdict"]) == (HOLDS, FAILS)
+            rows.append([label, "verdict", mine["verdict"], theirs["verdict"], ""])
+        rows += _figure_rows(label, mine["figures"], theirs["figures"])
+    print(table(["what", "figure", "A", "B", "B / A"], rows))
+    return 1 if broken else 0
+
+
+def _findings(check: dict) -> dict[tuple, dict]:
+    """Every finding by its part and labels."""
+    return {
+        (part["name"], tuple(finding["what"].items())): {
+            "verdict": finding["verdict"], "figures": dict(finding["figures"])
+        }
+        for part in check["parts"]
+        for finding in part["findings"]
+    }  # fmt: skip
+
+
+def _figure_rows(label: str, mine: dict, theirs: dict) -> list[list[str]]:
+    rows = []
+    for name, (_, heading, show) in FIGURES.items():
+        pair = mine.get(name), theirs.get(name)
+        if None in pair or (pair[0] == pair[1] and isinstance(pair[0], str)):
+            continue
+        numbers = all(isinstance(value, (int, float)) for value in pair)
+        ratio = f"{pair[1] / pair[0]:.2f}" if numbers and pair[0] else ""
+        rows.append([label, heading, show(pair[0]), show(pair[1]), ratio])
+    return rows

@@ -1,0 +1,238 @@
+"""The second part of a check: is drafted text the text of plain decoding, with every executor that can run here?
+
+The target passes its self-test; then texts are decoded plainly and with every kind of drafter, greedily and sampled
+with seeds, one row and a ragged batch of four, and compared token by token. In low precision two forwards of different
+shapes round differently, and texts may part where two tokens are closer than that: the rounding is measured on this
+model, and a parting that it cannot explain is a failure.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .. import noise
+from ..attach import attach, self_test
+from ..curves import wait_for
+from ..generate import SpeculativeOutput, generate
+from ..margin import parting, rounding_can_swap
+from ..proposal import NoDrafter
+from ..runs import keep, kept_runs
+from ..sampling import warpers
+from ..slots import SlotModel
+from ..tree import TokenTree, TreeShape
+from .budget import Clock, NotHere, Task
+from .captured import captured_tasks
+from .record import FAILS, Finding
+from .subject import COMPILED, Subject
+
+PROMPT_TOKENS, CHUNK = 24, 16  # so that prompts are read in two chunks
+TEMPERATURE, TOP_P = 0.8, 0.9
+SEEDS = (11, 12, 13, 14)
+COMBINATIONS = ((1, "greedy"), (4, "seeded"), (1, "seeded"), (4, "greedy"))  # rows and way
+EIGHT_NODES = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5))
+DRAFTS = {  # the kind of drafter and its tree
+    "ngram tree": ("ngram", EIGHT_NODES),
+    "draft model": ("draft model", TreeShape.parse("2x1x1")),
+    "hydra": ("hydra", TreeShape.parse("3x1x1")),
+    "ngram chain": ("ngram", TreeShape.chain(4)),
+    "medusa": ("medusa", TreeShape.parse("3x1x1")),
+}
+MOST_TOKENS, LEAST_TOKENS = 32, 6  # of a text
+PROBED = 8  # nodes over which rounding is measured
+
+
+class Lossless:
+    """The tasks of the part, and what they share: prompts, plain texts, the length that the budget allows."""
+
+    def __init__(self, subject: Subject, clock: Clock):
+        self.subject, self.clock = subject, clock
+        self.prompts = {rows: _prompts(rows, subject) for rows in (1, 4)}
+        self.plain: dict[tuple[int, str], Tensor] = {}
+        self.new_tokens, self.token_seconds = LEAST_TOKENS, 0.0
+        self.rounding: float | None = None
+        self.attached = False
+        self.checked: Counter[str] = Counter()  # [executor]: combinations
+
+    def tasks(self) -> Iterator[Task]:
+        keep(self.subject.model, 64)  # the steps made here are timed in the next part
+        yield Task({"promise": "self-test of the target"}, self._attach)
+        if not self.attached:
+            return
+        yield Task({"promise": "rounding of logits"}, self._measure_rounding)
+        if self.rounding is None:
+            return
+        cheap = [name for name in self.subject.running if name not in COMPILED]
+        compiled = [name for name in self.subject.running if name in COMPILED]
+        half = len(COMBINATIONS) // 2 * len(DRAFTS)
+        for executor in cheap:
+            yield from self._texts(executor, half)
+            if executor != "eager":
+                yield from captured_tasks(self.subject, executor, self.new_tokens)
+        for executor in compiled:
+            yield from self._texts(executor, 2)
+        for executor in cheap + compiled:
+            yield from self._texts(executor, len(self._combinations(executor)))
+            if executor == "cuda_graph_compiled":
+                yield from captured_tasks(self.subject, executor, self.new_tokens)
+        for executor in self.subject.executors:
+            reason = self.subject.why_not(executor) or self._left_out(executor)
+            if reason is not None:
+                yield _absent({"promise": "same text", "executor": executor}, reason)
+
+    def _combinations(self, executor: str) -> list[tuple[str, int, str]]:
+        """Drafter, rows and way, the most telling first. Plain decoding too, which for the eager executor is the truth
+        itself."""
+        kinds = [*DRAFTS] if executor == "eager" else [next(iter(DRAFTS)), "none", *list(DRAFTS)[1:]]
+        return [(kind, rows, way) for rows, way in COMBINATIONS for kind in kinds]
+
+    def _texts(self, executor: str, count: int) -> Iterator[Task]:
+        """The first `count` combinations, without those that have been checked, as far as the time reaches."""
+        for kind, rows, way in self._combinations(executor)[self.checked[executor] : count]:
+            if self.clock.left < self._seconds(executor, rows):
+                return
+            self.checked[executor] += 1
+            what = {"promise": "same text", "executor": executor, "drafter": kind, "rows": rows, "way": way}
+            yield Task(what, lambda what=what: [self._same_text(what)])
+
+    def _seconds(self, executor: str, rows: int) -> float:
+        """What a text takes, roughly."""
+        compiling = self.subject.expected_compile() if executor in COMPILED else 0.0
+        return compiling + self.new_tokens * self.token_seconds * (1.0 + 0.5 * rows)
+
+    def _left_out(self, executor: str) -> str | None:
+        total = len(self._combinations(executor))
+        missing = total - self.checked[executor]
+        if not missing:
+            return None
+        seconds = self._seconds(executor, 1)
+        left_out = f"{missing} of {total} combinations of drafter, rows and way"
+        return f"{left_out}; each takes about {seconds:.0f} s; give a larger --budget"
+
+    def _attach(self) -> list[Finding]:
+        attach(self.subject.model)
+        self.attached = True
+        figures = {"relative_error": self_test(self.subject.model)}
+        return [Finding({"promise": "self-test of the target"}, figures=figures)]
+
+    def _measure_rounding(self) -> list[Finding]:
+        """And decide how long texts can be: a text takes about so long as plain decoding of it."""
+        for _ in range(2):  # the first warms up
+            started = time.perf_counter()
+            self._decode("eager", "none", 1, "greedy", 4)
+            wait_for(self.subject.model)
+            self.token_seconds = (time.perf_counter() - started) / 4
+        texts = len(COMBINATIONS) * (len(DRAFTS) + 1) * 1.25
+        compiling = self.subject.expected_compile() if set(COMPILED) & set(self.subject.running) else 0.0
+        left = self.clock.left - (compiling if 2 * compiling < self.clock.left else 0.0)
+        affordable = int(0.5 * left / (texts * self.token_seconds))
+        self.new_tokens = min(max(affordable, LEAST_TOKENS), MOST_TOKENS)
+        text = self._decode("eager", "none", 1, "greedy", self.new_tokens).sequences[0]
+        rounding = _rounding(self.subject.model, text)
+        if not rounding < float("inf"):
+            raise ValueError("the logits hold NaN or infinite numbers; check the weights and the dtype")
+        self.rounding = rounding
+        return [Finding({"promise": "rounding of logits"}, figures={"rounding": rounding})]
+
+    def _decode(self, executor: str, kind: str, rows: int, way: str, new_tokens: int) -> SpeculativeOutput:
+        name, shape = DRAFTS.get(kind, ("none", TreeShape.chain(0)))
+        drafter = NoDrafter() if name == "none" else self.subject.drafter(name)
+        sampling = {"do_sample": False}
+        if way == "seeded":
+            sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
+        return generate(
+            self.subject.model, *self.prompts[rows], drafter=drafter, tree=shape, executor=executor,
+            seed=list(SEEDS[:rows]), prefill_chunk=CHUNK, max_new_tokens=new_tokens, pad_token_id=0,
+            return_dict_in_generate=True, **sampling,
+        )  # fmt: skip
+
+    def _truth(self, rows: int, way: str) -> Tensor:
+        if (rows, way) not in self.plain:
+            self.plain[rows, way] = self._decode("eager", "none", rows, way, self.new_tokens).sequences
+        return self.plain[rows, way]
+
+    def _same_text(self, what: dict) -> Finding:
+        executor, rows, way = what["executor"], what["rows"], what["way"]
+        truth, known = self._truth(rows, way), set(kept_runs(self.subject.model))
+        out = self._decode(executor, what["drafter"], rows, way, self.new_tokens)
+        figures = {"texts": rows, "parted": 0, "tokens_per_step": out.trace.summary()["tokens_per_step"]}
+        for spec, (_, made) in kept_runs(self.subject.model).items():
+            if spec not in known:
+                figures["making_seconds"] = made.making_seconds
+                if executor in COMPILED:
+                    self.subject.compile_seconds = made.making_seconds
+        finding = Finding(what, figures=figures)
+        for row in range(rows):
+            self._judge(finding, row, truth[row].tolist(), out.sequences[row].tolist())
+        return finding
+
+    def _judge(self, finding: Finding, row: int, plain: list[int], drafted: list[int]) -> None:
+        """Note where two texts of a row part, and whether rounding explains it."""
+        place = parting(plain, drafted)
+        if place is None:
+            return
+        figures = finding.figures
+        figures["parted"] += 1
+        said = f"row {row} leaves the text of plain decoding at token {place - PROMPT_TOKENS + 1} of {self.new_tokens}"
+        if place >= min(len(plain), len(drafted)):
+            finding.verdict, finding.reason = FAILS, f"{said}, where one of them ends"
+            return
+        _, mask = self.prompts[finding.what["rows"]]
+        text = plain[PROMPT_TOKENS - int(mask[row].sum()) : place]
+        explained, gap = self._explained(text, plain[place], drafted[place], row, finding.what["way"])
+        figures["margin"] = max(gap, figures.get("margin", 0.0))
+        figures["rounding"] = self.rounding
+        apart = f"{said}, where the two tokens' logits are {gap:.2g} apart and rounding is {self.rounding:.2g}"
+        if not explained:
+            finding.verdict, finding.reason = FAILS, apart
+        elif finding.verdict != FAILS:
+            finding.reason = f"{apart}: a near-tie"
+
+    @torch.no_grad()
+    def _explained(self, text: list[int], one: int, other: int, row: int, way: str) -> tuple[bool, float]:
+        model, device = self.subject.model, self.subject.device
+        logits = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0, -1].float()
+        if way == "greedy":
+            return rounding_can_swap(logits, one, other, self.rounding, lambda scores: scores)
+        warp, vocabulary = warpers(TEMPERATURE, TOP_P), torch.arange(len(logits), device=device)
+        keys, position = noise.row_keys([SEEDS[row]], 1, device), torch.tensor([[len(text)]], device=device)
+        gumbel = noise.gumbel(keys, position, noise.TARGET, vocabulary)[0]
+        return rounding_can_swap(logits, one, other, self.rounding, lambda scores: warp(None, scores) + gumbel)
+
+
+@torch.no_grad()
+def _rounding(model, text: Tensor) -> float:
+    """The largest difference of a logit between a cache-less forward of `text` (T,) and the forward of a chain of its
+    last tokens over slots, as drafted decoding runs it, and of one of them, as plain decoding does."""
+    ids, base = text[None], torch.tensor([len(text) - PROBED], device=text.device)
+    truth = model(input_ids=ids, use_cache=False).logits[0, -PROBED:].float()
+    slots = SlotModel(model, capacity=-(-(len(text) + 2) // 64) * 64)
+    slots.prefill(ids, base + 1, CHUNK)
+    largest = 0.0
+    for nodes in (PROBED, 1):
+        tree = TokenTree.of(TreeShape.chain(nodes - 1), text.device)
+        logits = slots.forward_nodes(ids[:, -PROBED:][:, :nodes], base, tree)[0]
+        largest = max(largest, float((logits - truth[:nodes]).abs().max()))
+        if not logits.isfinite().all():
+            return float("nan")
+    return largest
+
+
+def _prompts(rows: int, subject: Subject) -> tuple[Tensor, Tensor]:
+    """Random tokens, the second half of each row like its first, so that prompt lookup has something to find; rows of
+    24, 17, 10 and 3 tokens, padded on the left."""
+    generator = torch.Generator().manual_seed(rows)
+    half = torch.randint(5, subject.vocabulary, (rows, PROMPT_TOKENS // 2), generator=generator)
+    padding = 7 * torch.arange(rows)[:, None]
+    mask = (torch.arange(PROMPT_TOKENS) >= padding).long()
+    ids = torch.cat([half, half], dim=1) * mask
+    return ids.to(subject.device), mask.to(subject.device)
+
+
+def _absent(what: dict, reason: str) -> Task:
+    def work() -> list[Finding]:
+        raise NotHere(reason)
+
+    return Task(what, work, closing=True)

@@ -1,0 +1,168 @@
+"""Models to check with: well-known shapes with random weights, made on the device without any download.
+
+A shape is the published configuration of a model. Weights are drawn so that activations and logits are about as large
+as in a trained model: the logits have a standard deviation of 3, so that greedy texts part at near-ties about as rarely
+as real ones. What such a model says is noise; how long it takes and whether its texts agree is not.
+"""
+
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from ..models import load_target, resolve
+from ..packing import emulates_bfloat16
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}  # fmt: skip
+SHAPES: dict[str, dict] = {
+    "smollm2-135m": dict(
+        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=8192, tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0}, rms_norm_eps=1e-5,
+    ),
+    "qwen3-0.6b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
+        num_attention_heads=16, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+        tie_word_embeddings=True, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    "llama-3.2-1b": dict(
+        model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
+        tie_word_embeddings=True, rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, rms_norm_eps=1e-5,
+    ),
+    "gemma-2-2b": dict(
+        model_type="gemma2", vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=256, max_position_embeddings=8192, sliding_window=4096,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0, query_pre_attn_scalar=256,
+    ),
+    "llama-3.1-8b": dict(
+        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=131072,
+        tie_word_embeddings=False, rope_parameters={**LLAMA3_ROPE, "factor": 8.0}, rms_norm_eps=1e-5,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, max_position_embeddings=40960,
+        tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    # No published model: Mixtral's architecture in a size for any machine.
+    "mixtral-tiny": dict(
+        model_type="mixtral", vocab_size=32000, hidden_size=512, intermediate_size=1024, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=2, head_dim=64, num_local_experts=8, num_experts_per_tok=2,
+        max_position_embeddings=8192, sliding_window=None,
+    ),
+}  # fmt: skip
+# sdpa has no soft caps on attention scores, and transformers would leave them out.
+ATTENTION = {"gemma-2-2b": "eager"}
+SPREAD = 3.0  # standard deviation of the logits
+_BLOCK = 4_194_301  # random numbers that are drawn and repeated; a prime, so that no two rows of a matrix are alike
+
+
+def shape_config(name: str) -> PreTrainedConfig:
+    """The configuration of a known shape. Raises ValueError for an unknown one."""
+    if name not in SHAPES:
+        raise ValueError(f"--shape {name!r} is not known; choose one of {', '.join(SHAPES)}, or give --config FILE")
+    settings = dict(SHAPES[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config._name_or_path = name
+    return config
+
+
+def read_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration in a config.json, a folder, or of a model's name. Raises ValueError where there is none."""
+    try:
+        path = Path(where)
+        return AutoConfig.from_pretrained(
+            path if path.is_file() else resolve(where), trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # whatever transformers and the hub raise for a bad source
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(f"{where} gives no configuration of a model ({type(error).__name__}: {detail})") from error
+
+
+def settled_dtype(dtype: str, device: torch.device, published: torch.dtype | None = None) -> torch.dtype:
+    """The dtype that `--dtype` means: for auto the `published` one of a model with weights, or bfloat16; but float32
+    for bfloat16 where the device only emulates it."""
+    if dtype == "auto":
+        if published not in (None, torch.bfloat16):
+            return published
+        emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.float32 if emulated or emulates_bfloat16(device) else torch.bfloat16
+    named = getattr(torch, dtype.removeprefix("torch."), None)
+    if not isinstance(named, torch.dtype) or not named.is_floating_point:
+        raise ValueError(f"--dtype {dtype} is no floating-point dtype of torch; use auto, float32 or bfloat16")
+    return named
+
+
+def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
+    """Bytes of the weights of a model of this configuration."""
+    model = _empty(config, dtype, torch.device("meta"), trust_remote_code)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free on the device now."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def check_memory(name: str, needed: int, dtype: torch.dtype, device: torch.device) -> str:
+    """One line: what the weights need and what is free. Raises ValueError where they do not fit with room to work."""
+    free = free_bytes(device)
+    weights = f"{name}: {needed / 1e9:.2f} GB of weights in {str(dtype).removeprefix('torch.')}"
+    if needed * 1.2 > free:
+        raise ValueError(
+            f"{weights} and room to work do not fit into the {free / 1e9:.2f} GB that are free on {device}; choose a "
+            "smaller shape or model, or another --dtype or --device"
+        )
+    return (
+        f"{weights}, about {2.5 * needed / 1e9:.1f} GB with a copy to draft with; {free / 1e9:.1f} GB are free on "
+        f"{device}"
+    )
+
+
+def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False):
+    """A model of this configuration with random weights, made on the device."""
+    model = _empty(config, dtype, device, trust_remote_code)
+    block = torch.randn(_BLOCK, generator=torch.Generator(device).manual_seed(0), device=device)
+    heads = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    with torch.no_grad():
+        for module in model.modules():
+            parameters = dict(module.named_parameters(recurse=False))
+            if parameters and all(parameter.ndim < 2 for parameter in parameters.values()):
+                model._init_weights(module)  # norms, whose neutral weights only their family knows
+                continue
+            for name, parameter in parameters.items():
+                if parameter.ndim < 2:
+                    parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                    continue
+                spread = (SPREAD if id(parameter) in heads else 1.0) * parameter.shape[-1] ** -0.5
+                _fill(parameter, (block * spread).to(dtype))
+    model.generation_config = GenerationConfig()  # no end of text: every text is as long as asked for
+    return model.eval()
+
+
+def named_model(name: str, dtype: str, device: torch.device, trust_remote_code: bool = False):
+    """A model as `load_target` loads it, whose texts have no end."""
+    model, _ = load_target(name, dtype, device, trust_remote_code, with_tokenizer=False)
+    model.generation_config = GenerationConfig()
+    return model
+
+
+def _empty(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool):
+    attention = ATTENTION.get(config._name_or_path)
+    options = {"attn_implementation": attention} if attention else {}
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
+    model.tie_weights()
+    return model
+
+
+def _fill(parameter: torch.Tensor, numbers: torch.Tensor) -> None:
+    flat = parameter.view(-1)
+    for start in range(0, flat.numel(), len(numbers)):
+        flat[start : start + len(numbers)].copy_(numbers[: flat.numel() - start])

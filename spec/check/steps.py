@@ -1,0 +1,202 @@
+"""The third part of a check: what steps cost here, by executor, rows and nodes, beside transformers' `generate()`.
+
+Idle engines are timed in turns, as the planner times them: a step in which every row is done costs what a real one
+does. Beside each step stands the target's forward in it alone, and how near that comes to the time in which the probed
+memory bandwidth reads the weights and the text's keys and values once.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from ..curves import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
+from ..planner import interpolate
+from ..proposal import NoDrafter
+from ..runs import kept_runs
+from ..tree import TreeShape
+from .budget import Clock, NotHere, Task
+from .record import NOT_HERE, Finding
+from .subject import COMPILED, Subject
+
+# Rows and nodes, the most telling first, in case time runs out.
+SIZES = ((1, 1), (1, 8), (1, 4), (1, 16), (1, 2), (1, 32), (1, 64), (8, 1), (8, 4), (8, 8))
+DRAFTED_LEVELS = (1, 4)
+KINDS = ("ngram", "hydra", "medusa", "draft model")
+REPEATS, LEAST_TURNS = 15, 3
+COMPARED_TOKENS = 16  # of transformers' generate()
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(slots=True)
+class Timed:
+    """A runner to time, and what making it took; `drafts` says that its steps draft by prompt lookup."""
+
+    runner: object
+    making_seconds: float
+    drafts: bool = False
+
+
+class Steps:
+    """The tasks of the part. `curves[executor][nodes]` are seconds of one row's step, `drafts[executor][kind][levels]`
+    those of drafting, for the part that plans."""
+
+    def __init__(self, subject: Subject, clock: Clock):
+        self.subject, self.clock = subject, clock
+        self.runners: dict[str, dict[tuple, Timed]] = defaultdict(dict)  # [executor][rows, nodes, whole or "forward"]
+        self.curves: dict[str, dict[int, float]] = {}
+        self.drafts: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
+        self.slot_bytes = 0
+
+    def tasks(self) -> Iterator[Task]:
+        running = self.subject.running
+        cheap = [name for name in running if name not in COMPILED]
+        for number, executor in enumerate(cheap):
+            seconds = 0.6 * self.clock.left / (len(running) - number)
+            what = {"executor": executor}
+            yield Task(what, lambda executor=executor, seconds=seconds: self._time_cheap(executor, seconds))
+        what = {"executor": "transformers"}
+        yield Task(what, self._transformers)
+        for executor in cheap:
+            for kind in KINDS:
+                what = {"executor": executor, "drafter": kind}
+                yield Task(what, lambda what=what: self._time_drafting(what["executor"], what["drafter"]))
+        for executor in (name for name in running if name in COMPILED):
+            yield from self._compiled(executor)
+        for executor in self.subject.executors:
+            reason = self.subject.why_not(executor)
+            if reason is not None:
+                yield Task({"executor": executor}, lambda reason=reason: _raise(reason), closing=True)
+
+    def _compiled(self, executor: str) -> Iterator[Task]:
+        """Steps that were compiled for texts before, then one size after the other while there is time."""
+        self._take_kept(executor)
+        for rows, nodes in SIZES:
+            seconds = self.subject.expected_compile() + 5.0  # and to time it
+            known = (rows, nodes, "whole") in self.runners[executor]
+            if known or self.clock.left < seconds:
+                continue
+            what = {"executor": executor, "rows": rows, "nodes": nodes}
+            yield Task(what, lambda what=what: self._compile(what["executor"], what["rows"], what["nodes"]))
+        yield Task({"executor": executor}, lambda: self._time_compiled(executor), closing=True)
+
+    def _take_kept(self, executor: str) -> None:
+        for spec, (engine, made) in kept_runs(self.subject.model).items():
+            if spec.executor == executor and spec.drafter.name in ("none", "ngram") and not spec.sampling[0]:
+                key = (spec.batch, len(spec.shape), "whole")
+                engine.state.done.fill_(True)
+                engine.state.lengths.fill_(engine.target.capacity // 2)
+                self.runners[executor][key] = Timed(made, made.making_seconds, spec.drafter.name == "ngram")
+
+    def _open(self, executor: str, rows: int, nodes: int, part: str) -> Timed:
+        drafter = Blank() if nodes > 1 else NoDrafter()
+        started = time.perf_counter()
+        options = {"forward_only": part == "forward", "batch": rows}
+        runner = open_idle(self.subject.model, executor, drafter, TreeShape.chain(nodes - 1), **options)
+        return Timed(runner, time.perf_counter() - started)
+
+    def _compile(self, executor: str, rows: int, nodes: int) -> list[Finding]:
+        made = self.runners[executor][rows, nodes, "whole"] = self._open(executor, rows, nodes, "whole")
+        self.subject.compile_seconds = made.making_seconds
+        return []  # timed with the others at the end
+
+    def _time_compiled(self, executor: str) -> list[Finding]:
+        seconds = self.subject.expected_compile()
+        findings = self._timed(executor, limit=4.0)
+        return findings + self._left_out(executor, f"compiling a step takes about {seconds:.0f} s")
+
+    @torch.no_grad()
+    def _time_cheap(self, executor: str, seconds: float) -> list[Finding]:
+        """Make what can be timed in turns within `seconds`, and time it."""
+        turn, begun = 0.0, time.perf_counter()
+        for rows, nodes, part in ((*size, part) for size in SIZES for part in ("whole", "forward")):
+            made = self._open(executor, rows, nodes, part)
+            turn += in_turns(self.subject.model, {0: made.runner}, repeats=1, warm_up=1)[0]
+            if self.runners[executor] and time.perf_counter() - begun + turn * LEAST_TURNS > seconds:
+                break
+            self.runners[executor][rows, nodes, part] = made
+        findings = self._timed(executor, limit=max(seconds - (time.perf_counter() - begun), 0.0))
+        return findings + self._left_out(executor, "no time is left to time them")
+
+    def _left_out(self, executor: str, reason: str) -> list[Finding]:
+        """A finding for the sizes that were not timed, if there are any."""
+        missing = [size for size in SIZES if (*size, "whole") not in self.runners[executor]]
+        if not missing:
+            return []
+        what = {"executor": executor, "nodes": f"{len(missing)} of {len(SIZES)} sizes"}
+        return [Finding(what, NOT_HERE, f"{reason}; give a larger --budget")]
+
+    def _timed(self, executor: str, limit: float) -> list[Finding]:
+        """Time all runners of an executor in turns: a finding for each size, and the curve for the planner."""
+        made = self.runners[executor]
+        if not made:
+            return []
+        runners = {key: timed.runner for key, timed in made.items()}
+        seconds = in_turns(self.subject.model, runners, REPEATS, warm_up=1, limit=limit)
+        whole = {(rows, nodes): s for (rows, nodes, part), s in seconds.items() if part == "whole"}
+        self.curves[executor] = {nodes: s for (rows, nodes), s in whole.items() if rows == 1}
+        self.slot_bytes = self.slot_bytes or slot_bytes(self.subject.model)
+        findings = []
+        for rows, nodes in SIZES:
+            if (rows, nodes) in whole:
+                times = whole[rows, nodes], seconds.get((rows, nodes, "forward"))
+                findings.append(self._finding(executor, rows, nodes, times, made[rows, nodes, "whole"]))
+        return findings
+
+    def _finding(self, executor: str, rows: int, nodes: int, times: tuple, timed: Timed) -> Finding:
+        """One size: `times` are those of the whole step and, where it was timed, of the forward in it."""
+        (step, forward), plain, bandwidth = times, self.curves[executor].get(1), self.subject.bandwidth
+        figures = {"step_seconds": step, "of_plain": plain and step / plain, "making_seconds": timed.making_seconds}
+        if forward is not None:
+            figures |= {"forward_seconds": forward, "elsewhere": max(1 - forward / step, 0.0)}
+        if not any(getattr(self.subject.model.config.get_text_config(), name, None) for name in _EXPERTS):
+            # Which experts a step reads depends on its tokens.
+            read = weights_read(self.subject.model) + rows * IDLE_CAPACITY // 2 * self.slot_bytes
+            figures["bytes_read"] = read
+            figures["of_roofline"] = bandwidth and read / bandwidth / (forward or step)
+        reason = "drafting by prompt lookup included" if timed.drafts else ""
+        return Finding({"executor": executor, "rows": rows, "nodes": nodes}, reason=reason, figures=figures)
+
+    @torch.no_grad()
+    def _transformers(self) -> list[Finding]:
+        """Seconds a token of transformers' own loop, the prompt aside."""
+        model, ids = self.subject.model, torch.ones(1, 8, dtype=torch.long, device=self.subject.device)
+        times = {}
+        for tokens in (1, 1, COMPARED_TOKENS + 1):
+            wait_for(model)
+            started = time.perf_counter()
+            model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
+            wait_for(model)
+            times[tokens] = time.perf_counter() - started
+        seconds = (times[COMPARED_TOKENS + 1] - times[1]) / COMPARED_TOKENS
+        return [Finding({"executor": "transformers"}, figures={"token_seconds": seconds})]
+
+    @torch.no_grad()
+    def _time_drafting(self, executor: str, kind: str) -> list[Finding]:
+        """What drafting adds to a step of as many nodes."""
+        drafter, curve = self.subject.drafter(kind), self.curves.get(executor, {})
+        known = {levels: curve for levels in DRAFTED_LEVELS if min(curve, default=99) <= levels + 1 <= max(curve)}
+        if not known:
+            raise NotHere("no step of as many nodes has been timed")
+        shapes = {levels: TreeShape.chain(levels) for levels in known}
+        model = self.subject.model
+        runners = {levels: open_idle(model, executor, drafter, shape) for levels, shape in shapes.items()}
+        seconds = in_turns(model, runners, REPEATS // 3, warm_up=1, limit=0.1 * self.clock.left)
+        costs = {levels: max(s - interpolate(curve, levels + 1), 0.0) for levels, s in seconds.items()}
+        self.drafts[executor][kind] = {0: 0.0, **costs}
+        what = {"executor": executor, "drafter": kind}
+        return [Finding({**what, "levels": levels}, figures={"draft_seconds": s}) for levels, s in costs.items()]
+
+
+def weights_read(model) -> int:
+    """Bytes of weights that a step reads: all but the input embeddings, of which a step looks up a few rows, unless
+    they are the LM head too."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return total if embeddings is head else total - embeddings.nbytes
+
+
+def _raise(reason: str) -> list[Finding]:
+    raise NotHere(reason)

@@ -1,0 +1,93 @@
+"""What is checked: a model on a device, the executors that can run it there, and the drafters made for it.
+
+One object that the parts share; what an earlier part has measured stands in it for the later ones.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from ..executors import EXECUTORS, choose
+from .budget import NotHere
+from .shapes import free_bytes
+
+COMPILED = ("compiled", "cuda_graph_compiled")  # executors that take tens of seconds to make a step
+
+
+@dataclass(slots=True)
+class Subject:
+    """`make_drafter(kind, model)` makes a drafter that needs no training; `executors` are those to check, in order."""
+
+    name: str
+    model: torch.nn.Module
+    executors: list[str]
+    make_drafter: Callable
+    bandwidth: float | None = None  # bytes a second, once probed
+    compile_seconds: float | None = None  # of the last step that was compiled
+    drafters: dict = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.dtype
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def vocabulary(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    @property
+    def layers(self) -> int:
+        return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def free_bytes(self) -> int:
+        return free_bytes(self.device)
+
+    def why_not(self, executor: str) -> str | None:
+        """Why `executor` cannot run here; None where it can."""
+        try:
+            choose(executor, self.device, 0, capturable=True, compiled_before=False)
+        except ValueError as reason:
+            return str(reason)
+        return None
+
+    @property
+    def running(self) -> list[str]:
+        """The executors that can run here."""
+        return [name for name in self.executors if self.why_not(name) is None]
+
+    def drafter(self, kind: str):
+        """The drafter of a kind, made once. Raises NotHere where memory is too small for it."""
+        if kind not in self.drafters:
+            weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            if kind == "draft model" and 1.1 * weights > self.free_bytes:
+                raise NotHere(
+                    f"a copy of the target to draft with takes {weights / 1e9:.1f} GB and "
+                    f"{self.free_bytes / 1e9:.1f} GB are free"
+                )
+            self.drafters[kind] = self.make_drafter(kind, self.model)
+        return self.drafters[kind]
+
+    def expected_compile(self) -> float:
+        """Seconds that compiling a step will take: as long as the last one, or on two slow cores about 2.5 a layer."""
+        return self.compile_seconds or 10.0 + 2.5 * self.layers
+
+
+def all_executors(names: str) -> list[str]:
+    """The executors that `--executors` names, in the order in which they are checked: cheap ones first."""
+    known = sorted(EXECUTORS, key=lambda name: name in COMPILED)
+    if names == "all":
+        return known
+    asked = [name.strip() for name in names.split(",")]
+    for name in asked:
+        if name not in known:
+            raise ValueError(f"--executors {names!r} has {name!r}, which is none; choose of {', '.join(known)}, or all")
+    return list(dict.fromkeys(asked))

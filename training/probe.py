@@ -1,0 +1,61 @@
+"""How fast heads train on this machine with the target online: a few steps of the trainer on random tokens.
+
+For `paceline check`, which has no data. Nothing is written but a folder that goes away.
+"""
+
+import math
+import tempfile
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from . import config as configuration
+from .medusa import MedusaObjective
+from .target import OnlineTarget
+from .trainer import Trainer
+
+KNOWN_TOKENS = 8192  # as in the recipes for heads
+SIZES = {"cpu": (1, 128), "cuda": (4, 1024)}  # rows of a step and tokens of a row
+
+
+class RandomRows:
+    """Rows as the trainer reads them, of one document of random tokens each, all of it the target's own."""
+
+    def __init__(self, vocabulary: int, length: int):
+        self.vocabulary, self.length = vocabulary, length
+
+    def __len__(self) -> int:
+        return 1 << 16
+
+    def batch(self, rows: list[int], device="cpu") -> dict[str, Tensor]:
+        drawn = [torch.randint(self.vocabulary, (self.length,), generator=torch.Generator().manual_seed(row))
+                 for row in rows]  # fmt: skip
+        ids = torch.stack(drawn).to(device)
+        ones = torch.ones_like(ids)
+        return {"input_ids": ids, "loss_mask": ones, "document": ones * 0, "position_ids": ones.cumsum(1) - 1}
+
+
+def heads_speed(model, steps: int) -> tuple[float, float]:
+    """Tokens per second over `steps` steps of independent heads, the first aside, and the last loss.
+
+    Raises ValueError where the loss is not a finite number."""
+    device = model.device
+    rows, length = SIZES["cpu" if device.type == "cpu" else "cuda"]
+    vocabulary = model.config.get_text_config().vocab_size
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {
+            "objective": {"kind": "medusa"}, "data": {"folder": folder}, "run": {"folder": folder},
+            "optimisation": {"batch": rows, "micro_batch": rows},
+        }  # fmt: skip
+        config = configuration.read(configuration.Config, settings)
+        splits = {"train": RandomRows(vocabulary, length)}
+        known = {"known_tokens": min(KNOWN_TOKENS, vocabulary)}
+        common = [{"input_ids": list(range(known["known_tokens"])), "loss_mask": [1] * known["known_tokens"]}]
+        objective = MedusaObjective.build({"kind": "medusa", **known}, model, common)
+        accelerator = Accelerator(cpu=device.type == "cpu")
+        trainer = Trainer(config, accelerator, objective, OnlineTarget(model), splits, {}, {})
+        speed, loss = trainer.measure(steps)
+    if not math.isfinite(loss):
+        raise ValueError(f"the loss of heads in training is {loss}; check the model's weights and dtype")
+    return speed, loss
