@@ -62,8 +62,8 @@ def generate(
     name or folder for `load_drafter`, or None for plain autoregressive decoding by the same code. `tree`
     is the shape to draft: "chain:5", "4x2x1", a list of parents, a planned file (.json), a `TreeShape`, or
     "auto" for the plan kept by `paceline plan`; None takes the drafter's own. `verify` is "match" (default),
-    "residual" or "typical". `executor` is "eager",
-    "compiled", "cuda_graph" or "auto": the last on CUDA, "compiled" for long runs on a CPU, else "eager".
+    "residual" or "typical". `executor` is "eager", "compiled", "cuda_graph" (the better of "cuda_graph_eager" and
+    "cuda_graph_compiled" on this GPU) or "auto": "cuda_graph" on CUDA, "compiled" for long runs on a CPU, else "eager".
     `prefill_chunk` bounds how many prompt tokens are read at a time. `seed` is an integer (row r draws from
     stream (seed, r)) or a list of one integer per row. `trace_file` is a JSONL file to append the trace to;
     `on_step` is called with each step's trace events. All other arguments are those of

@@ -59,6 +59,8 @@ class Readout:
             self.report.copy_(result.report, non_blocking=True)
             self.arrived = torch.cuda.Event()
             self.arrived.record(torch.cuda.current_stream(result.report.device))
+        elif lag:
+            self.report = result.report.clone()
 
     def rows(self) -> list["RowReport"]:
         if self.arrived is not None:

@@ -207,6 +207,15 @@ def test_a_captured_step_is_checked_and_a_stale_buffer_is_named(monkeypatch):
     TapeExecutor.made.clear()
 
 
+def test_nothing_compared_is_not_called_lossless():
+    about = [Finding({"promise": "self-test of the target"}), Finding({"promise": "same text"}, NOT_HERE, "no time")]
+    empty = [Part(name, name) for name in ("machine", "steps", "worth", "training")]
+    check = Check({}, [Part("lossless", "Lossless", True, about), *empty])
+    assert command.verdict(check) == "No drafted text was compared with plain decoding."
+    about.append(Finding({"promise": "same text", "executor": "eager"}))
+    assert command.verdict(check).startswith("Lossless here: 2 of 3 checks hold")
+
+
 def test_ctrl_c_keeps_what_was_found(folder, tmp_path, monkeypatch, short, capsys):
     def interrupted(self):
         raise KeyboardInterrupt

@@ -314,34 +314,3 @@ def test_the_executor_is_chosen_by_what_can_run(monkeypatch, tmp_path):
     assert choose("auto", cpu, 8192, True, False) == "eager"
     with pytest.raises(ValueError, match=r"compiler .* use 'eager'"):
         choose("compiled", cpu, 64, True, False)
-
-
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-
-
-@cuda
-@pytest.mark.parametrize(("which", "rule", "way"), PAIRS)
-def test_a_cuda_graph_decodes_other_prompts(prompts, which, rule, way):
-    gpu = tiny_llama(seed=2).cuda()
-    made = {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(gpu.cpu()).cuda())}
-    if which in ("independent", "markov", "hydra"):
-        made[which] = MedusaDrafter(fitted_heads(gpu.cpu(), which, known=40).cuda())
-    gpu = gpu.cuda()
-    for seed in range(10):
-        batch = [tensor.cuda() for tensor in prompts[seed % 3]]
-        truth = decode(gpu, made[which], rule, way, batch, "eager", seed)
-        got = decode(gpu, made[which], rule, way, batch, "cuda_graph", seed)
-        assert torch.equal(got, truth)
-
-
-@cuda
-def test_a_step_on_cuda_never_waits(prompts):
-    gpu = tiny_llama(seed=2).cuda()
-    engine, _ = _open(gpu, NgramDrafter(), "match", "greedy", [tensor.cuda() for tensor in prompts[0]])
-    engine.idle_step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.no_grad():
-            step(engine, lambda phase: None)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")

@@ -154,8 +154,8 @@ def verdict(result: Check) -> str:
         first = next(f for f in findings["lossless"] if f.verdict == FAILS)
         named = ", ".join(str(value) for value in first.what.values())
         return f"NOT lossless here: {counts[FAILS]} of {sum(counts.values())} checks fail, the first is {named}."
-    said = "No promise of losslessness was checked"
-    if counts[HOLDS]:
+    said = "No drafted text was compared with plain decoding"
+    if any(f.verdict == HOLDS and f.what.get("promise") == "same text" for f in findings["lossless"]):
         said = f"Lossless here: {counts[HOLDS]} of {sum(counts.values())} checks hold, the others are not here"
     likely = [f for f in findings["worth"] if f.what.get("accepted") == "70%"]
     gains = [f.figures["speedup"] for f in likely if "speedup" in f.figures]
