@@ -6,11 +6,10 @@
 import sys
 
 import torch
+from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.check import shapes
 from paceline.spec.curves import open_idle
 from paceline.spec.tree import TreeShape
-
-from paceline.drafters.ngram import NgramDrafter
 
 STEPS, ROWS = 10, 20
 
