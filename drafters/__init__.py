@@ -4,17 +4,24 @@ They know the decode core's protocol (`paceline.spec.proposal`) and nothing of v
 """
 
 from pathlib import Path
+from typing import Any
 
 
-def load_drafter(name_or_path: str | Path, target):
+def load_drafter(name_or_path: Any, target):
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
     target, heads with prompt lookup beside them, else ngram alone; the names of `paceline drafters` are those;
     "heads+ngram" two of them side by side; anything else is a folder or a hub id: trained heads, or a causal LM with
-    the target's vocabulary (its short name too), loaded in the target's dtype onto its device. Raises ValueError
-    where it cannot be found, loaded or does not fit the target.
+    the target's vocabulary (its short name too), loaded in the target's dtype onto its device. A causal LM that is
+    loaded already can stand in place of a name, and a drafter is returned as it is. Raises ValueError where it cannot
+    be found, loaded or does not fit the target.
     """
+    from ..spec.arguments import check_model
+
+    target = check_model(target, "target")
+    if not isinstance(name_or_path, (str, Path)):
+        return _around(name_or_path, target)
     name = str(name_or_path)
     if name == "auto":
         return _best(target)
@@ -28,6 +35,34 @@ def load_drafter(name_or_path: str | Path, target):
 
         return Beside(load_drafter(first, target), load_drafter(second, target))
     return _trained(name_or_path, target)
+
+
+def _around(model, target):
+    """The draft model that wraps `model`, a causal LM, the same one every time."""
+    from ..spec.arguments import check_model
+    from .draft_model import ModelDrafter
+
+    if hasattr(model, "open") and hasattr(model, "default_shape"):
+        return model
+    model = check_model(model, "drafter")
+    if model is target:
+        raise ValueError(
+            f"drafter is a {type(model).__name__}, the target itself, whose drafts cost as much as the text; pass a "
+            "smaller model or 'ngram'"
+        )
+    drafter = ModelDrafter.around(model)
+    _check_vocabulary(drafter, target)
+    drafter.check_device(target.device)
+    return drafter
+
+
+def _check_vocabulary(drafter, target) -> None:
+    vocab = target.config.get_text_config().vocab_size
+    if drafter.vocab_size != vocab:
+        raise ValueError(
+            f"drafter {drafter.name} has a vocabulary of {drafter.vocab_size} tokens and the target one of {vocab}; "
+            "use a drafter made for this target's tokenizer"
+        )
 
 
 def _best(target):
@@ -66,9 +101,5 @@ def _trained(name_or_path: str | Path, target):
     if folder is not None:
         rates, known = folder.rates(), read_known(folder.path, folder.config.get("known_tokens"), vocab)
     drafter = ModelDrafter(complete(name_or_path, target), name, rates, known)
-    if drafter.vocab_size != vocab:
-        raise ValueError(
-            f"drafter {name_or_path} has a vocabulary of {drafter.vocab_size} tokens and the target one of {vocab}; "
-            "use a drafter made for this target's tokenizer"
-        )
+    _check_vocabulary(drafter, target)
     return drafter

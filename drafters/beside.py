@@ -54,9 +54,6 @@ class Beside:
             )
         return BesideSession(self.parts, request)
 
-    def __repr__(self) -> str:
-        return f"Beside{self.parts!r}"
-
 
 class BesideSession:
     """One run of both."""

@@ -5,6 +5,7 @@ forwarded), so each step starts with the last two committed tokens. Knows nothin
 """
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,6 +40,17 @@ class ModelDrafter:
         self.default_shape = default_tree(rates, self.deepest, on_cpu) if rates else TreeShape.chain(self.deepest)
         self.vocab_size = model.config.get_text_config().vocab_size
 
+    @classmethod
+    def around(cls, model) -> "ModelDrafter":
+        """The drafter of a loaded model, which is kept with the model, so that what is made for it serves again."""
+        drafter = model.__dict__.get("_paceline_drafter")
+        vocab = model.config.get_text_config().vocab_size
+        if drafter is None or drafter.model is not model or drafter.vocab_size != vocab:
+            name = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
+            drafter = model.__dict__["_paceline_drafter"] = cls(model, name)
+        attach(model)  # which may have changed
+        return drafter
+
     def whole_model(self):
         """The draft as an ordinary causal LM with logits of the whole vocabulary, on the same weights."""
         if self.vocabulary is None:
@@ -48,11 +60,13 @@ class ModelDrafter:
         whole.set_output_embeddings(WidenedHead(self.model.get_output_embeddings(), self.vocabulary, self.vocab_size))
         return whole
 
+    def check_device(self, device: torch.device) -> None:
+        """Raise ValueError unless the draft is on `device`, the target's."""
+        if self.model.device != device:
+            raise ValueError(f"drafter {self.name} is on {self.model.device} and the target on {device}; move it")
+
     def open(self, request: DraftRequest) -> "ModelDraftSession":
-        if self.model.device != request.device:
-            raise ValueError(
-                f"drafter {self.name} is on {self.model.device} and the target on {request.device}; move it"
-            )
+        self.check_device(request.device)
         check_children(request.shape, request.vocab_size if self.vocabulary is None else len(self.vocabulary))
         if isinstance(request.shape, DynamicShape):
             from .dynamic_tree import DynamicDraftSession

@@ -35,7 +35,7 @@ class DynamicDraftSession(ModelDraftSession):
         self.forward_parents[:, 1:].fill_(0)
         pool = _Pool(rows, shape.width, shape.max_depth, base.device)
         certain = torch.zeros(rows, 1, device=base.device)  # log probability of the root's path
-        tokens, scores = self._children(self._root_logits(state, base), certain)
+        tokens, scores = self._children(self._root_logits(state, base), certain, state)
         pool.add(tokens, scores, parents=torch.zeros_like(tokens))
         frontier = pool.last(width)  # (B, W) places in the pool
         for depth in range(1, shape.max_depth):
@@ -45,7 +45,7 @@ class DynamicDraftSession(ModelDraftSession):
             pool.slots.scatter_(1, frontier, nodes.expand(rows, -1))
             tree = TokenTree.from_parents(self.forward_parents, shape.max_depth, width)
             logits = self.slots.forward_nodes(pool.tokens.gather(1, frontier), base, tree, nodes)  # (B, W, V)
-            tokens, scores = self._children(logits, pool.scores.gather(1, frontier))
+            tokens, scores = self._children(logits, pool.scores.gather(1, frontier), state)
             pool.add(tokens, scores, parents=nodes.repeat_interleave(width).expand(rows, -1))
             frontier = pool.last(width)
         tokens, parents, slots = pool.choose(len(shape) - 1)
@@ -53,9 +53,9 @@ class DynamicDraftSession(ModelDraftSession):
         tree = TokenTree.from_parents(parents, shape.max_depth, width)
         return Proposal(torch.cat([state.roots(), tokens], dim=1), tree, "deterministic", "own")
 
-    def _children(self, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+    def _children(self, logits: Tensor, scores: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The W most probable children of each node and their path scores: (B, n, V'), (B, n) -> (B, n * W) each."""
-        log_probs = (logits / self.sampling.temperature).log_softmax(-1)
+        log_probs = (logits / state.temperature[:, None, None]).log_softmax(-1)
         best = log_probs.topk(self.shape.width, dim=-1)
         tokens = best.indices if self.vocabulary is None else self.vocabulary[best.indices]
         return tokens.flatten(1), (scores[..., None] + best.values - _EDGE).flatten(1)

@@ -231,11 +231,6 @@ class MedusaDrafter:
             )
         return MedusaSession(self.heads, request)
 
-    def __repr__(self) -> str:
-        """Names the weights too, so that a plan made for other weights is not taken for these."""
-        total = sum(float(parameter.double().abs().sum()) for parameter in self.heads.parameters())
-        return f"MedusaDrafter({self.name!r}, {self.heads.settings}, {total!r})"
-
 
 class MedusaSession:
     """One run: nothing is remembered but the hidden state. Nodes deeper than there are heads stay empty."""

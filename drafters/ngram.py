@@ -74,7 +74,7 @@ class NgramSession:
             candidates = continuations[:, :, depth]  # (B, K)
             alive = weights + following[node]
             alive = torch.where(candidates == NO_TOKEN, -torch.inf, alive)
-            race = _votes(candidates, alive) / self.sampling.temperature + noise[:, depth]
+            race = _votes(candidates, alive) / state.temperature[:, None] + noise[:, depth]
             for _ in children:
                 best, place = race.max(-1, keepdim=True)
                 token = candidates.gather(1, place)  # (B, 1)

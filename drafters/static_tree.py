@@ -41,7 +41,7 @@ class StaticTree:
         if draws:
             draft_logits = state.lengths.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32)
         for depth, (inner, children, parent_place, ranks, width) in enumerate(self.levels):
-            logits = logits_of(depth, inner, tokens) / self.sampling.temperature
+            logits = logits_of(depth, inner, tokens) / state.temperature[:, None, None]
             if draws:
                 draft_logits[:, inner] = self._widened(logits)
             race = logits + self.sampling.gumbel(state.keys, (base + depth + 1)[:, None], self.vocabulary)

@@ -1,7 +1,12 @@
 """What `generate` refuses, in one sentence each, before any token is decoded."""
 
 import difflib
+import math
+import operator
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +36,35 @@ _REFUSED = {
 }
 
 
+# Whole numbers: the least of each.
+_WHOLE: Mapping[str, int] = MappingProxyType(
+    {
+        "max_new_tokens": 1,
+        "max_length": 1,
+        "min_new_tokens": 0,
+        "min_length": 0,
+        "num_return_sequences": 1,
+        "top_k": 0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+    }
+)
+# Other numbers: from and to.
+_REAL: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        "temperature": (0.0, math.inf),
+        "top_p": (0.0, 1.0),
+        "top_h": (0.0, 1.0),
+        "min_p": (0.0, 1.0),
+        "typical_p": (0.0, 1.0),
+        "epsilon_cutoff": (0.0, 1.0),
+        "eta_cutoff": (0.0, 1.0),
+        "repetition_penalty": (0.0, math.inf),
+        "encoder_repetition_penalty": (0.0, math.inf),
+        "max_time": (0.0, math.inf),
+    }
+)
+
 _WITHOUT_EFFECT = {
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
     "target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size", "num_beam_groups", "diversity_penalty",
@@ -47,7 +81,29 @@ def setting(model, kwargs: dict, name: str):
     return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
 
 
+def check_model(model, role: str = "model"):
+    """The causal LM that is meant by `model`, which may be wrapped by torch.compile. Raises ValueError for anything
+    else."""
+    while isinstance(model, torch.nn.Module) and "_orig_mod" in model._modules:
+        model = model._orig_mod
+    kind = type(model).__name__
+    if isinstance(model, (str, Path)):
+        raise ValueError(f"{role}={str(model)!r} is a name and no model; load it with paceline.load_target")
+    if not isinstance(model, torch.nn.Module):
+        hint = "the first of the two things that" if isinstance(model, (tuple, list)) else "what"
+        raise ValueError(f"{role} is a {kind} and no causal LM; pass {hint} paceline.load_target returns")
+    if not hasattr(model, "config"):
+        remedy = "pass its .module" if "module" in model._modules else "load one with paceline.load_target"
+        raise ValueError(f"{role} is a {kind} and no causal LM of transformers; {remedy}")
+    if not hasattr(type(model), "generate") or not getattr(model, "can_generate", lambda: True)():
+        raise ValueError(
+            f"{role} is a {kind}, which has no language-modelling head; load the checkpoint with AutoModelForCausalLM"
+        )
+    return model
+
+
 def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
+    """Refuse what `generate` cannot do; numbers in `kwargs` become Python's own."""
     if verify not in LOSSLESS:
         raise ValueError(f"verify={verify!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
     if executor not in NAMES:
@@ -69,9 +125,71 @@ def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
         value = kwargs.get(name) if "cache" in name else setting(model, kwargs, name)
         if value is not None and not any(value == good for good in allowed):
             raise ValueError(f"{name}={value!r} is refused: {reason}")
-    count = kwargs.get("max_new_tokens")
-    if count is not None and (not isinstance(count, int) or count < 1):
-        raise ValueError(f"max_new_tokens={count!r}: ask for a whole number of at least 1 token")
+    _check_numbers(model, kwargs)
+
+
+def _check_numbers(model, kwargs: dict) -> None:
+    """Look at the numbers passed, as arguments or in a generation config."""
+    config = kwargs.get("generation_config")
+    _numbers({} if config is None else vars(config))
+    kwargs.update(_numbers(kwargs))
+    if setting(model, kwargs, "do_sample") and setting(model, kwargs, "temperature") == 0:
+        raise ValueError("temperature=0 leaves nothing to sample; pass do_sample=False for greedy text")
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
+    """The numbers among `values`, checked, as Python's own."""
+    given = {name: value for name, value in values.items() if value is not None}
+    whole = {name: whole_number(name, given[name], _WHOLE[name]) for name in given.keys() & _WHOLE.keys()}
+    return whole | {name: _real_number(name, given[name], *_REAL[name]) for name in given.keys() & _REAL.keys()}
+
+
+def whole_number(name: str, value: Any, least: int) -> int:
+    """`value` as an integer, numpy's and torch's included. Raises ValueError for one below `least` and for anything
+    else, True and False too."""
+    number = None if _is_bool(value) else _index(value)
+    if number is None or number < least:
+        unit = " token" if least == 1 and "tokens" in name else ""
+        raise ValueError(
+            f"{name}={value!r} is not a whole number of at least {least}{unit}; pass such a number, or leave it out"
+        )
+    return number
+
+
+def _real_number(name: str, value: Any, low: float, high: float) -> float:
+    try:
+        number = math.nan if _is_bool(value) or isinstance(value, str) else float(value)
+    except (TypeError, ValueError, RuntimeError):
+        number = math.nan
+    if not low <= number <= high or number == math.inf:
+        bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+        raise ValueError(f"{name}={value!r} is not a number {bounds}; pass such a number, or leave it out")
+    return number
+
+
+def check_seed(seed: Any) -> int | list[int] | None:
+    """The seed as integers of Python's own; None stands for none. Raises ValueError for anything else."""
+    if seed is None:
+        return None
+    several = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
+    numbers = [None if _is_bool(part) else _index(part) for part in (seed if several else [seed])]
+    if None in numbers:
+        raise ValueError(
+            f"seed={seed!r} is neither an integer nor a list of integers; pass one, one for each row, or leave it out"
+        )
+    return numbers if several else numbers[0]
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
+
+
+def _index(value: Any) -> int | None:
+    """`value` as an integer; None where it is none."""
+    try:
+        return operator.index(value)
+    except (TypeError, RuntimeError, ValueError):
+        return None
 
 
 def check_prompt(input_ids: Tensor | None, vocab_size: int) -> None:
@@ -88,6 +206,8 @@ def check_prompt(input_ids: Tensor | None, vocab_size: int) -> None:
 
 
 def check_mask(mask: Tensor, input_ids: Tensor) -> None:
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(mask).__name__}; pass a tensor of the shape of input_ids")
     if mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"

@@ -75,6 +75,12 @@ class SlotCache(Cache):
         self.rows: Tensor | None = None  # (R,): the rows that the next forward is of; None is all
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers, as far as they are allocated."""
+        buffers = (buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values))
+        return sum(buffer.nbytes for buffer in buffers)
+
     def aim(self, slots: Tensor, reach: int) -> None:
         """The next forward writes at `slots` (B, n) and looks at slots below `reach`."""
         self.lines, self.reach = self._lines(slots), reach

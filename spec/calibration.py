@@ -135,11 +135,12 @@ def follow(model, drafter, prompt: dict, rule: str, temperature: float, new_toke
     ids, device = prompt["input_ids"].to(model.device), model.device
     ends = torch.tensor(end_ids(model), dtype=torch.long, device=device)
     sampler = Sampler(warpers(temperature), temperature > 0, ids, ids.new_zeros(1))
-    drawing = DraftSampling.for_rule(rule, temperature > 0, temperature or 1.0)
+    drawing = DraftSampling.for_rule(rule, temperature > 0)
     capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
     engine = open_engine(model, drafter, WIDE, sampler, drawing, rule, batch=1, capacity=capacity, eos=len(ends))
     state, events = engine.state, []
     state.load(ids, ids.new_zeros(1), 1, row_keys([seed], 1, device), ends)
+    sampler.load(state)
 
     def read(readout: Readout) -> bool:
         (report,) = readout.rows()

@@ -48,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="at most (default 128)")
     generate.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
     generate.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus, when sampling (default 1)")
-    generate.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
+    generate.add_argument("--seed", type=int, metavar="S", help="of the sampling noise (default: drawn, and printed)")
     generate.add_argument(
         "--verify", default="match", metavar="RULE", help="match, residual or typical (default match)"
     )

@@ -75,10 +75,11 @@ def generate(args) -> None:
     summary = out.trace.summary()
     if args.json:
         text = tokenizer.decode(tokens, skip_special_tokens=True)
-        print(json.dumps({"text": text, "tokens": tokens, "total_seconds": seconds, **summary}))
+        print(json.dumps({"text": text, "tokens": tokens, "seed": out.seed, "total_seconds": seconds, **summary}))
         return
     streamer.end()
-    print(summary_line(summary, len(tokens), seconds), file=sys.stderr)
+    drawn = f"; seed {out.seed}" if args.temperature > 0 else ""
+    print(summary_line(summary, len(tokens), seconds) + drawn, file=sys.stderr)
 
 
 def _read(path: str) -> str:

@@ -26,6 +26,7 @@ from .packing import pack, packed_linears
 from .step import Engine, StepResult, step
 
 LONG_RUN = 8192  # new tokens in one call from which compiling on a CPU pays for itself, roughly
+PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
 
 
 Step = Callable[[Engine, Callable[[str], None]], StepResult]
@@ -80,12 +81,43 @@ class Compiled:
         except torch._dynamo.exc.TorchDynamoException as error:
             print(" failed", file=sys.stderr)
             raise ValueError(_reason("compiled", error)) from error
-        print(f" {time.perf_counter() - started:.0f} s", file=sys.stderr)
+        self.making_seconds = time.perf_counter() - started
+        print(f" {self.making_seconds:.0f} s", file=sys.stderr)
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         result = self.step()
         mark("step")
         return result
+
+
+class CompiledLater:
+    """Eager steps for `patience` seconds, and compiled ones from then on: nobody knows beforehand how long a text
+    becomes. `compiled` is the executor of these, once it is there."""
+
+    lag = 0
+
+    def __init__(self, engine: Engine, patience: float):
+        self.engine, self.patience = engine, patience
+        self.eager, self.compiled = Eager(engine), None
+        self.begun: float | None = time.perf_counter()  # None once it has tried to compile
+
+    def run(self, mark: Callable[[str], None]) -> StepResult:
+        if self.begun is not None and time.perf_counter() - self.begun >= self.patience:
+            self.begun = None
+            self._compile()
+        return (self.compiled or self.eager).run(mark)
+
+    def _compile(self) -> None:
+        """In the middle of a run: tracing needs steps in which every row is done, and these change what heads read."""
+        state = self.engine.state
+        done, hidden = state.done.clone(), None if state.hidden is None else state.hidden.clone()
+        try:
+            self.compiled = Compiled(self.engine)
+        except ValueError as error:
+            print(f"{error} (which runs now)", file=sys.stderr)
+        state.done.copy_(done)
+        if hidden is not None:
+            state.hidden.copy_(hidden)
 
 
 class CudaGraph:
@@ -97,12 +129,13 @@ class CudaGraph:
     pools: ClassVar[dict[torch.device, object]] = {}
 
     def __init__(self, engine: Engine, work: Step | None = None):
-        self.work, self.device = work or step, engine.state.tokens.device
+        self.work, self.device, started = work or step, engine.state.tokens.device, time.perf_counter()
         with torch.cuda.device(self.device):
             try:
                 self._capture(engine)
             except RuntimeError as error:
                 raise ValueError(_reason(self.name, error)) from error
+        self.making_seconds = time.perf_counter() - started
 
     def _capture(self, engine: Engine) -> None:
         side = torch.cuda.Stream()
@@ -131,6 +164,7 @@ class CompiledCudaGraph(CudaGraph):
     def __init__(self, engine: Engine, work: Step | None = None):
         compiled = Compiled(engine, work)
         super().__init__(engine, lambda engine, mark: compiled.step())
+        self.making_seconds += compiled.making_seconds
 
 
 def _keep_compiled_code() -> None:

@@ -6,17 +6,28 @@ token is decoded.
 """
 
 import copy
-import operator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .arguments import check_arguments, check_length, check_mask, check_prompt, check_writable, setting
+from .arguments import (
+    check_arguments,
+    check_length,
+    check_mask,
+    check_model,
+    check_prompt,
+    check_seed,
+    check_writable,
+    setting,
+    whole_number,
+)
 from .attach import attach
 from .executors import choose
 from .lockstep import Lockstep, ScoreBook
@@ -24,7 +35,7 @@ from .loop import decode
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
 from .proposal import NoDrafter
-from .runs import RunSpec, open_run, placed
+from .runs import RunSpec, open_run
 from .sampling import Sampler
 from .trace import Trace
 from .tree import TreeShape
@@ -32,22 +43,25 @@ from .tree import TreeShape
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """transformers' output with the trace of the run. `past_key_values` is None: the slot cache is laid
-    out by slot and ends with the call. Scores of a row that has ended are zeros."""
+    """transformers' output with the trace of the run and the seed that it drew from, None for a greedy text without
+    one. `past_key_values` is None: the slot cache is laid out by slot and ends with the call. Scores of a row that
+    has ended are zeros."""
 
     trace: Trace | None = None
+    seed: int | list[int] | None = None
 
 
+@torch.inference_mode(False)  # buffers that are kept must serve calls outside of it, too
 @torch.no_grad()
 def generate(
     model,
     input_ids: Tensor | None = None,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | GenerationConfig | None = None,
     *,
     drafter: Any = None,
     tree: Any = None,
     verify: str = "match",
-    seed: int | list[int] = 0,
+    seed: int | list[int] | None = None,
     executor: str = "auto",
     prefill_chunk: int = 512,
     trace_file: str | Path | None = None,
@@ -58,45 +72,66 @@ def generate(
 ) -> Tensor | SpeculativeOutput:
     """Decode with speculation; returns what `model.generate` returns.
 
-    `input_ids` and `attention_mask` are (B, P), padded on the left. `drafter` is a drafter object, a
-    name or folder for `load_drafter`, or None for plain autoregressive decoding by the same code. `tree`
+    `input_ids` and `attention_mask` are (B, P), padded on the left; a GenerationConfig may stand in the mask's place,
+    where transformers has it. `drafter` is a drafter object, a causal LM, a name or folder for `load_drafter` (kept
+    loaded with the model), or None for plain autoregressive decoding by the same code. `tree`
     is the shape to draft: "chain:5", "4x2x1", a list of parents, a planned file (.json), a `TreeShape`, or
     "auto" for the plan kept by `paceline plan`; None takes the drafter's own. `verify` is "match" (default),
     "residual" or "typical". `executor` is "eager", "compiled", "cuda_graph" (the better of "cuda_graph_eager" and
     "cuda_graph_compiled" on this GPU) or "auto": "cuda_graph" on CUDA, "compiled" for long runs on a CPU, else "eager".
     `prefill_chunk` bounds how many prompt tokens are read at a time. `seed` is an integer (row r draws from
-    stream (seed, r)) or a list of one integer per row. `trace_file` is a JSONL file to append the trace to;
-    `on_step` is called with each step's trace events. All other arguments are those of
+    stream (seed, r)) or a list of one integer per row; without one, a sampled text draws its seed from torch's
+    generator, so that `torch.manual_seed` rules it, and a greedy text draws nothing. `trace_file` is a JSONL file to
+    append the trace to; `on_step` is called with each step's trace events. All other arguments are those of
     `model.generate`.
 
     With `match`, greedy text equals `model.generate`'s and sampled text equals `drafter=None` with the
     same seed, up to near-ties of the two best logits in the arithmetic of the dtype. With
-    `return_dict_in_generate=True` the output is a `SpeculativeOutput` with `.trace`.
+    `return_dict_in_generate=True` the output is a `SpeculativeOutput` with `.trace` and `.seed`.
 
     Raises ValueError, in one sentence, for input that cannot be decoded as asked.
     """
+    model = check_model(model)
+    if isinstance(attention_mask, GenerationConfig):
+        if kwargs.get("generation_config") is not None:
+            raise ValueError("generation_config is given twice, by place and by name; pass one of them")
+        kwargs["generation_config"], attention_mask = attention_mask, None
     check_arguments(model, kwargs, verify, executor)
+    prefill_chunk, seed = whole_number("prefill_chunk", prefill_chunk, 1), check_seed(seed)
     check_prompt(input_ids, model.config.get_text_config().vocab_size)
     if attention_mask is not None:
         check_mask(attention_mask, input_ids)
-    if isinstance(drafter, (str, Path)):
-        from .. import load_drafter
-
-        drafter = load_drafter(drafter, model)
-    drafter = NoDrafter() if drafter is None else drafter
-    if not hasattr(drafter, "open") or not hasattr(drafter, "default_shape"):
-        raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
+    attach(model)
+    drafter = _drafter(drafter, model)
     if trace_file is not None:
         check_writable(trace_file)
-    shape = None if tree == "auto" else read_shape(tree, drafter)
-    attach(model)
+    shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafter)
+    if seed is None and setting(model, kwargs, "do_sample"):
+        seed = int(torch.randint(2**53, (), device="cpu"))
     call = _Call(drafter, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step)
     if streamer is not None:
         kwargs["streamer"] = streamer  # transformers hands it the prompt
     if tokenizer is not None and setting(model, kwargs, "stop_strings"):
         call.stop_strings = setting(model, kwargs, "stop_strings")
         kwargs = _without_stop_strings(model, kwargs)
-    return type(model).generate(model, input_ids, attention_mask=attention_mask, custom_generate=call.decode, **kwargs)
+    out = type(model).generate(model, input_ids, attention_mask=attention_mask, custom_generate=call.decode, **kwargs)
+    if isinstance(out, SpeculativeOutput):
+        out.seed = seed
+    return out
+
+
+def _drafter(drafter: Any, model) -> Any:
+    """The drafter that is meant."""
+    if drafter is None:
+        return NoDrafter()
+    if not isinstance(drafter, (str, Path, torch.nn.Module)):
+        if not hasattr(drafter, "open") or not hasattr(drafter, "default_shape"):
+            raise ValueError(
+                f"drafter is a {type(drafter).__name__}; pass a name, a folder, a causal LM or what load_drafter "
+                "returns"
+            )
+        return drafter
+    return import_module("..drafters.kept", __package__).kept_drafter(drafter, model)
 
 
 @dataclass
@@ -106,7 +141,7 @@ class _Call:
     drafter: Any
     shape: TreeShape | None  # None: the kept plan's
     rule: str
-    seed: int | list[int]
+    seed: int | list[int] | None
     executor: str
     prefill_chunk: int
     trace_file: str | Path | None
@@ -142,20 +177,20 @@ class _Call:
         check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
         slots = prompt.shape[1] + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
-        what = self.drafter, self.shape, self.rule, self.executor
-        models = placed(model, self.drafter)
-        asked = RunSpec(*what, len(prompt), slots, len(eos), keep_scores, sampler.signature, models)
-        engine, executor = open_run(model, asked, sampler, new_tokens * len(prompt))
-        engine.state.load(prompt, pads, new_tokens, keys, eos)
+        what = self.shape, self.rule, self.executor, len(prompt), slots, len(eos), keep_scores, sampler.signature
         trace, books = Trace(), (scores, logits)
-        try:
-            counts = decode(engine, executor, prompt, trace, self.prefill_chunk, lockstep, *books, on_step=self.on_step)
-        finally:
-            if self.trace_file is not None:
-                trace.append_to(self.trace_file)
-        if self.streamer is not None:
-            self.streamer.end()
-        sequences = _assemble(prompt, pads, engine.state.tokens, counts, pad).to(input_ids.device)
+        with open_run(model, self.drafter, RunSpec(*what), sampler, new_tokens * len(prompt)) as (engine, executor):
+            engine.state.load(prompt, pads, new_tokens, keys, eos)
+            sampler.load(engine.state)
+            how = self.prefill_chunk, lockstep, *books
+            try:
+                counts = decode(engine, executor, prompt, trace, *how, on_step=self.on_step)
+            finally:
+                if self.trace_file is not None:
+                    trace.append_to(self.trace_file)
+            if self.streamer is not None:
+                self.streamer.end()
+            sequences = _assemble(prompt, pads, engine.state.tokens, counts, pad).to(input_ids.device)
         if not detailed:
             return sequences
         kept = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
@@ -170,15 +205,9 @@ class _Call:
             self.drafter = NoDrafter()
 
     def _seeds(self, rows: int) -> int | list[int]:
-        try:
-            if not isinstance(self.seed, (list, tuple)):
-                return operator.index(self.seed)
-            seeds = [operator.index(own) for own in self.seed]
-        except TypeError:
-            raise ValueError(f"seed={self.seed!r} is neither an integer nor a list of integers") from None
-        if len(seeds) != rows:
-            raise ValueError(f"seed has {len(seeds)} entries for {rows} rows; give one integer or one per row")
-        return seeds
+        if isinstance(self.seed, list) and len(self.seed) != rows:
+            raise ValueError(f"seed has {len(self.seed)} entries for {rows} rows; give one integer or one per row")
+        return 0 if self.seed is None else self.seed  # a greedy text draws nothing
 
 
 def _without_stop_strings(model, kwargs: dict) -> dict:

@@ -75,10 +75,18 @@ def pack(models: Iterable[nn.Module]) -> None:
             continue
         place = (weight.data_ptr(), weight.dtype, weight.shape)
         if place not in made:
-            identity = (*place[1:], int(weight.view(-1).view(torch.int64).sum()))
+            identity = (*place[1:], weight._version, _checksum(weight))
             kept = getattr(layer, "packed_weight", PackedWeight())
             made[place] = kept if kept.identity == identity else PackedWeight(layout(weight), identity)
         layer.packed_weight = made[place]
+
+
+def _checksum(weight: Tensor) -> int:
+    """A sum over all bits that sees the order of the rows, and mostly that of columns, in one reading: for changes that
+    go past torch's version counters (through `.data`)."""
+    words = weight.view(-1).view(torch.int64)
+    rows = words.view(len(weight) if words.numel() % len(weight) == 0 else 1, -1).sum(1)  # modulo 2**64
+    return int((rows * (2 * torch.arange(len(rows)) + 1)).sum())
 
 
 def _layout(dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:

@@ -40,7 +40,7 @@ def plan(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
-    drawing = DraftSampling.for_rule(args.verify, args.temperature > 0, args.temperature or 1.0)
+    drawing = DraftSampling.for_rule(args.verify, args.temperature > 0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     parts = getattr(drafter, "parts", (drafter,))
     if args.run and len(parts) > 1:

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 
 from .models import cache_folder
+from .module_state import fingerprint
 from .planner import Plan
+from .runs import modules_of
 from .tree import TreeShape
 
 
@@ -15,12 +17,13 @@ def plan_path(model, drafter, executor: str, rule: str, temperature: float) -> P
     """The file of the plan for a target and drafter on this device, with this executor, rule and temperature."""
     cuda = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    own = getattr(getattr(drafter, "model", None), "config", None)
-    parts = [
-        model.config.to_json_string(), drafter.name, own.to_json_string() if own else repr(drafter), device,
-        str(model.dtype), executor, rule, round(temperature, 2), torch.__version__,
+    parts = getattr(drafter, "parts", (drafter,))
+    weights = [fingerprint(modules_of(part)) or repr(part) for part in parts]
+    key = [
+        model.config.to_json_string(), drafter.name, weights, device, str(model.dtype), executor, rule,
+        round(temperature, 2), torch.__version__,
     ]  # fmt: skip
-    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_folder() / "plans" / f"{digest}.json"
 
 

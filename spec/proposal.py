@@ -39,15 +39,15 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class DraftSampling:
-    """How a drafter draws: not at all (greedy), coupled to the target's noise, or with its own."""
+    """How a drafter draws: not at all (greedy), coupled to the target's noise, or with its own. At which temperature
+    is data of the row: `state.temperature`."""
 
-    temperature: float = 1.0
     noise: Literal["none", "own", "shared"] = "none"
 
     @classmethod
-    def for_rule(cls, rule: str, do_sample: bool, temperature: float) -> "DraftSampling":
+    def for_rule(cls, rule: str, do_sample: bool) -> "DraftSampling":
         """How to draft for a verification rule: only `match` may share the target's noise."""
-        return cls(temperature, "none" if not do_sample else "shared" if rule == "match" else "own")
+        return cls("none" if not do_sample else "shared" if rule == "match" else "own")
 
     def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
         """The noise at positions (B, P) of tokens (K,) or (B, P, K): (B, P, K), or 0 for greedy drafts.

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arguments import whole_number
 from .attach import attach
 from .executors import Eager
 from .loop import Readout, run_steps
 from .models import context_length, end_ids
 from .noise import row_keys
 from .proposal import NoDrafter
-from .runs import RunSpec, make_engine, open_run, placed
+from .runs import RunSpec, make_engine, open_run
 from .sampling import Sampler, warpers
 from .step import Engine
 from .tree import TreeShape
@@ -44,6 +45,7 @@ class Text:
 Finish = Callable[[Text, list[int], bool], Text | None]
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def decode_texts(
     model,
@@ -67,6 +69,7 @@ def decode_texts(
     so, texts that have not begun are left out. Raises ValueError for a text beyond the model's context and
     for what `generate` refuses.
     """
+    prefill_chunk = whole_number("prefill_chunk", prefill_chunk, 1)
     attach(model)
     texts = list(texts)
     context = context_length(model)
@@ -84,28 +87,29 @@ def decode_texts(
         rows = min(batch, len(group))
         sampler = _sampler(temperature, top_p, rows, model.device)
         capacity = max(text.room for text in group) + shape.slots + 1
-        models = placed(model, drafter)
-        asked = RunSpec(
-            drafter, shape, "match", executor, rows, capacity, len(ends), False, sampler.signature, models
-        )  # fmt: skip
-        engine, running = open_run(model, asked, sampler, sum(text.new_tokens for text in group))
-        engine.state.eos.copy_(ends)
-        engine.idle_step()  # allocates the caches
-        refill = _Refill(engine, deque(group), (finish, progress, enough), prefill_chunk, running.lag)
-        refill.fill()
-        while refill.live:
-            run_steps(refill.engine, running, refill.read)
-            if refill.live:  # too few for this batch
-                left = refill.live_rows()
-                running = Eager(_narrowed(model, asked, sampler, refill.engine, left))
-                refill.go_on(running.engine, left)
+        what = shape, "match", executor, rows, capacity, len(ends), False, sampler.signature
+        asked, new_tokens = RunSpec(*what), sum(text.new_tokens for text in group)
+        with open_run(model, drafter, asked, sampler, new_tokens) as (engine, running):
+            engine.idle_step()  # allocates the caches
+            calls = finish, progress, enough
+            refill = _Refill(engine, deque(group), calls, prefill_chunk, running.lag, sampler, ends)
+            refill.fill()
+            while refill.live:
+                run_steps(refill.engine, running, refill.read)
+                if refill.live:  # too few for this batch
+                    left = refill.live_rows()
+                    running = Eager(_narrowed(model, drafter, asked, sampler, refill.engine, left))
+                    refill.go_on(running.engine, left)
 
 
 class _Refill:
     """The rows of one engine and the texts that wait for them."""
 
-    def __init__(self, engine: Engine, waiting: deque[Text], calls: tuple, chunk: int, lag: int):
+    def __init__(
+        self, engine: Engine, waiting: deque[Text], calls: tuple, chunk: int, lag: int, sampler: Sampler, ends: Tensor
+    ):
         self.engine, self.waiting = engine, waiting
+        self.sampler, self.ends = sampler, ends
         self.following: deque[Text] = deque()
         self.finish, self.progress, self.enough = calls
         self.chunk, self.lag = chunk, lag
@@ -162,7 +166,8 @@ class _Refill:
         limits = [len(text.tokens) + text.new_tokens for text in texts]
         keys = row_keys([text.seed for text in texts], len(texts), device)
         index = torch.tensor(rows, device=device)
-        engine.state.start(index, [text.tokens for text in texts], torch.tensor(limits, device=device), keys)
+        engine.state.start(index, [text.tokens for text in texts], torch.tensor(limits, device=device), keys, self.ends)
+        self.sampler.load(engine.state, index)
         engine.prefill(self.chunk, index)
 
     def live_rows(self) -> Tensor:
@@ -201,9 +206,10 @@ def _alike(pairs: list[tuple[int, Text]]) -> list[list[tuple[int, Text]]]:
     return groups
 
 
-def _narrowed(model, spec: RunSpec, sampler: Sampler, engine: Engine, rows: Tensor) -> Engine:
+def _narrowed(model, drafter, asked: RunSpec, sampler: Sampler, engine: Engine, rows: Tensor) -> Engine:
     """An engine of `rows` (R,) of `engine`, on copies of their buffers."""
-    own = make_engine(model, replace(spec, batch=len(rows), capacity=engine.target.capacity), sampler)
+    sizes = {"batch": len(rows), "capacity": engine.target.capacity, "eos": engine.state.eos.shape[1]}
+    own = make_engine(model, drafter, replace(asked, **sizes), sampler)
     own.state.copy_rows(engine.state, rows)
     own.target.cache.copy_rows(engine.target.cache, rows)
     return own

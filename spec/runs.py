@@ -1,20 +1,24 @@
 """Engines and their executors: made for a call, and kept where making them is expensive.
 
-A compiled or captured step is bound to its buffers, so its engine stays with the model and takes the next
-text of the same batch, tree, capacity, drafter and sampling. The last few are kept; they go with the model.
+A compiled or captured step is bound to its buffers, so its engine stays in the pool of its target and takes the next
+text of the same batch, tree, capacity and drafter; temperatures, seeds, ends of text and the like are data. It is given
+out only while nobody uses it, and only to a call whose target and drafter are in the state that it was made for
+(module_state.py). A pool goes with its model: an engine at rest does not hold on to its target.
 """
 
-import hashlib
-import itertools
+import contextlib
 import sys
-import time
-from collections import OrderedDict
-from dataclasses import dataclass, replace
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
+import psutil
 import torch
 
-from .executors import EXECUTORS, choose
+from .executors import EXECUTORS, PATIENCE, CompiledLater, choose
 from .hidden import lm_head
+from .module_state import addresses, fingerprint, structure
 from .packing import pack
 from .proposal import DraftRequest, DraftSampling
 from .sampling import Sampler
@@ -24,14 +28,14 @@ from .step import Engine
 from .tree import TreeShape
 
 KEPT = 8  # engines per model
+KEPT_SHARE = 0.25  # of the device's memory that their caches may take
 
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What an engine is made for; equal specs can share one. As asked for, `executor` may be "auto" and
-    `capacity` the slots needed; as kept, both are settled."""
+    """What an engine is made for, beside target and drafter; equal specs can share one. As asked for, `executor` may be
+    "auto" and `capacity` and `eos` what is needed; as kept, they are settled."""
 
-    drafter: object
     shape: TreeShape
     rule: str
     executor: str
@@ -40,11 +44,11 @@ class RunSpec:
     eos: int  # how many end-of-text ids
     keep_scores: bool
     sampling: tuple  # the sampler's signature
-    models: tuple[str, ...]  # as `placed` says
 
     def settled(self, executor: str) -> "RunSpec":
-        """With `executor`, and the slots that it takes."""
-        return replace(self, executor=executor, capacity=settled_capacity(self.capacity, executor))
+        """With `executor`, and the slots and end-of-text ids that it takes."""
+        eos = max(8, 1 << max(self.eos - 1, 0).bit_length())
+        return replace(self, executor=executor, capacity=settled_capacity(self.capacity, executor), eos=eos)
 
 
 def settled_capacity(needed: int, executor: str) -> int:
@@ -53,25 +57,171 @@ def settled_capacity(needed: int, executor: str) -> int:
     return -(-needed // 64) * 64 if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
 
 
-def placed(model, drafter) -> tuple[str, ...]:
-    """Where the target, and then each module of the drafter, is and how it attends, which may change between calls:
-    attention, dtypes, devices and the addresses of all tensors, from which a captured step reads."""
-    return tuple(_placed(module) for module in (model, *modules_of(drafter)))
+@dataclass(slots=True, eq=False)
+class KeptRun:
+    """An engine with its executor, and the state of the models that it is bound to."""
+
+    spec: RunSpec
+    drafter: object
+    engine: Engine
+    executor: object
+    target_state: tuple[int, int]  # structure and addresses
+    drafter_state: tuple
+    in_use: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        drafting = getattr(self.engine.session, "slots", None)
+        return self.engine.target.cache.nbytes + (drafting.cache.nbytes if drafting is not None else 0)
 
 
-def _placed(module: torch.nn.Module) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in itertools.chain(module.parameters(), module.buffers()):
-        digest.update(f"{_address(tensor)} {tensor.dtype} {tensor.device};".encode())
-    attention = module.config.get_text_config()._attn_implementation if hasattr(module, "config") else ""
-    return f"{attention} {digest.hexdigest()}"
+@dataclass(slots=True, eq=False)
+class EnginePool:
+    """The kept runs of one target, the one used last at the end."""
+
+    most: int = 0  # how many to keep, where a caller wants more than usual
+    runs: list[KeptRun] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def take(self, spec: RunSpec, model, drafter) -> KeptRun | None:
+        """The kept run for `spec`, marked as in use; None where there is none. Forgets runs whose target's weights
+        lie elsewhere now."""
+        with self.lock:
+            if not self.runs:
+                return None
+            target = structure(model), addresses(model)
+            self.runs = [run for run in self.runs if run.in_use or run.target_state[1] == target[1]]
+            for run in reversed(self.runs):
+                if run.spec == spec and run.target_state == target and self._drafts_alike(run, drafter):
+                    if run.in_use:
+                        continue
+                    self.runs.remove(run)
+                    self.runs.append(run)
+                    run.in_use, run.engine.target.model = True, model
+                    return run
+            return None
+
+    def has(self, spec: RunSpec, model, drafter) -> bool:
+        """Whether a run for `spec` is kept, in use or not."""
+        with self.lock:
+            target = (structure(model), addresses(model)) if self.runs else None
+            return any(
+                run.spec == spec and run.target_state == target and self._drafts_alike(run, drafter)
+                for run in self.runs
+            )
+
+    def _drafts_alike(self, run: KeptRun, drafter) -> bool:
+        """Whether `run` drafts what `drafter` would: it is bound to that very object, or to one of equal weights."""
+        if _state_of(run.drafter) != run.drafter_state:
+            return False
+        if run.drafter is drafter or run.drafter == drafter:
+            return True
+        return bool(modules_of(drafter)) and _identity(drafter) == _identity(run.drafter)
+
+    def add(self, run: KeptRun) -> None:
+        with self.lock:
+            self.runs.append(run)
+            self._shrink(run.engine.state.tokens.device)
+
+    def give_back(self, run: KeptRun) -> None:
+        with self.lock:
+            run.in_use, run.engine.target.model = False, None
+
+    def _shrink(self, device: torch.device) -> None:
+        """Forget the runs used longest ago, as far as nobody uses them, until count and memory are within bounds."""
+        most, share = max(KEPT, self.most), KEPT_SHARE * _device_bytes(device)
+        for run in list(self.runs):
+            if len(self.runs) <= most and sum(kept.nbytes for kept in self.runs) <= share:
+                return
+            if not run.in_use:
+                self.runs.remove(run)
 
 
-def _address(tensor: torch.Tensor) -> int:
+_pools: "WeakKeyDictionary[torch.nn.Module, EnginePool]" = WeakKeyDictionary()
+_making = threading.RLock()  # one step is compiled or captured at a time
+
+
+def pool_of(model) -> EnginePool:
+    """The pool of a target, made on first use."""
+    return _pools.setdefault(model, EnginePool())
+
+
+@contextlib.contextmanager
+def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) -> Iterator[tuple[Engine, object]]:
+    """An engine and its executor for a run of `new_tokens` tokens in all, for the time of the block.
+
+    Where the kept engine is in use (by another thread, or by the call that this one is inside of), or "auto" chose an
+    executor that fails, the run is eager. Raises ValueError for a drafter of another vocabulary or a named executor
+    that cannot run."""
+    vocab = model.config.get_text_config().vocab_size
+    if drafter.vocab_size not in (None, vocab):
+        raise ValueError(
+            f"drafter {drafter.name!r} has a vocabulary of {drafter.vocab_size} tokens and the target one of {vocab}; "
+            "use a drafter made for this target's tokenizer"
+        )
+    pool = pool_of(model)
+    compiled_before = asked.executor == "auto" and pool.has(asked.settled("compiled"), model, drafter)
+    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before)
+    if asked.executor == "auto" and name == "compiled" and not compiled_before:
+        with _begun_eagerly(pool, model, drafter, asked.settled(name), sampler) as begun:
+            yield begun
+        return
+    run = None if name == "eager" else _kept_or_made(pool, model, drafter, asked, sampler, name)
+    if run is None:
+        engine = make_engine(model, drafter, asked.settled("eager"), sampler)
+        yield engine, EXECUTORS["eager"](engine)
+        return
     try:
-        return tensor.data_ptr()
-    except RuntimeError:  # a subclass without memory of its own
-        return id(tensor)
+        yield run.engine, run.executor
+    finally:
+        pool.give_back(run)
+
+
+@contextlib.contextmanager
+def _begun_eagerly(pool: EnginePool, model, drafter, spec: RunSpec, sampler: Sampler):
+    """A run that compiles only if it goes on for long; what it has compiled is kept."""
+    engine = make_engine(model, drafter, spec, sampler)
+    executor = CompiledLater(engine, PATIENCE)
+    try:
+        yield engine, executor
+    finally:
+        if executor.compiled is not None:
+            run = _kept_run(model, drafter, engine, spec, executor.compiled)
+            pool.give_back(run)
+            pool.add(run)
+
+
+def _kept_or_made(pool: EnginePool, model, drafter, asked: RunSpec, sampler: Sampler, name: str) -> KeptRun | None:
+    """A run in the pool, marked as in use; None where the call has to be eager."""
+    spec = asked.settled(name)
+    if run := pool.take(spec, model, drafter):
+        pack(run.engine.packable)  # again, where weights have changed
+        return run
+    if pool.has(spec, model, drafter):
+        return None
+    with _making:
+        if run := pool.take(spec, model, drafter):  # made by another thread in the meantime
+            return run
+        try:
+            run = _made(model, drafter, spec, sampler)
+        except ValueError as error:
+            if asked.executor != "auto":
+                raise
+            print(f"{error} (which runs now)", file=sys.stderr)
+            return None
+    pool.add(run)
+    return run
+
+
+def _made(model, drafter, spec: RunSpec, sampler: Sampler) -> KeptRun:
+    engine = make_engine(model, drafter, spec, sampler)
+    return _kept_run(model, drafter, engine, spec, EXECUTORS[spec.executor](engine))
+
+
+def _kept_run(model, drafter, engine: Engine, spec: RunSpec, executor) -> KeptRun:
+    """To be called once the executor is made, when whatever a first forward sets in the models is set."""
+    target = structure(model), addresses(model)
+    return KeptRun(spec, drafter, engine, executor, target, _state_of(drafter), in_use=True)
 
 
 def modules_of(drafter) -> list[torch.nn.Module]:
@@ -81,52 +231,31 @@ def modules_of(drafter) -> list[torch.nn.Module]:
     return [value for value in held if isinstance(value, torch.nn.Module)]
 
 
-def open_run(model, asked: RunSpec, sampler: Sampler, new_tokens: int) -> tuple[Engine, object]:
-    """An engine and its executor for a run of `new_tokens` tokens in all.
-
-    Where "auto" chose an executor that fails, eager takes its place with a line that says so. Raises
-    ValueError for a drafter of another vocabulary or a named executor that cannot run."""
-    vocab = model.config.get_text_config().vocab_size
-    if asked.drafter.vocab_size not in (None, vocab):
-        raise ValueError(
-            f"drafter {asked.drafter.name!r} has a vocabulary of {asked.drafter.vocab_size} tokens and the target one "
-            f"of {vocab}; use a drafter made for this target's tokenizer"
-        )
-    kept = kept_runs(model)
-    for spec in [spec for spec in kept if spec.models[0] != asked.models[0]]:
-        del kept[spec]  # bound to weights that are elsewhere now
-    compiled_before = asked.settled("compiled") in kept
-    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before)
-    spec = asked.settled(name)
-    if name != "eager" and spec in kept:
-        kept.move_to_end(spec)
-        pack(kept[spec][0].packable)  # again, where weights have changed
-        return kept[spec]
-    try:
-        run = _run(model, spec, sampler)
-    except ValueError as error:
-        if asked.executor != "auto" or name == "eager":
-            raise
-        print(f"{error} (which runs now)", file=sys.stderr)
-        return _run(model, asked.settled("eager"), sampler)
-    if name != "eager":
-        kept[spec] = run
-        while len(kept) > max(KEPT, model.__dict__.get("_paceline_kept", 0)):
-            kept.popitem(last=False)
-    return run
+def _state_of(drafter) -> tuple:
+    return tuple((structure(module), addresses(module)) for module in modules_of(drafter))
 
 
-def _run(model, spec: RunSpec, sampler: Sampler) -> tuple[Engine, object]:
-    engine, started = make_engine(model, spec, sampler), time.perf_counter()
-    executor = EXECUTORS[spec.executor](engine)
-    executor.making_seconds = time.perf_counter() - started
-    return engine, executor
+def _identity(drafter) -> tuple:
+    """Equal for drafters that draft alike: of one kind, with the same weights and the same known tokens."""
+    alike = []
+    for part in getattr(drafter, "parts", (drafter,)):
+        known = getattr(part, "vocabulary", None)
+        tokens = None if known is None else tuple(known.tolist())
+        modules = modules_of(part)
+        alike.append((type(part), tokens, fingerprint(modules)) if modules else part)
+    return tuple(alike)
 
 
-def make_engine(model, spec: RunSpec, sampler: Sampler) -> Engine:
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total
+
+
+def make_engine(model, drafter, spec: RunSpec, sampler: Sampler) -> Engine:
     """An engine for `spec` with fresh buffers."""
-    drawing = DraftSampling.for_rule(spec.rule, sampler.do_sample, sampler.temperature)
-    what = spec.drafter, spec.shape, sampler, drawing, spec.rule
+    drawing = DraftSampling.for_rule(spec.rule, sampler.do_sample)
+    what = drafter, spec.shape, sampler, drawing, spec.rule
     return open_engine(model, *what, spec.batch, spec.capacity, spec.eos, spec.keep_scores)
 
 
@@ -158,29 +287,12 @@ def open_engine(
     )
 
 
-class KeptRuns(OrderedDict[RunSpec, tuple[Engine, object]]):
-    """The engines and executors kept with a model, the one used last at the end. Copies of the model, which have other
-    weights, begin without any."""
-
-    def __deepcopy__(self, memo) -> "KeptRuns":
-        return KeptRuns()
-
-    def __reduce__(self):
-        return KeptRuns, ()
-
-
-def kept_runs(model) -> KeptRuns:
-    """What is kept with `model`."""
-    return model.__dict__.setdefault("_paceline_runs", KeptRuns())
-
-
 def keep(model, engines: int) -> None:
     """Let `model` keep as many, where that is more than usual, for a caller that comes back to all of them."""
-    model.__dict__["_paceline_kept"] = engines
+    pool_of(model).most = engines
 
 
 def reset(model) -> None:
-    """Free the engines kept with `model`, their caches and their compiled steps."""
-    model.__dict__.pop("_paceline_runs", None)
-    model.__dict__.pop("_paceline_kept", None)
+    """Free the engines kept for `model`, their caches and their compiled steps."""
+    _pools.pop(model, None)
     torch._dynamo.reset()

@@ -1,10 +1,14 @@
 """From logits to the scores that a token is drawn from: transformers' own logits processors.
 
-Processors that look at the logits alone run vectorised over all nodes. From the first to the last one
+Processors that look at the logits alone run vectorised over all nodes; temperature, top-k, top-p and min-p take their
+numbers from the row, so that another value needs no other step. From the first to the last one
 that looks at the history (repetition penalty, n-gram bans, the user's own), each node is processed on
 its own path, as if its tokens had come one by one. Those read the state on the host and cannot be
 captured. Draws are not made here.
 """
+
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -31,6 +35,40 @@ STATEFUL = (
 )
 
 
+# The processors whose numbers are data of the row, in the order in which transformers applies them.
+BY_ROW = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper)
+
+
+@dataclass(frozen=True, slots=True)
+class RowWarp:
+    """Temperature, top-k, top-p and min-p with numbers from the state, row by row, as transformers' processors compute
+    them. Which of them there are is fixed; `most` bounds top-k, so that other values need no other code."""
+
+    temperature: bool = False
+    most: int = 0  # the largest top-k that it can apply; 0 is none
+    top_p: bool = False
+    min_p: bool = False
+
+    def __call__(self, scores: Tensor, state: DecodeState) -> Tensor:  # (B, N, V) -> (B, N, V)
+        if self.temperature:
+            scores = scores / state.temperature[:, None, None]
+        if self.most:
+            best = scores.topk(min(self.most, scores.shape[-1]), dim=-1).values
+            last = (state.top_k.clamp(max=best.shape[-1]) - 1)[:, None, None].expand(-1, scores.shape[1], 1)
+            scores = scores.masked_fill(scores < best.gather(-1, last), -torch.inf)
+        if self.top_p:
+            ascending, places = scores.sort(descending=False, dim=-1)
+            cut = ascending.softmax(-1).cumsum(-1) <= state.tail[:, None, None]
+            cut[..., -1:].fill_(False)
+            scores = scores.masked_fill(cut.scatter(-1, places, cut), -torch.inf)
+        if self.min_p:
+            probs = scores.softmax(-1)
+            least = state.min_p[:, None, None] * probs.amax(-1, keepdim=True)
+            keep = torch.arange(scores.shape[-1], device=scores.device) == scores.argmax(-1, keepdim=True)
+            scores = scores.masked_fill((probs < least) & ~keep, -torch.inf)
+        return scores
+
+
 class Sampler:
     """Turns logits (B, N, V) of a tree into scores (B, N, V).
 
@@ -49,44 +87,57 @@ class Sampler:
         history = [i for i, processor in enumerate(processors) if type(processor) not in HISTORY_FREE]
         split = history[-1] + 1 if history else 0
         self.per_path = processors[:split]
-        self.vectorised = processors[split:]
         self.do_sample = do_sample
         self.prompt = prompt
         self.pads = pads
+        flat = [*processors[split:], *self.per_path]
+        # The last temperature among the processors: what drafts are drawn at, too.
+        self.temperature = next((p.temperature for p in flat if isinstance(p, hf.TemperatureLogitsWarper)), 1.0)
+        self.before, warped, self.after = _row_warped(processors[split:] if do_sample else [], processors[split:])
+        self.numbers = {type(processor): processor for processor in warped}
+        self.warp = self._warp()
+
+    def _warp(self) -> RowWarp:
+        top_k = self.numbers.get(hf.TopKLogitsWarper)
+        return RowWarp(
+            temperature=hf.TemperatureLogitsWarper in self.numbers,
+            most=0 if top_k is None else max(64, 1 << (top_k.top_k - 1).bit_length()),
+            top_p=hf.TopPLogitsWarper in self.numbers,
+            min_p=hf.MinPLogitsWarper in self.numbers,
+        )
+
+    def load(self, state: DecodeState, rows: Tensor | slice = slice(None)) -> None:
+        """Write the numbers that are data of the row to `rows` of the state."""
+        state.temperature[rows] = float(self.temperature)
+        for kind, buffer, number in (
+            (hf.TopKLogitsWarper, state.top_k, lambda processor: processor.top_k),
+            (hf.TopPLogitsWarper, state.tail, lambda processor: 1 - processor.top_p),
+            (hf.MinPLogitsWarper, state.min_p, lambda processor: processor.min_p),
+        ):
+            if kind in self.numbers:
+                buffer[rows] = number(self.numbers[kind])
 
     @property
     def capturable(self) -> bool:
         """Whether a step with these processors can be compiled or captured."""
-        return not self.per_path and all(type(processor) in CAPTURABLE for processor in self.vectorised)
+        return not self.per_path and all(type(processor) in CAPTURABLE for processor in self.before + self.after)
 
     @property
     def signature(self) -> tuple:
-        """Equal for samplers whose capturable processors do the same."""
-        settings = [
-            {name: value.tolist() if isinstance(value, Tensor) else value for name, value in sorted(vars(p).items())}
-            for p in self.vectorised
-        ]
-        return self.do_sample, tuple((type(p).__name__, repr(own)) for p, own in zip(self.vectorised, settings))
-
-    @property
-    def temperature(self) -> float:
-        """The last temperature among the processors; 1 where there is none."""
-        flat = [*self.vectorised, *self.per_path]
-        return next((p.temperature for p in flat if isinstance(p, hf.TemperatureLogitsWarper)), 1.0)
+        """Equal for samplers that one captured step can serve: numbers of the rows do not enter."""
+        return self.do_sample, self.warp, tuple(map(_settings, self.before)), tuple(map(_settings, self.after))
 
     def scores(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
         if self.per_path:
             logits = self._walk_paths(logits, proposal, state)
-        flat = logits.flatten(0, 1)
-        for processor in self.vectorised:
-            flat = processor(None, flat)
-        return flat.view_as(logits)
+        scores = self.warp(_processed(self.before, logits), state)
+        return _processed(self.after, scores)
 
     def _walk_paths(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
         scores = logits.clone()
         parents = proposal.tree.parents.expand(len(logits), -1).tolist()
         drafted = proposal.tokens.tolist()
-        lengths, eos = state.lengths.tolist(), set(state.eos.tolist())
+        lengths, ends = state.lengths.tolist(), list(map(set, state.eos.tolist()))
         limits = (state.limits + self.pads).tolist()
         for row, finished in enumerate(state.done.tolist()):
             if finished:
@@ -96,7 +147,8 @@ class Sampler:
             for node, token in enumerate(drafted[row]):
                 if node > 0:
                     parent = parents[row][node]
-                    texts.append(_extend(texts[parent], token, scores[row, parent], parent > 0, eos, limits[row]))
+                    before = texts[parent], token, scores[row, parent]
+                    texts.append(_extend(*before, parent > 0, ends[row], limits[row]))
                 if texts[node] is not None:
                     scores[row, node] = self._process(row, texts[node], logits[row, node])
         return scores
@@ -113,6 +165,40 @@ class Sampler:
             else:
                 scores = processor(text.expand(batch, -1), scores.expand(batch, -1).clone())[row]
         return scores
+
+
+def _row_warped(sampling: list, all_of_them: list) -> tuple[list, list, list]:
+    """The processors before, in and behind the first run of those in `BY_ROW` that stand in that order, as far as they
+    are plain: cutting to minus infinity and keeping one token at least. `sampling` is empty where nothing is drawn."""
+    start = next((i for i, processor in enumerate(sampling) if _rank(processor) is not None), len(all_of_them))
+    stop, last = start, -1
+    while stop < len(sampling) and (rank := _rank(sampling[stop])) is not None and rank > last:
+        stop, last = stop + 1, rank
+    return all_of_them[:start], all_of_them[start:stop], all_of_them[stop:]
+
+
+def _rank(processor) -> int | None:
+    """The place of a processor in `BY_ROW`; None for any other, and for one with settings of its own."""
+    plain = getattr(processor, "filter_value", -math.inf) == -math.inf
+    plain = plain and getattr(processor, "min_tokens_to_keep", 1) == 1
+    return BY_ROW.index(type(processor)) if plain and type(processor) in BY_ROW else None
+
+
+def _settings(processor) -> tuple[str, str]:
+    """Equal for processors that do the same."""
+    settings = {
+        name: value.tolist() if isinstance(value, Tensor) else value for name, value in sorted(vars(processor).items())
+    }
+    return type(processor).__name__, repr(settings)
+
+
+def _processed(processors: list, scores: Tensor) -> Tensor:  # (B, N, V) -> (B, N, V)
+    if not processors:
+        return scores
+    flat = scores.flatten(0, 1)
+    for processor in processors:
+        flat = processor(None, flat)
+    return flat.view_as(scores)
 
 
 def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos: set[int], limit: int) -> Tensor | None:

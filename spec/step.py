@@ -93,7 +93,7 @@ def _report(state: DecodeState, proposal: Proposal, verdict: Verdict) -> Tensor:
 def write(state: DecodeState, verdict: Verdict) -> None:
     """Append the verdict's tokens up to an end of text or the row's limit; rows that are done stay."""
     columns = torch.arange(verdict.tokens.shape[1], device=verdict.tokens.device)  # (D+1,)
-    ends = (verdict.tokens[..., None] == state.eos).any(-1) & (columns <= verdict.accepted[:, None])
+    ends = (verdict.tokens[..., None] == state.eos[:, None]).any(-1) & (columns <= verdict.accepted[:, None])
     ended = ends.any(-1)
     # Not by an argmax over int8, which inductor can get wrong.
     count = torch.where(ended, (ends.cumsum(-1) == 0).sum(-1) + 1, verdict.accepted + 1)

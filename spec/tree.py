@@ -10,9 +10,13 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 
 import torch
 from torch import Tensor
+
+MOST_NODES = 4096  # of a tree, root included: masks and sibling tables grow with the square
+MOST_DEPTH = 512
 
 
 @dataclass(frozen=True)
@@ -20,16 +24,17 @@ class TreeShape:
     """The parents of a tree's nodes, in breadth-first order, root first.
 
     `TreeShape(parents)` takes any order in which parents precede children and sorts it level by level.
-    Raises ValueError for a list that is not such a tree.
+    Raises ValueError for a list that is not such a tree, and for a tree beyond `MOST_NODES` or `MOST_DEPTH`.
     """
 
     parents: tuple[int, ...]
 
     def __post_init__(self):
         try:
-            parents = [operator.index(parent) for parent in self.parents]
+            parents = [operator.index(parent) for parent in islice(self.parents, MOST_NODES + 1)]
         except TypeError:
             raise ValueError(f"tree {self.parents!r} is not a list of whole numbers") from None
+        check_size("of a list of parents", len(parents), 0)
         if not parents or parents[0] != -1:
             raise ValueError(f"tree {parents[:8]}: the first node is the root, its parent must be -1")
         below: list[list[int]] = [[] for _ in parents]
@@ -42,15 +47,22 @@ class TreeShape:
             order += below[node]
         place = {node: index for index, node in enumerate(order)}
         object.__setattr__(self, "parents", tuple(place.get(parents[node], -1) for node in order))
+        check_size("of a list of parents", len(self), self.max_depth)
 
     @classmethod
     def chain(cls, length: int) -> "TreeShape":
         """A chain of `length` drafted tokens behind the root."""
+        check_size(f"'chain:{shown(length)}'", 1 + length, length)
         return cls(tuple(range(-1, length)))
 
     @classmethod
     def per_level(cls, children: Sequence[int]) -> "TreeShape":
         """`(4, 2, 1)`: four children of the root, two of each of those, one of each of those."""
+        size = level_size = 1
+        for depth, count in enumerate(children, 1):
+            level_size *= count
+            size += level_size
+            check_size(repr(shown("x".join(map(str, children[:40])))), size, depth)
         parents, level = [-1], [0]
         for count in children:
             start = len(parents)
@@ -58,10 +70,14 @@ class TreeShape:
             level = list(range(start, len(parents)))
         return cls(tuple(parents))
 
-    def beside(self, other: "TreeShape") -> "TreeShape":
-        """Both trees behind one root, the children of `other`'s root last."""
-        moved = [0 if parent == 0 else parent + len(self) - 1 for parent in other.parents[1:]]
-        return TreeShape((*self.parents, *moved))
+    def beside(self, *others: "TreeShape") -> "TreeShape":
+        """All trees behind one root, the children of the other roots last."""
+        parents = list(self.parents)
+        for other in others:
+            moved = len(parents) - 1
+            check_size("of several trees behind one root", moved + len(other), 0)
+            parents += [0 if parent == 0 else parent + moved for parent in other.parents[1:]]
+        return TreeShape(tuple(parents))
 
     def part(self, nodes: Sequence[int]) -> "TreeShape":
         """The tree of some of the nodes, ascending, with each of which its parent is there."""
@@ -76,24 +92,33 @@ class TreeShape:
             return text
         if not isinstance(text, str):
             try:
-                return cls(tuple(text))
+                return cls(tuple(islice(text, MOST_NODES + 1)))
             except TypeError:
                 raise ValueError(f"tree={text!r} is neither a shape like '4x2x1' nor a list of parents") from None
-        first, plus, second = text.rpartition("+")
-        if plus and first.partition(":")[0] != "dynamic" and second.partition(":")[0] == "chain":
-            return cls.parse(first).beside(cls.parse(second))
-        kind, _, length = text.partition(":")
-        if kind == "chain" and length.isdecimal():
-            return cls.chain(int(length))
-        counts = (length if kind == "dynamic" else text).split("x")
-        if kind == "dynamic" and len(counts) == 3 and all(count.isdecimal() for count in counts):
-            return DynamicShape(*map(int, counts))
-        if kind != "dynamic" and all(count.isdecimal() and int(count) > 0 for count in counts):
-            return cls.per_level([int(count) for count in counts])
-        raise ValueError(
-            f"tree {text!r} is neither 'chain:5' nor children per level like '4x2x1' nor both like '4x2x1+chain:6' "
-            "nor 'dynamic:24x6x4' (nodes, depth, width)"
-        )
+        kind, _, rest = text.partition(":")
+        sizes = [_whole_number(size) for size in rest.split("x")]
+        if kind == "dynamic" and len(sizes) == 3 and None not in sizes:
+            return DynamicShape(*sizes)
+        first, *others = text.split("+")
+        tree = cls._static(first)
+        lengths = [_whole_number(other.removeprefix("chain:")) for other in others if other.startswith("chain:")]
+        if tree is None or None in lengths or len(lengths) < len(others):
+            raise ValueError(
+                f"tree {shown(text)!r} is neither 'chain:5' nor children per level like '4x2x1' nor both like "
+                "'4x2x1+chain:6' nor 'dynamic:24x6x4' (nodes, depth, width)"
+            )
+        check_size(repr(shown(text)), len(tree) + sum(lengths), max([tree.max_depth, *lengths]))
+        return tree.beside(*map(cls.chain, lengths))
+
+    @classmethod
+    def _static(cls, text: str) -> "TreeShape | None":
+        """`"chain:5"` or `"4x2x1"`; None for anything else."""
+        kind, colon, length = text.partition(":")
+        counts = [_whole_number(count) for count in text.split("x")]
+        if colon:
+            count = _whole_number(length)
+            return cls.chain(count) if kind == "chain" and count is not None else None
+        return cls.per_level(counts) if all(counts) else None
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -139,7 +164,7 @@ class DynamicShape:
     """A tree whose parents the drafter decides at every step: only the sizes are fixed.
 
     `nodes` counts the root; each of `max_depth` levels has its `width` best paths expanded, by `width`
-    children each. Raises ValueError for sizes that do not fit together.
+    children each. Raises ValueError for sizes that do not fit together or are beyond those of fixed trees.
     """
 
     nodes: int
@@ -147,11 +172,13 @@ class DynamicShape:
     width: int
 
     def __post_init__(self):
+        what = f"'dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}'"
+        check_size(f"{what} (with the paths that it expands)", self.slots, self.max_depth)
         most = 1 + self.width + self.width**2 * (self.max_depth - 1)
         if not (self.width >= 1 and self.max_depth >= 1 and 2 <= self.nodes <= most):
             raise ValueError(
-                f"tree 'dynamic:{self.nodes}x{self.max_depth}x{self.width}' (nodes, depth, width): {self.max_depth} "
-                f"levels of width {self.width} give 2 to {most} nodes"
+                f"tree {what} (nodes, depth, width): {self.max_depth} levels of width {self.width} give 2 to {most} "
+                "nodes"
             )
 
     def __len__(self) -> int:
@@ -193,9 +220,11 @@ class TokenTree:
         """Derive everything from `parents` (R, N), which may be data; no value is read on the host."""
         nodes = torch.arange(parents.shape[-1], device=parents.device)
         climb = [nodes.expand_as(parents)]  # the ancestor d edges up, or -1
+        ancestors = climb[0][:, :, None] == nodes  # edge by edge: all at once would take D times the memory
         for _ in range(max_depth):
             above = parents.gather(-1, climb[-1].clamp(min=0))
             climb.append(torch.where(climb[-1] >= 0, above, -1))
+            ancestors = ancestors | (climb[-1][:, :, None] == nodes)
         ancestry = torch.stack(climb, dim=-1)  # (R, N, D+1)
         depths = (ancestry >= 0).sum(-1) - 1
         levels = torch.arange(max_depth + 1, device=parents.device)
@@ -203,9 +232,31 @@ class TokenTree:
         return cls(
             parents=parents,
             depths=depths,
-            ancestors=(ancestry[:, :, :, None] == nodes).any(2),
+            ancestors=ancestors,
             paths=ancestry.gather(-1, (depths[:, :, None] - levels).clamp(min=0)),
             ranks=(siblings & (nodes < nodes[:, None])).sum(-1),
             max_depth=max_depth,
             max_children=max_children,
         )
+
+
+def check_size(what: str, nodes: int, depth: int) -> None:
+    """Raise ValueError for a tree `what` of more nodes or levels than anything here is made for."""
+    if nodes > MOST_NODES:
+        raise ValueError(f"tree {what} has more than {MOST_NODES} nodes, the root among them; draft a smaller one")
+    if depth > MOST_DEPTH:
+        raise ValueError(f"tree {what} is more than {MOST_DEPTH} levels deep; draft a shallower one")
+
+
+def shown(value: int | str) -> str:
+    """`value` as a sentence can hold it."""
+    text = str(value)
+    return text if len(text) <= 48 else f"{text[:40]}…"
+
+
+def _whole_number(text: str) -> int | None:
+    """What the digits of `text` say, or a number beyond every bound for more of them than a number may have."""
+    if not text.isdecimal():
+        return None
+    digits = text.lstrip("0") or "0"
+    return int(digits) if len(digits) <= 18 else 10**18

@@ -87,6 +87,7 @@ class TapeExecutor:
     """Records the first step of its engine and replays it for all others."""
 
     lag = 0
+    making_seconds = 0.0
     made: "list[TapeExecutor]" = []  # noqa: RUF012
 
     def __init__(self, engine):

@@ -50,7 +50,7 @@ def test_trees_behind_one_root():
             TreeShape.parse(text)
 
 
-@pytest.mark.parametrize("sampling", [DraftSampling(), DraftSampling(0.7, "shared")], ids=str)
+@pytest.mark.parametrize("sampling", [DraftSampling(), DraftSampling("shared")], ids=str)
 @pytest.mark.parametrize("tree", TREES, ids=str)
 def test_each_part_drafts_as_it_does_alone(target, heads, tree, sampling):
     shape = TreeShape.parse(tree)
@@ -192,7 +192,7 @@ def test_a_tree_of_the_root_alone_is_plain_decoding(target, heads, ragged):
 
 def test_where_drafts_are_drawn_the_first_drafts_alone(target, heads):
     """The same tokens, law and logits as without the other, so `residual` has the target's law with them."""
-    shape, own = TreeShape.parse("2x2+chain:3"), DraftSampling(1.3, "own")
+    shape, own = TreeShape.parse("2x2+chain:3"), DraftSampling("own")
     _, state = open_session(target, heads, shape, own)
     both, first = Beside(MedusaDrafter(heads), NgramDrafter()), divided(shape)[0]
     said = both.open(DraftRequest(2, 64, 61, torch.device("cpu"), shape, own, target)).propose(state)

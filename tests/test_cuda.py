@@ -104,7 +104,7 @@ def assert_same_texts(model, drafter, executor, **options):
 
 
 def captures_of(model):
-    return [run for spec, run in runs.kept_runs(model).items() if spec.executor != "eager"]
+    return runs.pool_of(model).runs
 
 
 @cuda

@@ -146,7 +146,7 @@ BAD = {
     "floats": (dict(input_ids=torch.ones(1, 2)), "integers"),
     "a list": (dict(input_ids=[[1, 2]]), "input_ids is list"),
     "drafter of another kind": (dict(input_ids=GOOD, drafter=5), "drafter is a int"),
-    "no seed": (dict(input_ids=GOOD, seed=None), "seed=None"),
+    "a truth for a seed": (dict(input_ids=GOOD, seed=True), "seed=True"),
     "half a seed": (dict(input_ids=GOOD, seed=1.5), "seed=1.5"),
     "tree of another kind": (dict(input_ids=GOOD, drafter="ngram", tree=5), "tree=5"),
     "words for a number": (dict(input_ids=GOOD, max_new_tokens="5"), "whole number"),

@@ -5,6 +5,7 @@ the eager executor's. Planted offenders must be caught, by name or by wrong toke
 """
 
 import itertools
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import paceline
@@ -207,9 +208,15 @@ def test_every_step_is_one_graph(model, drafters, prompts, which, rule, way):
 def _open(model, drafter, rule, way, batch):
     """The engine that generate() makes for these arguments, and its executor."""
     opened = []
-    plain = runs.open_run
+
+    @contextmanager
+    def noted(*args):
+        with runs.open_run(*args) as run:
+            opened.append(run)
+            yield run
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("paceline.spec.generate.open_run", lambda *args: opened.append(plain(*args)) or opened[-1])
+        patch.setattr("paceline.spec.generate.open_run", noted)
         decode(model, drafter, rule, way, batch, "eager")
     return opened[-1]
 
@@ -221,8 +228,9 @@ def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which,
     for seed, batch in enumerate(prompts):
         truth = decode(model, drafters[which], rule, way, batch, "eager", seed)
         assert torch.equal(decode(model, drafters[which], rule, way, batch, "compiled", seed), truth)
-    engine, _ = next(reversed(model.__dict__["_paceline_runs"].values()))
-    layers = [layer for part in engine.packable for layer in part.modules() if type(layer) is torch.nn.Linear]
+    (run,) = runs.pool_of(model).runs
+    run.engine.target.model = model  # which an engine at rest does not hold
+    layers = [layer for part in run.engine.packable for layer in part.modules() if type(layer) is torch.nn.Linear]
     assert all(hasattr(layer, "packed_weight") for layer in layers) or not is_x86()
     own = {"none": 0, "ngram": 0, "model": LINEARS}.get(which, 1)  # that one is the heads' LM head
     assert len(layers) == LINEARS + own
@@ -241,10 +249,9 @@ def test_kept_engines_are_few_and_forget_the_last_text(model, drafters, prompts,
             )
             got = paceline.generate(model, *prompts[0], drafter="ngram", tree=tree, max_new_tokens=9, executor="tape")
             assert torch.equal(got, truth)
-        kept = model.__dict__["_paceline_runs"]
+        kept = runs.pool_of(model).runs
         assert len(tapes) == 6 and len(kept) == runs.KEPT
-        engine, _ = next(reversed(kept.values()))
-        for layer in engine.target.cache.layers:
+        for layer in kept[-1].engine.target.cache.layers:
             layer.keys.fill_(torch.nan)  # as a failed run may leave it
         got = paceline.generate(model, *prompts[0], drafter="ngram", tree="3x1", max_new_tokens=9, executor="tape")
         assert torch.equal(got, truth) and len(tapes) == 6
@@ -264,6 +271,7 @@ def test_auto_falls_back_to_eager_with_a_line(model, prompts, monkeypatch, capsy
     runs.reset(model)
     truth = paceline.generate(model, *prompts[0], drafter="ngram", max_new_tokens=9, executor="eager")
     monkeypatch.setattr(executors, "LONG_RUN", 1)
+    monkeypatch.setattr(runs, "PATIENCE", 0.0)
     got = paceline.generate(model, *prompts[0], drafter=Untraceable(), max_new_tokens=9, executor="auto")
     assert torch.equal(got, truth)
     assert "use executor='eager' (which runs now)" in capsys.readouterr().err

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from ..generate import generate
-from ..runs import kept_runs
+from ..runs import pool_of
 from ..step import step
 from .budget import NotHere, Task
 from .record import FAILS, Finding
@@ -40,9 +40,9 @@ def _serves_other_prompts(subject: Subject, what: dict, new_tokens: int) -> Find
     """Equal events, step by step, show that each report was read before the next step wrote over it."""
     executor, made, parted = what["executor"], [], 0
     for seed in range(PROMPTS):
-        plain, before = _decode(subject, "eager", seed, new_tokens), len(kept_runs(subject.model))
+        plain, before = _decode(subject, "eager", seed, new_tokens), len(pool_of(subject.model).runs)
         replayed = _decode(subject, executor, seed, new_tokens)
-        made.append(len(kept_runs(subject.model)) - before)
+        made.append(len(pool_of(subject.model).runs) - before)
         if not torch.equal(plain.sequences, replayed.sequences):  # which the texts' own check judges
             parted += 1
             continue
@@ -61,10 +61,11 @@ def _runner(subject: Subject, executor: str):
     """The engine kept for `executor` last, and its executor."""
     if subject.device.type != "cuda":
         raise NotHere("needs CUDA")
-    kept = [run for spec, run in kept_runs(subject.model).items() if spec.executor == executor]
+    kept = [run for run in pool_of(subject.model).runs if run.spec.executor == executor]
     if not kept:
         raise NotHere("no step was captured")
-    return kept[-1]
+    kept[-1].engine.target.model = subject.model
+    return kept[-1].engine, kept[-1].executor
 
 
 @torch.no_grad()

@@ -19,7 +19,7 @@ from ..curves import wait_for
 from ..generate import SpeculativeOutput, generate
 from ..margin import parting, rounding_can_swap
 from ..proposal import NoDrafter
-from ..runs import keep, kept_runs
+from ..runs import keep, pool_of
 from ..sampling import warpers
 from ..slots import SlotModel
 from ..tree import TokenTree, TreeShape
@@ -155,14 +155,14 @@ class Lossless:
 
     def _same_text(self, what: dict) -> Finding:
         executor, rows, way = what["executor"], what["rows"], what["way"]
-        truth, known = self._truth(rows, way), set(kept_runs(self.subject.model))
+        truth, known = self._truth(rows, way), set(map(id, pool_of(self.subject.model).runs))
         out = self._decode(executor, what["drafter"], rows, way, self.new_tokens)
         figures = {"texts": rows, "parted": 0, "tokens_per_step": out.trace.summary()["tokens_per_step"]}
-        for spec, (_, made) in kept_runs(self.subject.model).items():
-            if spec not in known:
-                figures["making_seconds"] = made.making_seconds
+        for run in pool_of(self.subject.model).runs:
+            if id(run) not in known:
+                figures["making_seconds"] = run.executor.making_seconds
                 if executor in COMPILED:
-                    self.subject.compile_seconds = made.making_seconds
+                    self.subject.compile_seconds = run.executor.making_seconds
         finding = Finding(what, figures=figures)
         for row in range(rows):
             self._judge(finding, row, truth[row].tolist(), out.sequences[row].tolist())

@@ -15,7 +15,7 @@ import torch
 from ..curves import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
 from ..planner import interpolate
 from ..proposal import NoDrafter
-from ..runs import kept_runs
+from ..runs import pool_of
 from ..tree import TreeShape
 from .budget import Clock, NotHere, Task
 from .record import NOT_HERE, Finding
@@ -83,12 +83,15 @@ class Steps:
         yield Task({"executor": executor}, lambda: self._time_compiled(executor), closing=True)
 
     def _take_kept(self, executor: str) -> None:
-        for spec, (engine, made) in kept_runs(self.subject.model).items():
-            if spec.executor == executor and spec.drafter.name in ("none", "ngram") and not spec.sampling[0]:
-                key = (spec.batch, len(spec.shape), "whole")
+        for run in pool_of(self.subject.model).runs:
+            spec, engine = run.spec, run.engine
+            if spec.executor == executor and run.drafter.name in ("none", "ngram") and not spec.sampling[0]:
+                engine.target.model = self.subject.model
                 engine.state.done.fill_(True)
                 engine.state.lengths.fill_(engine.target.capacity // 2)
-                self.runners[executor][key] = Timed(made, made.making_seconds, spec.drafter.name == "ngram")
+                key = (spec.batch, len(spec.shape), "whole")
+                drafts = run.drafter.name == "ngram"
+                self.runners[executor][key] = Timed(run.executor, run.executor.making_seconds, drafts)
 
     def _open(self, executor: str, rows: int, nodes: int, part: str) -> Timed:
         drafter = Blank() if nodes > 1 else NoDrafter()

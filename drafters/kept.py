@@ -1,0 +1,49 @@
+"""Drafters that stay loaded with their target, so that the next call finds the same object, and with it everything that
+was made for it.
+
+A folder whose files have changed is loaded again. Knows nothing of what is inside.
+"""
+
+import weakref
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..spec.models import NAMED, cache_folder
+from . import load_drafter, shipped
+
+KEPT = 4  # drafters per target
+_loaded: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
+
+
+def kept_drafter(which: Any, target):
+    """What `load_drafter` gives for `which`; for a name, what it gave before where nothing has changed since."""
+    if not isinstance(which, (str, Path)):
+        return load_drafter(which, target)
+    kept, name, state = _loaded.setdefault(target, {}), str(which), _state(str(which), target)
+    before, drafter = kept.pop(name, (None, None))
+    if before != state:
+        drafter = load_drafter(which, target)
+    kept[name] = state, drafter  # the one used last at the end
+    if len(kept) > KEPT:
+        del kept[next(iter(kept))]
+    return drafter
+
+
+def _state(name: str, target) -> tuple:
+    """What the drafter called `name` depends on: the target's form, and every file with its size and time."""
+    parts = [name] if Path(name).exists() else name.split("+")
+    files = [file for part in parts for folder in _folders(part) for file in sorted(folder.rglob("*"))]
+    stats = [(str(file), file.stat()) for file in files if file.is_file()]
+    form = str(target.device), target.dtype, target.config.get_text_config().vocab_size
+    return *form, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
+
+
+def _folders(part: str) -> list[Path]:
+    """The folders here that a name may be loaded from; none for a hub id, which is taken to stay what it is."""
+    if part == "auto":
+        return [shipped.PRETRAINED]
+    if Path(part).is_dir():
+        return [Path(part).resolve()]
+    return [cache_folder() / part] if part in NAMED else [shipped.PRETRAINED / part] if part in shipped.NAMES else []
