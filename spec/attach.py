@@ -32,6 +32,20 @@ def attach(model) -> None:
     Raises ValueError, in one sentence, for a model that cannot: its kind, its attention implementation, where its
     weights are, or how far its tree logits are from the true ones. Warns where its logits depend on the batch.
     """
+    check_kind(model)
+    if model.training:
+        name = type(model).__name__
+        raise ValueError(f"{name} is in training mode, where dropout changes the text; call model.eval()")
+    tested = _attached.setdefault(model, set())
+    what = model.dtype, model.config.get_text_config()._attn_implementation, model.device
+    if what not in tested:
+        _check_weights(model)
+        _judge(model, self_test(model))
+        tested.add(what)
+
+
+def check_kind(model) -> None:
+    """Raise ValueError for a model whose kind or attention implementation says already that it cannot be a target."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; Paceline decodes causal models only")
@@ -53,14 +67,6 @@ def attach(model) -> None:
             f"{name} runs {attention} attention, which takes no tree masks; load it with "
             f"attn_implementation='sdpa' (or 'eager')"
         )
-    if model.training:
-        raise ValueError(f"{name} is in training mode, where dropout changes the text; call model.eval()")
-    tested = _attached.setdefault(model, set())
-    what = model.dtype, attention, model.device
-    if what not in tested:
-        _check_weights(model)
-        _judge(model, self_test(model))
-        tested.add(what)
 
 
 def _check_weights(model) -> None:

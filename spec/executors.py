@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 
@@ -126,29 +127,35 @@ class CudaGraph:
 
     lag = 1
     name = "cuda_graph_eager"
-    pools: ClassVar[dict[torch.device, object]] = {}
+    streams: ClassVar[dict[torch.device, torch.cuda.Stream]] = {}
+    living: ClassVar[dict[torch.device, "WeakSet[torch.cuda.CUDAGraph]"]] = {}
 
     def __init__(self, engine: Engine, work: Step | None = None):
         self.work, self.device, started = work or step, engine.state.tokens.device, time.perf_counter()
         with torch.cuda.device(self.device):
             try:
                 self._capture(engine)
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
                 raise ValueError(_reason(self.name, error)) from error
         self.making_seconds = time.perf_counter() - started
 
     def _capture(self, engine: Engine) -> None:
-        side = torch.cuda.Stream()
+        if self.device not in self.streams:  # torch's own default stream is of the device that was captured on first
+            self.streams[self.device] = torch.cuda.Stream()
+        side, graphs = self.streams[self.device], self.living.setdefault(self.device, WeakSet())
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             engine.idle_step()  # allocates the caches
             for _ in range(3):  # libraries choose their kernels and workspaces now
                 self.work(engine, _silent)
         torch.cuda.current_stream().wait_stream(side)
-        pool = self.pools.setdefault(self.device, torch.cuda.graph_pool_handle())
+        pool = next((graph.pool() for graph in graphs), None)  # a pool ends with the last of its graphs
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
             self.result = self.work(engine, _silent)
+        graphs.add(self.graph)
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         self.graph.replay()

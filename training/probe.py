@@ -37,7 +37,7 @@ class RandomRows:
 
 
 def heads_speed(model, steps: int) -> tuple[float, float]:
-    """Tokens per second over `steps` steps of independent heads, the first aside, and the last loss.
+    """Tokens per second over `steps` steps of training independent heads, the first aside, and the last loss.
 
     Raises ValueError where the loss is not a finite number."""
     device = model.device
@@ -55,7 +55,7 @@ def heads_speed(model, steps: int) -> tuple[float, float]:
         objective = MedusaObjective.build({"kind": "medusa", **known}, model, common)
         accelerator = Accelerator(cpu=device.type == "cpu")
         trainer = Trainer(config, accelerator, objective, OnlineTarget(model), splits, {}, {})
-        speed, loss = trainer.measure(steps)
+        speed, loss = trainer.measure(steps, learn=True)
     if not math.isfinite(loss):
         raise ValueError(f"the loss of heads in training is {loss}; check the model's weights and dtype")
     return speed, loss

@@ -255,14 +255,20 @@ class Trainer:
             shape = best_tree(counts.rates(), MODEST, self.depths)[0]
             write_json(folder / "acceptance.json", {**record(counts, shape), "how": how})
 
-    def measure(self, steps: int = 2) -> tuple[float, float]:
-        """Tokens per second of a few steps that change nothing, the first of which warms up, and the last loss."""
+    def measure(self, steps: int = 2, learn: bool = False) -> tuple[float, float]:
+        """Tokens per second of at least two steps, the first of which warms up, and the last loss. Nothing changes,
+        unless the steps are to `learn`."""
         self.steps, tokens = steps, 0.0
         for step in range(steps):
             if step == 1:
                 started = time.perf_counter()
-            self._begin_step()
-            tally = self._gradient(rows_of_step(step, self.config.optimisation.batch, len(self.splits["train"]), 0))
+            if learn:
+                self.window = Tally()
+                self._train_step()
+                tally = self.window
+            else:
+                self._begin_step()
+                tally = self._gradient(rows_of_step(step, self.config.optimisation.batch, len(self.splits["train"]), 0))
             tokens += tally.tokens if step else 0.0
         self.optimizer.zero_grad()
         return tokens / (time.perf_counter() - started), tally.total / max(tally.counted, 1.0)

@@ -7,6 +7,7 @@ raises becomes its finding, and the next task goes on. Knows nothing of what the
 
 import contextlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,13 +29,13 @@ class NotHere(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing to find out. `seconds` is what it is known to take, `closing` tasks run after the part's end too: they
-    are short and save what the part has measured."""
+    """One thing to find out. `seconds` is what it is known to take; what is `short` runs after the part's end too, such
+    as timing what was made until then, or saying why something is not here."""
 
     what: dict
     work: Callable[[], list[Finding]]
     seconds: float = 0.0
-    closing: bool = False
+    short: bool = False
 
 
 class Clock:
@@ -65,7 +66,7 @@ class Clock:
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3))
+        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3), 1.0)  # and again: a first one can be swallowed
         try:
             yield
         finally:
@@ -74,13 +75,22 @@ class Clock:
 
 
 def run_tasks(tasks: Iterable[Task], clock: Clock) -> Iterator[Finding]:
-    """Run the tasks of a part one by one, each as far as time allows; yields what they find."""
-    for task in tasks:
+    """Run the tasks of a part one by one, each as far as time allows; yields what they find. An error between tasks
+    ends the part and is a finding of its own."""
+    tasks = iter(tasks)
+    while True:
+        try:
+            task = next(tasks, None)
+        except Exception as error:
+            yield _failure({"what": "preparing this part"}, error)
+            return
+        if task is None:
+            return
         yield from _run(task, clock)
 
 
 def _run(task: Task, clock: Clock) -> list[Finding]:
-    if task.closing:
+    if task.short:
         return _outcome(task, task.work)
     if clock.left <= max(task.seconds, 0.0):
         reason = "the part's share of the budget is used up; give a larger --budget"
@@ -98,13 +108,20 @@ def _run(task: Task, clock: Clock) -> list[Finding]:
 
 def _stop_compiling(before: set[psutil.Process]) -> None:
     """End what an interrupted compilation leaves running: it would slow down everything that is measured after it."""
-    from torch._inductor.async_compile import shutdown_compile_workers  # loading it takes seconds
-
-    torch._dynamo.reset()
-    shutdown_compile_workers()
+    if (workers := sys.modules.get("torch._inductor.async_compile")) is not None:
+        workers.shutdown_compile_workers()
     for process in set(psutil.Process().children(recursive=True)) - before:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
+
+
+def absent(what: dict, reason: str) -> Task:
+    """A task that finds nothing but the reason why."""
+
+    def work() -> list[Finding]:
+        raise NotHere(reason)
+
+    return Task(what, work, short=True)
 
 
 def _outcome(task: Task, work: Callable[[], list[Finding]]) -> list[Finding]:
@@ -115,8 +132,12 @@ def _outcome(task: Task, work: Callable[[], list[Finding]]) -> list[Finding]:
     except (torch.OutOfMemoryError, MemoryError) as error:
         return [Finding(task.what, NOT_HERE, f"out of memory ({_first_line(error)})")]
     except Exception as error:  # whatever a model, a driver or a compiler raises is what was to be found out
-        said = _first_line(error)
-        return [Finding(task.what, FAILS, said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}")]
+        return [_failure(task.what, error)]
+
+
+def _failure(what: dict, error: Exception) -> Finding:
+    said = _first_line(error)
+    return Finding(what, FAILS, said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}")
 
 
 def _first_line(error: BaseException) -> str:

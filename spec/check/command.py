@@ -4,6 +4,8 @@ What is at stake is refused before any work: a model that does not fit, an outpu
 nothing stops the check but its budget and Ctrl-C, and both leave what was found so far in the JSON file.
 """
 
+import contextlib
+import signal
 import sys
 import time
 import warnings
@@ -15,11 +17,12 @@ from pathlib import Path
 
 import torch
 
-from .. import provenance
+from .. import native, provenance
+from ..attach import check_kind
 from ..captures import keep_verdict
 from ..runs import reset
 from . import shapes
-from .budget import Clock, Task, run_tasks
+from .budget import Clock, NotHere, Task, run_tasks
 from .lossless import Lossless
 from .machine import machine_tasks
 from .record import FAILS, HOLDS, NOT_HERE, Check, Finding, Part, write_json
@@ -28,6 +31,8 @@ from .subject import Subject, all_executors
 from .worth import worth_tasks
 
 TRAINED_STEPS = 10
+COMPARED_SIZES = 3  # of steps, from which one capture is said to be faster than the other
+SHORTEST_CONTEXT = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +45,19 @@ class Plan:
 
 
 def check(args) -> int:
-    """Check what `args` name; 1 where a promise of losslessness does not hold."""
-    outputs = [Path(path) for path in (args.output, args.markdown) if path and path != "-"]
-    _check_outputs(outputs)
+    """Check what `args` name; 1 where a promise of losslessness does not hold, or no text could be compared."""
+    output, markdown = (Path(path) if path and path != "-" else None for path in (args.output, args.markdown))
+    _check_outputs(args, [path for path in (output, markdown) if path])
     executors = all_executors(args.executors)
     subject = _subject(args, executors)
     clock = Clock(args.budget, args.started)
     plans = _plans(subject, clock)
     result = Check(_about(args, subject), [plan.part for plan in plans])
-    output = Path(args.output) if args.output else None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _stoppable() as stopped:
             warnings.simplefilter("ignore")  # of other packages; what matters here is found and said
-            run(plans, clock, result, output)
-    except KeyboardInterrupt:
+            run(plans, clock, result, output, stopped)
+    except BaseException:
         result.interrupted = True
         raise
     finally:
@@ -61,15 +65,33 @@ def check(args) -> int:
         if output:
             write_json(output, result.as_dict(sentence))
         if args.markdown:
-            _write_markdown(args.markdown, result.markdown(sentence))
+            _write_markdown(markdown, result.markdown(sentence))
         reset(subject.model)
-    _keep_better_capture(subject, plans)
     print(f"\n{sentence}")
-    return 1 if result.failed else 0
+    _keep_better_capture(subject, plans)
+    return 0 if result.compared and not result.failed else 1
 
 
-def run(plans: list[Plan], clock: Clock, result: Check, output: Path | None) -> None:
-    """Run the parts one after the other and print each as it ends; every finding is in the JSON file at once."""
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM end the block, and are noted, because a library may swallow what they raise."""
+    stopped: list[int] = []
+
+    def stop(number: int, frame) -> None:
+        stopped.append(number)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopped
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run(plans: list[Plan], clock: Clock, result: Check, output: Path | None, stopped: list[int]) -> None:
+    """Run the parts one after the other and print each as it ends; every finding is in the JSON file at once. Ends by
+    KeyboardInterrupt where `stopped` names a signal."""
     shares = sum(plan.share for plan in plans)
     for plan in plans:
         begun = time.perf_counter()
@@ -80,6 +102,8 @@ def run(plans: list[Plan], clock: Clock, result: Check, output: Path | None) -> 
             plan.part.seconds = time.perf_counter() - begun
             if output:
                 write_json(output, result.as_dict("not finished"))
+            if stopped:
+                raise KeyboardInterrupt
         print(result.text(plan.part), flush=True)
 
 
@@ -98,6 +122,8 @@ def _training_tasks(subject: Subject) -> Iterator[Task]:
     what = {"what": f"{TRAINED_STEPS} steps of heads, the target online"}
 
     def train() -> list[Finding]:
+        if index := subject.device.index:
+            raise NotHere(f"accelerate trains on the first GPU; CUDA_VISIBLE_DEVICES={index} makes it this one")
         speed, loss = import_module("...training.probe", __package__).heads_speed(subject.model, TRAINED_STEPS)
         return [Finding(what, figures={"tokens_per_second": speed, "loss": loss})]
 
@@ -106,30 +132,43 @@ def _training_tasks(subject: Subject) -> Iterator[Task]:
 
 def _subject(args, executors: list[str]) -> Subject:
     """The model that the options name. Says first what memory it needs."""
-    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device, label = _device(args.device), args.shape
+    if args.model is not None or args.config is not None:
+        label = args.model if args.model is not None else args.config
+        config = shapes.read_config(label, args.trust_remote_code)
+    else:
+        config = shapes.shape_config(label)
+    text = config.get_text_config()
+    if (context := getattr(text, "max_position_embeddings", None) or SHORTEST_CONTEXT) < SHORTEST_CONTEXT:
+        raise ValueError(f"{label} has a context of {context} tokens and the check needs {SHORTEST_CONTEXT}")
+    published = (text.dtype or torch.float32) if args.model is not None else None
+    dtype = shapes.settled_dtype(args.dtype, device, published)
+    needed = shapes.weight_bytes(config, dtype, args.trust_remote_code)
+    print(shapes.check_memory(Path(label).name, needed, dtype, device), file=sys.stderr)
+    if args.model is not None:
+        model = shapes.named_model(args.model, args.dtype, device, args.trust_remote_code)
+    else:
+        model = shapes.random_model(config, dtype, device, args.trust_remote_code)
+    check_kind(model)
+    if device.type == "cpu":
+        native.prepare()  # which may take its seconds to compile, and must not be interrupted
+    make_drafter = import_module("...drafters.untrained", __package__).untrained
+    return Subject(Path(label).name, model, executors, make_drafter)
+
+
+def _device(name: str | None) -> torch.device:
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from error
-    if args.model or args.config:
-        config = shapes.read_config(args.model or args.config, args.trust_remote_code)
-    else:
-        config = shapes.shape_config(args.shape)
-    published = (config.get_text_config().dtype or torch.float32) if args.model else None
-    dtype = shapes.settled_dtype(args.dtype, device, published)
-    label = args.model or args.config or args.shape
-    needed = shapes.weight_bytes(config, dtype, args.trust_remote_code)
-    print(shapes.check_memory(Path(label).name, needed, dtype, device), file=sys.stderr)
-    if args.model:
-        model = shapes.named_model(args.model, args.dtype, device, args.trust_remote_code)
-    else:
-        model = shapes.random_model(config, dtype, device, args.trust_remote_code)
-    make_drafter = import_module("...drafters.untrained", __package__).untrained
-    return Subject(Path(label).name, model, executors, lambda kind, target: make_drafter(kind, target))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {name} is neither a CPU nor a CUDA device, which are what can be checked")
+    return device
 
 
 def _about(args, subject: Subject) -> dict:
-    weights = "its own" if args.model else "random"
+    weights = "its own" if args.model is not None else "random"
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": provenance.command(),
@@ -147,48 +186,73 @@ def _about(args, subject: Subject) -> dict:
 
 def verdict(result: Check) -> str:
     """The last line: whether the promises hold, and what speculation is worth."""
-    findings = {part.name: part.findings for part in result.parts}
-    failing = [part.title for part in result.parts if part.verdict == FAILS]
-    counts = {kind: sum(f.verdict == kind for f in findings["lossless"]) for kind in (HOLDS, FAILS, NOT_HERE)}
+    lossless = next(part for part in result.parts if part.name == "lossless").findings
+    counts = {kind: sum(f.verdict == kind for f in lossless) for kind in (HOLDS, FAILS, NOT_HERE)}
+    parted, texts = (sum(f.figures.get(name, 0) for f in lossless) for name in ("parted", "texts"))
     if counts[FAILS]:
-        first = next(f for f in findings["lossless"] if f.verdict == FAILS)
+        first = next(f for f in lossless if f.verdict == FAILS)
         named = ", ".join(str(value) for value in first.what.values())
-        return f"NOT lossless here: {counts[FAILS]} of {sum(counts.values())} checks fail, the first is {named}."
-    said = "No drafted text was compared with plain decoding"
-    if any(f.verdict == HOLDS and f.what.get("promise") == "same text" for f in findings["lossless"]):
-        said = f"Lossless here: {counts[HOLDS]} of {sum(counts.values())} checks hold, the others are not here"
-    likely = [f for f in findings["worth"] if f.what.get("accepted") == "70%"]
-    gains = [f.figures["speedup"] for f in likely if "speedup" in f.figures]
-    worth = "" if not gains else (
-        f"; at 70% acceptance a level the best tree is {max(gains):.2f} times as fast as plain decoding"
-        if max(gains) > 1 else "; at 70% acceptance a level speculation does not pay here"
-    )  # fmt: skip
-    trouble = f"; {' and '.join(failing)} failed" if failing else ""
-    return f"{said}{worth}{trouble}."
+        said = f"NOT every promise holds here: {counts[FAILS]} of {len(lossless)} checks fail, the first is {named}"
+    elif not result.compared:
+        said = "No drafted text was compared with plain decoding"
+    else:
+        rest = f", {counts[NOT_HERE]} could not be made" if counts[NOT_HERE] else ""
+        ties = f"; {parted} of {texts} texts part at near-ties" if parted else ""
+        said = f"Lossless here: {counts[HOLDS]} of {len(lossless)} checks hold{rest}{ties}"
+    failing = [part.title for part in result.parts if part.verdict == FAILS and not part.must_hold]
+    trouble = f"; failed: {', '.join(failing)}" if failing else ""
+    cut = "; the check was stopped" if result.interrupted else ""
+    return f"{said}{'' if counts[FAILS] else _worth(result)}{trouble}{cut}."
+
+
+def _worth(result: Check) -> str:
+    """What the best tree gains over the fastest plain step, whichever executors the two have."""
+    findings = {part.name: part.findings for part in result.parts}
+    drafted = [f for f in findings["worth"] if f.what.get("accepted") == "70%" and "token_seconds" in f.figures]
+    single = [f for f in findings["steps"] if (f.what.get("rows"), f.what.get("nodes")) == (1, 1)]
+    plain = [f.figures["step_seconds"] for f in single if "step_seconds" in f.figures]
+    if not drafted or not plain:
+        return ""
+    best = min(drafted, key=lambda finding: finding.figures["token_seconds"])
+    gain = min(plain) / best.figures["token_seconds"]
+    if gain <= 1:
+        return "; at 70% acceptance a level speculation does not pay here"
+    how = f"{best.what['executor']} steps, drafts like {best.what['drafter']}'s"
+    return f"; at 70% acceptance a level the best tree would be {gain:.2f} times as fast as plain decoding ({how})"
 
 
 def _keep_better_capture(subject: Subject, plans: list[Plan]) -> None:
-    """On a GPU, keep which captured step is the better one, where both were checked and timed."""
+    """On a GPU, keep which captured step is the better one, where all texts of the compiled one were compared and
+    steps of several sizes were timed alike."""
     parts = {plan.part.name: plan.part for plan in plans}
     eager, compiled = "cuda_graph_eager", "cuda_graph_compiled"
     texts = [f for f in parts["lossless"].findings if f.what.get("executor") == compiled]
     seconds = {
         (f.what["executor"], f.what["nodes"]): f.figures["step_seconds"]
         for f in parts["steps"].findings
-        if f.what.get("rows") == 1 and "step_seconds" in f.figures
+        if f.what.get("rows") == 1 and "step_seconds" in f.figures and not f.reason
     }
-    both = [n for name, n in seconds if name == compiled and (eager, n) in seconds]
-    if both and any(f.verdict == HOLDS for f in texts):
-        right = all(f.verdict != FAILS for f in texts)
-        faster = all(seconds[compiled, nodes] < seconds[eager, nodes] for nodes in both)
+    both = [nodes for name, nodes in seconds if name == compiled and (eager, nodes) in seconds]
+    if len(both) < COMPARED_SIZES or not any(f.verdict == HOLDS for f in texts):
+        return
+    right = all(f.verdict == HOLDS for f in texts)
+    faster = all(seconds[compiled, nodes] < seconds[eager, nodes] for nodes in both)
+    try:
         keep_verdict(subject.device, right and faster)
+    except ValueError as error:
+        print(f"which capture is better is not kept: {error}", file=sys.stderr)
 
 
-def _check_outputs(outputs: list[Path]) -> None:
-    """Refuse, before any work, two outputs in one file and a place that cannot be written."""
-    if len(outputs) > len({path.resolve() for path in outputs}):
-        raise ValueError(f"-o and --markdown both name {outputs[0]}; give two files")
-    for path in outputs:
+def _check_outputs(args, outputs: list[Path]) -> None:
+    """Refuse, before any work, an output that is no file, cannot be written, or is another output or an input."""
+    if args.output == "-":
+        raise ValueError("-o - is no file and the tables go to standard output; give a file for the JSON")
+    inputs = [Path(path) for path in (args.config, args.model) if path]
+    for number, path in enumerate(outputs):
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is no ordinary file; give another place")
+        if any(path.resolve() == other.resolve() for other in [*outputs[:number], *inputs]):
+            raise ValueError(f"{path} is named twice, as an output and as something else; give another place")
         try:
             existed = path.exists()
             open(path, "a").close()
@@ -198,8 +262,8 @@ def _check_outputs(outputs: list[Path]) -> None:
             raise ValueError(f"{path} cannot be written ({error.strerror}); choose another place") from error
 
 
-def _write_markdown(path: str, text: str) -> None:
-    if path == "-":
+def _write_markdown(path: Path | None, text: str) -> None:
+    if path is None:
         sys.stdout.write(text)
     else:
-        Path(path).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")

@@ -20,6 +20,7 @@ def read_check(path: str) -> dict | None:
         return None
     try:
         _findings(check)
+        _heading(check)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is a damaged check ({type(error).__name__}: {error}); make it again") from error
     return check
@@ -33,9 +34,7 @@ def compare_checks(paths: list[str], checks: list[dict | None]) -> int:
         if check is None:
             raise ValueError(f"{path} is no file of paceline check and the other one is; compare two of a kind")
     for name, check in zip("AB", checks):
-        subject, machine = check["subject"], check["machine"]
-        where = machine["gpu"] if subject["device"].startswith("cuda") else machine["cpu"]
-        print(f"{name}: {subject['name']}, {subject['dtype']}, {where}, {check['created']}, commit {check['commit']}")
+        print(f"{name}: {_heading(check)}")
     (a, b), rows, broken = map(_findings, checks), [], 0
     for key in [*a, *(key for key in b if key not in a)]:
         mine, theirs = (side.get(key, {"verdict": "-", "figures": {}}) for side in (a, b))
@@ -47,6 +46,12 @@ def compare_checks(paths: list[str], checks: list[dict | None]) -> int:
         rows += _figure_rows(label, mine["figures"], theirs["figures"])
     print(table(["what", "figure", "A", "B", "B / A"], rows))
     return 1 if broken else 0
+
+
+def _heading(check: dict) -> str:
+    subject, machine = check["subject"], check["machine"]
+    where = machine["gpu"] if subject["device"].startswith("cuda") else machine["cpu"]
+    return f"{subject['name']}, {subject['dtype']}, {where}, {check['created']}, commit {check['commit']}"
 
 
 def _findings(check: dict) -> dict[tuple, dict]:

@@ -7,7 +7,6 @@ round them. Knows nothing of models or of how anything is measured.
 
 import json
 import os
-import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -117,6 +116,12 @@ class Check:
     def failed(self) -> bool:
         return any(part.must_hold and part.verdict == FAILS for part in self.parts)
 
+    @property
+    def compared(self) -> bool:
+        """Whether any drafted text was compared with plain decoding, and found to be the same."""
+        findings = [finding for part in self.parts if part.must_hold for finding in part.findings]
+        return any(f.verdict == HOLDS and f.what.get("promise") == "same text" for f in findings)
+
     def as_dict(self, sentence: str) -> dict:
         parts = [{**asdict(part), "verdict": part.verdict} for part in self.parts]
         units = {name: unit for name, (unit, _, _) in FIGURES.items()}
@@ -148,7 +153,9 @@ def _cell(text: str) -> str:
 
 def write_json(path: Path, value: dict) -> None:
     """Write `path` whole or not at all."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as beside:
-        json.dump(value, beside, indent=1)
-        beside.write("\n")
-    os.replace(beside.name, path)
+    beside = path.with_name(f".{path.name}.unfinished")
+    try:
+        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -59,6 +59,7 @@ SHAPES: dict[str, dict] = {
 }  # fmt: skip
 # sdpa has no soft caps on attention scores, and transformers would leave them out.
 ATTENTION = {"gemma-2-2b": "eager"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 SPREAD = 3.0  # standard deviation of the logits
 _BLOCK = 4_194_301  # random numbers that are drawn and repeated; a prime, so that no two rows of a matrix are alike
 
@@ -93,10 +94,10 @@ def settled_dtype(dtype: str, device: torch.device, published: torch.dtype | Non
             return published
         emulated = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.float32 if emulated or emulates_bfloat16(device) else torch.bfloat16
-    named = getattr(torch, dtype.removeprefix("torch."), None)
-    if not isinstance(named, torch.dtype) or not named.is_floating_point:
-        raise ValueError(f"--dtype {dtype} is no floating-point dtype of torch; use auto, float32 or bfloat16")
-    return named
+    name = dtype.removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"--dtype {dtype} is none of auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code: bool = False) -> int:
@@ -156,6 +157,8 @@ def named_model(name: str, dtype: str, device: torch.device, trust_remote_code: 
 def _empty(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool):
     attention = ATTENTION.get(config._name_or_path)
     options = {"attn_implementation": attention} if attention else {}
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise ValueError(f"{config.model_type} is no causal language model of transformers; give one that is")
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options)
     model.tie_weights()

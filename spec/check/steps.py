@@ -5,6 +5,7 @@ does. Beside each step stands the target's forward in it alone, and how near tha
 memory bandwidth reads the weights and the text's keys and values once.
 """
 
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,21 +14,19 @@ from dataclasses import dataclass
 import torch
 
 from ..curves import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
-from ..planner import interpolate
 from ..proposal import NoDrafter
 from ..runs import pool_of
 from ..tree import TreeShape
-from .budget import Clock, NotHere, Task
+from .budget import Clock, Task, absent
 from .record import NOT_HERE, Finding
 from .subject import COMPILED, Subject
 
 # Rows and nodes, the most telling first, in case time runs out.
 SIZES = ((1, 1), (1, 8), (1, 4), (1, 16), (1, 2), (1, 32), (1, 64), (8, 1), (8, 4), (8, 8))
-DRAFTED_LEVELS = (1, 4)
+DRAFTED_LEVELS = (1, 4, 8)
 KINDS = ("ngram", "hydra", "medusa", "draft model")
 REPEATS, LEAST_TURNS = 15, 3
 COMPARED_TOKENS = 16  # of transformers' generate()
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 @dataclass(slots=True)
@@ -36,6 +35,7 @@ class Timed:
 
     runner: object
     making_seconds: float
+    text: int = IDLE_CAPACITY // 2  # tokens in its cache
     drafts: bool = False
 
 
@@ -48,6 +48,7 @@ class Steps:
         self.runners: dict[str, dict[tuple, Timed]] = defaultdict(dict)  # [executor][rows, nodes, whole or "forward"]
         self.curves: dict[str, dict[int, float]] = {}
         self.drafts: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
+        self.drafting: set[str] = set()  # executors of whose curves some steps draft by prompt lookup
         self.slot_bytes = 0
 
     def tasks(self) -> Iterator[Task]:
@@ -68,7 +69,7 @@ class Steps:
         for executor in self.subject.executors:
             reason = self.subject.why_not(executor)
             if reason is not None:
-                yield Task({"executor": executor}, lambda reason=reason: _raise(reason), closing=True)
+                yield absent({"executor": executor}, reason)
 
     def _compiled(self, executor: str) -> Iterator[Task]:
         """Steps that were compiled for texts before, then one size after the other while there is time."""
@@ -80,18 +81,18 @@ class Steps:
                 continue
             what = {"executor": executor, "rows": rows, "nodes": nodes}
             yield Task(what, lambda what=what: self._compile(what["executor"], what["rows"], what["nodes"]))
-        yield Task({"executor": executor}, lambda: self._time_compiled(executor), closing=True)
+        yield Task({"executor": executor}, lambda: self._time_compiled(executor), short=True)
 
     def _take_kept(self, executor: str) -> None:
         for run in pool_of(self.subject.model).runs:
             spec, engine = run.spec, run.engine
             if spec.executor == executor and run.drafter.name in ("none", "ngram") and not spec.sampling[0]:
-                engine.target.model = self.subject.model
+                engine.target.model, text = self.subject.model, engine.target.capacity // 2
                 engine.state.done.fill_(True)
-                engine.state.lengths.fill_(engine.target.capacity // 2)
-                key = (spec.batch, len(spec.shape), "whole")
-                drafts = run.drafter.name == "ngram"
-                self.runners[executor][key] = Timed(run.executor, run.executor.making_seconds, drafts)
+                engine.state.lengths.fill_(text)
+                key, drafts = (spec.batch, len(spec.shape), "whole"), run.drafter.name == "ngram"
+                self.runners[executor][key] = Timed(run.executor, run.executor.making_seconds, text, drafts)
+                self.drafting |= {executor} if drafts else set()
 
     def _open(self, executor: str, rows: int, nodes: int, part: str) -> Timed:
         drafter = Blank() if nodes > 1 else NoDrafter()
@@ -154,9 +155,8 @@ class Steps:
         figures = {"step_seconds": step, "of_plain": plain and step / plain, "making_seconds": timed.making_seconds}
         if forward is not None:
             figures |= {"forward_seconds": forward, "elsewhere": max(1 - forward / step, 0.0)}
-        if not any(getattr(self.subject.model.config.get_text_config(), name, None) for name in _EXPERTS):
-            # Which experts a step reads depends on its tokens.
-            read = weights_read(self.subject.model) + rows * IDLE_CAPACITY // 2 * self.slot_bytes
+        if not self.subject.has_experts:  # else what a step reads depends on its tokens
+            read = weights_read(self.subject.model) + rows * timed.text * self.slot_bytes
             figures["bytes_read"] = read
             figures["of_roofline"] = bandwidth and read / bandwidth / (forward or step)
         reason = "drafting by prompt lookup included" if timed.drafts else ""
@@ -164,30 +164,32 @@ class Steps:
 
     @torch.no_grad()
     def _transformers(self) -> list[Finding]:
-        """Seconds a token of transformers' own loop, the prompt aside."""
+        """Seconds a token of transformers' own loop, the prompt aside: the median of a few differences of a short and
+        a longer call, in turns."""
         model, ids = self.subject.model, torch.ones(1, 8, dtype=torch.long, device=self.subject.device)
-        times = {}
-        for tokens in (1, 1, COMPARED_TOKENS + 1):
+
+        def seconds(tokens: int) -> float:
             wait_for(model)
             started = time.perf_counter()
             model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=tokens)
             wait_for(model)
-            times[tokens] = time.perf_counter() - started
-        seconds = (times[COMPARED_TOKENS + 1] - times[1]) / COMPARED_TOKENS
-        return [Finding({"executor": "transformers"}, figures={"token_seconds": seconds})]
+            return time.perf_counter() - started
+
+        seconds(1)  # warms up
+        differences = [seconds(COMPARED_TOKENS + 1) - seconds(1) for _ in range(3)]
+        token_seconds = max(statistics.median(differences), 0.0) / COMPARED_TOKENS
+        return [Finding({"executor": "transformers"}, figures={"token_seconds": token_seconds})]
 
     @torch.no_grad()
     def _time_drafting(self, executor: str, kind: str) -> list[Finding]:
-        """What drafting adds to a step of as many nodes."""
-        drafter, curve = self.subject.drafter(kind), self.curves.get(executor, {})
-        known = {levels: curve for levels in DRAFTED_LEVELS if min(curve, default=99) <= levels + 1 <= max(curve)}
-        if not known:
-            raise NotHere("no step of as many nodes has been timed")
-        shapes = {levels: TreeShape.chain(levels) for levels in known}
-        model = self.subject.model
-        runners = {levels: open_idle(model, executor, drafter, shape) for levels, shape in shapes.items()}
+        """What drafting adds to a step of as many nodes, both in the same turns."""
+        drafter, model = self.subject.drafter(kind), self.subject.model
+        runners = {}
+        for levels in DRAFTED_LEVELS:
+            for part in (drafter, Blank()):
+                runners[levels, part] = open_idle(model, executor, part, TreeShape.chain(levels))
         seconds = in_turns(model, runners, REPEATS // 3, warm_up=1, limit=0.1 * self.clock.left)
-        costs = {levels: max(s - interpolate(curve, levels + 1), 0.0) for levels, s in seconds.items()}
+        costs = {levels: max(seconds[levels, drafter] - seconds[levels, Blank()], 0.0) for levels in DRAFTED_LEVELS}
         self.drafts[executor][kind] = {0: 0.0, **costs}
         what = {"executor": executor, "drafter": kind}
         return [Finding({**what, "levels": levels}, figures={"draft_seconds": s}) for levels, s in costs.items()]
@@ -200,6 +202,3 @@ def weights_read(model) -> int:
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total if embeddings is head else total - embeddings.nbytes
 
-
-def _raise(reason: str) -> list[Finding]:
-    raise NotHere(reason)

@@ -12,6 +12,7 @@ from ..executors import EXECUTORS, choose
 from .budget import NotHere
 from .shapes import free_bytes
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 COMPILED = ("compiled", "cuda_graph_compiled")  # executors that take tens of seconds to make a step
 
 
@@ -46,6 +47,12 @@ class Subject:
     @property
     def layers(self) -> int:
         return self.model.config.get_text_config().num_hidden_layers
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether layers are mixtures of experts, of which a token reads only some."""
+        config = self.model.config.get_text_config()
+        return any(getattr(config, name, None) for name in _EXPERTS)
 
     @property
     def free_bytes(self) -> int:

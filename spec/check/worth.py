@@ -8,7 +8,7 @@ Not to speculate is one of its choices.
 from collections.abc import Iterator
 
 from ..planner import choose_tree
-from .budget import NotHere, Task
+from .budget import Task, absent
 from .record import Finding
 from .steps import Steps
 
@@ -20,27 +20,26 @@ def worth_tasks(steps: Steps) -> Iterator[Task]:
     """One finding for each executor, drafter and acceptance whose times are known."""
     curves = {executor: curve for executor, curve in steps.curves.items() if len(curve) > 1 and 1 in curve}
     if not curves:
-        yield Task({"executor": "any"}, _nothing_timed, closing=True)
+        yield absent({"executor": "any"}, "fewer than two sizes of a step were timed")
     for executor, curve in curves.items():
         # Where drafting was not timed with this executor, its costs with eager steps are an upper bound.
-        drafts = steps.drafts.get(executor) or steps.drafts.get("eager") or {"free": {0: 0.0, LEVELS: 0.0}}
+        drafts = steps.drafts.get(executor) or steps.drafts.get("eager", {})
+        if executor in steps.drafting:
+            drafts = {"ngram": {0: 0.0, LEVELS: 0.0}}  # which the steps' own times hold
         for kind, costs in drafts.items():
             for accepted in ACCEPTED:
                 what = {"executor": executor, "drafter": kind, "accepted": f"{accepted:.0%}"}
                 arguments = what, accepted, _rising(curve), costs
-                yield Task(what, lambda arguments=arguments: [_best(*arguments)], closing=True)
-
-
-def _nothing_timed() -> list[Finding]:
-    raise NotHere("fewer than two sizes of a step were timed")
+                yield Task(what, lambda arguments=arguments: [_best(*arguments)], short=True)
 
 
 def _best(what: dict, accepted: float, curve: dict[int, float], costs: dict[int, float]) -> Finding:
     rates = [[accepted * (1 - accepted) ** rank for rank in range(RANKS)]] * LEVELS
     plan = choose_tree(rates, curve, costs)
     figures = {"nodes": len(plan.shape), "depth": plan.shape.max_depth, "tokens_per_step": plan.tokens_per_step}
-    figures |= {"speedup": plan.speedup, "parents": list(plan.parents)}
-    return Finding(what, reason="do not speculate" if len(plan.shape) == 1 else "", figures=figures)
+    figures |= {"speedup": plan.speedup, "token_seconds": plan.seconds_per_step / plan.tokens_per_step}
+    reason = "do not speculate" if len(plan.shape) == 1 else ""
+    return Finding(what, reason=reason, figures={**figures, "parents": list(plan.parents)})
 
 
 def _rising(curve: dict[int, float]) -> dict[int, float]:
