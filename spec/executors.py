@@ -77,7 +77,7 @@ class Compiled:
         try:
             engine.idle_step()  # allocates the caches, which must exist before the graph is traced
             pack(engine.packable)
-            with packed_linears():
+            with packed_linears(engine.packable):
                 self.step()
         except torch._dynamo.exc.TorchDynamoException as error:
             print(" failed", file=sys.stderr)

@@ -10,6 +10,7 @@ Knows nothing of steps or executors.
 
 import contextlib
 from collections.abc import Callable, Iterable
+from types import MethodType
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def pack(models: Iterable[nn.Module]) -> None:
     """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed.
     Layers on the same memory share a copy."""
     made: dict[tuple, PackedWeight] = {}
-    for layer in (module for model in models for module in model.modules() if type(module) is nn.Linear):
+    for layer in _linears(models):
         weight = layer.weight.detach()
         layout = _layout(weight.dtype) if _can_be_packed(weight) else None
         if layout is None:
@@ -104,20 +105,27 @@ def _can_be_packed(weight: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def packed_linears():
-    """What is traced inside reads the packed weights, where there are any."""
-    usual = nn.Linear.forward
-
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        packed = getattr(self, "packed_weight", None)
-        if packed is None or packed.tensor is None:
-            return F.linear(x, self.weight, self.bias)
-        if packed.by_onednn:
-            return torch.ops.paceline.packed_linear(x, packed.tensor, self.bias)
-        return torch.ops.paceline.panel_linear(x, packed.tensor, self.bias, len(self.weight))
-
-    nn.Linear.forward = forward
+def packed_linears(models: Iterable[nn.Module]):
+    """What is traced inside reads the packed weights of `models`, where there are any. What runs meanwhile in another
+    thread does not."""
+    layers = [layer for layer in _linears(models) if "packed_weight" in vars(layer) and "forward" not in vars(layer)]
+    for layer in layers:
+        layer.forward = MethodType(_packed_forward, layer)
     try:
         yield
     finally:
-        nn.Linear.forward = usual
+        for layer in layers:
+            del layer.forward
+
+
+def _packed_forward(layer: nn.Linear, x: Tensor) -> Tensor:
+    packed = layer.packed_weight
+    if packed.tensor is None or not torch.compiler.is_dynamo_compiling():
+        return F.linear(x, layer.weight, layer.bias)
+    if packed.by_onednn:
+        return torch.ops.paceline.packed_linear(x, packed.tensor, layer.bias)
+    return torch.ops.paceline.panel_linear(x, packed.tensor, layer.bias, len(layer.weight))
+
+
+def _linears(models: Iterable[nn.Module]) -> list[nn.Linear]:
+    return [module for model in models for module in model.modules() if type(module) is nn.Linear]

@@ -4,6 +4,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,16 @@ def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
         optimizer.step()
         optimizer.zero_grad()
     return objective.heads.requires_grad_(False).to(model.dtype)
+
+
+@contextmanager
+def as_traced(*models):
+    """Linear layers of `models` compute as they do where a compiler traces them."""
+    from paceline.spec.packing import packed_linears
+
+    with pytest.MonkeyPatch.context() as patch, packed_linears(models):
+        patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
+        yield
 
 
 @pytest.fixture(scope="module")

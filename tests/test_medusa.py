@@ -9,12 +9,12 @@ import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.spec import noise
 from paceline.spec.noise import row_keys
-from paceline.spec.packing import is_x86, pack, packed_linears
+from paceline.spec.packing import is_x86, pack
 from paceline.spec.proposal import DraftRequest, DraftSampling
 from paceline.spec.state import DecodeState
 from paceline.spec.tree import TreeShape
 
-from conftest import fitted_heads, tiny_llama
+from conftest import as_traced, fitted_heads, tiny_llama
 from reference import two_token_law
 from test_families import SUPPORTED, build
 
@@ -184,7 +184,7 @@ def test_the_lm_head_of_heads_can_be_packed(heads):
     assert layer.weight.data_ptr() == own.head_weight.data_ptr() and own.linears() == [layer]
     pack([layer])
     own.head_weight.mul_(2)
-    with packed_linears():
+    with as_traced(layer):
         torch.testing.assert_close(own.follow(own.start(hidden), 0, path), before)
     assert not torch.allclose(own.follow(own.start(hidden), 0, path), before), "outside, the weights are"
     (other,) = own.double().linears()

@@ -10,7 +10,7 @@ from paceline.spec import native, runs
 from paceline.spec.packing import has_bfloat16, is_x86, pack, packed_linears
 from torch import nn
 
-from conftest import tiny_llama
+from conftest import as_traced, tiny_llama
 
 pytestmark = pytest.mark.skipif(not (torch.backends.mkldnn.is_available() and is_x86()), reason="not an x86 CPU")
 DTYPES = [torch.float32, *([torch.bfloat16] if has_bfloat16() else [])]
@@ -30,7 +30,7 @@ def test_packed_products_are_the_products(dtype, rows, bias):
     exact = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     pack([layer])
     assert layer.packed_weight.tensor.is_mkldnn == (dtype == torch.bfloat16 or not native.prepare())
-    with packed_linears():
+    with as_traced(layer):
         found = layer(x)
     assert found.shape == exact.shape and found.dtype == dtype
     near = 2**-8 if dtype == torch.bfloat16 else 1e-6
@@ -84,15 +84,26 @@ def test_packed_weights_are_read_only_inside_and_follow_the_weights(dtype):
     first = layer.packed_weight.tensor
     before = layer(x)
     layer.weight.data.mul_(-2)  # which no version counter sees
-    with packed_linears():
+    with as_traced(layer):
         torch.testing.assert_close(layer(x), before, **near)  # the packed copy is read
     assert torch.equal(layer(x), before * -2), "outside, the weights are"
     pack([layer])
-    with packed_linears():
+    with as_traced(layer):
         torch.testing.assert_close(layer(x), before * -2, **near)
     second = layer.packed_weight.tensor
     pack([layer])
     assert layer.packed_weight.tensor is second is not first, "packed again where weights changed, and only there"
+
+
+def test_nothing_but_the_trace_sees_packed_weights():
+    """Neither the class, nor another thread, nor the same layer outside of a compiler."""
+    layer, x, usual = linear(32, 32, False, torch.float32), torch.randn(3, 32), nn.Linear.forward
+    pack([layer])
+    truth = layer(x)
+    layer.packed_weight.tensor = torch.zeros(1)  # no layer could be computed with it
+    with packed_linears([layer]):
+        assert nn.Linear.forward is usual and torch.equal(layer(x), truth)
+    assert "forward" not in vars(layer)
 
 
 def test_layers_on_the_same_memory_share_a_copy():
@@ -107,7 +118,7 @@ def test_copies_leave_packed_weights_behind():
     pack([layer])
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         other.weight.data.mul_(2)
-        with packed_linears():
+        with as_traced(other):
             assert torch.equal(other(x), nn.functional.linear(x, other.weight, other.bias))
     assert set(layer.state_dict()) == {"weight", "bias"}
 
