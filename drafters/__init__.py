@@ -58,10 +58,10 @@ def _around(model, target):
 
 def _check_vocabulary(drafter, target) -> None:
     vocab = target.config.get_text_config().vocab_size
-    if drafter.vocab_size != vocab:
+    if drafter.traits.vocab_size != vocab:
         raise ValueError(
-            f"drafter {drafter.name} has a vocabulary of {drafter.vocab_size} tokens and the target one of {vocab}; "
-            "use a drafter made for this target's tokenizer"
+            f"drafter {drafter.name} has a vocabulary of {drafter.traits.vocab_size} tokens and the target one of "
+            f"{vocab}; use a drafter made for this target's tokenizer"
         )
 
 
@@ -75,7 +75,7 @@ def _best(target):
     if folder is None:
         return NgramDrafter()
     drafter = _trained(folder, target)
-    return Beside(drafter, NgramDrafter()) if getattr(drafter, "remembers_nothing", False) else drafter
+    return Beside(drafter, NgramDrafter()) if drafter.traits.stateless else drafter
 
 
 def _trained(name_or_path: str | Path, target):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DraftRequest, EmptySession, Proposal
+from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, EmptySession, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
@@ -27,17 +27,22 @@ class Beside:
 
     def __init__(self, first, second):
         for part in (first, second):
-            if hasattr(part, "parts"):
+            if part.traits.parts:
                 raise ValueError(f"drafter {part.name!r} is two drafters already; no more than two draft side by side")
-            if not getattr(part, "remembers_nothing", False):
+            if not part.traits.stateless:
                 raise ValueError(
                     f"drafter {part.name!r} may follow its own tree from step to step and cannot stand beside another; "
                     "combine trained heads and ngram, such as smollm2-135m-hydra+ngram"
                 )
         self.parts = first, second
         self.name = f"{first.name}+{second.name}"
-        self.vocab_size = next((part.vocab_size for part in self.parts if part.vocab_size is not None), None)
-        self.reads_hidden = any(getattr(part, "reads_hidden", False) for part in self.parts)
+        traits = first.traits, second.traits
+        self.traits = DrafterTraits(
+            vocab_size=next((each.vocab_size for each in traits if each.vocab_size is not None), None),
+            reads_hidden=any(each.reads_hidden for each in traits),
+            stateless=True,
+            parts=self.parts,
+        )
         self.default_shape = first.default_shape.beside(TreeShape.chain(COPIED))
 
     def open(self, request: DraftRequest) -> "BesideSession | EmptySession":
@@ -68,7 +73,11 @@ class BesideSession:
 
     @property
     def packable(self) -> list[torch.nn.Module]:
-        return [layer for session in self.sessions for layer in getattr(session, "packable", [])]
+        return [layer for session in self.sessions for layer in session.packable]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(session.nbytes for session in self.sessions)
 
     def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
         for session in self.sessions:

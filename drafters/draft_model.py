@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..spec.attach import attach
 from ..spec.planner import Rates, default_tree
-from ..spec.proposal import DraftRequest, Proposal
+from ..spec.proposal import DrafterTraits, DraftRequest, Proposal
 from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TreeShape
@@ -20,14 +20,14 @@ from ..spec.verify import Verdict
 from .known_tokens import WidenedHead, trimmed_head
 from .static_tree import StaticTree, check_children
 
+DEEPEST = 4  # levels of the default tree: each costs a forward
+
 
 class ModelDrafter:
     """`model` is any causal LM with the target's vocabulary that passes the same self-test as a target. `rates` is
     the acceptance p[depth][rank] that the default tree is planned from, a chain where there is none. With
     `vocabulary` (V',), ascending ids, it drafts these tokens only, and its LM head is replaced by one that gives
     their logits."""
-
-    deepest = 4  # levels of the default tree: each costs a forward
 
     def __init__(self, model, name: str = "draft model", rates: Rates | None = None, vocabulary: Tensor | None = None):
         attach(model)
@@ -37,27 +37,31 @@ class ModelDrafter:
             model.set_output_embeddings(trimmed_head(model.get_output_embeddings(), self.vocabulary))
         self.name = name
         on_cpu = model.device.type == "cpu"
-        self.default_shape = default_tree(rates, self.deepest, on_cpu) if rates else TreeShape.chain(self.deepest)
-        self.vocab_size = model.config.get_text_config().vocab_size
+        self.default_shape = default_tree(rates, DEEPEST, on_cpu) if rates else TreeShape.chain(DEEPEST)
+        self.traits = DrafterTraits(
+            model.config.get_text_config().vocab_size, deepest=DEEPEST, modules=(model,), vocabulary=self.vocabulary,
+            causal_lm=self._whole_model(),
+        )  # fmt: skip
 
     @classmethod
     def around(cls, model) -> "ModelDrafter":
         """The drafter of a loaded model, which is kept with the model, so that what is made for it serves again."""
         drafter = model.__dict__.get("_paceline_drafter")
         vocab = model.config.get_text_config().vocab_size
-        if drafter is None or drafter.model is not model or drafter.vocab_size != vocab:
+        if drafter is None or drafter.model is not model or drafter.traits.vocab_size != vocab:
             name = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
             drafter = model.__dict__["_paceline_drafter"] = cls(model, name)
         attach(model)  # which may have changed
         return drafter
 
-    def whole_model(self):
+    def _whole_model(self):
         """The draft as an ordinary causal LM with logits of the whole vocabulary, on the same weights."""
         if self.vocabulary is None:
             return self.model
         whole = copy.copy(self.model)
         whole._modules = dict(whole._modules)  # so that its head can be another one
-        whole.set_output_embeddings(WidenedHead(self.model.get_output_embeddings(), self.vocabulary, self.vocab_size))
+        vocab_size = self.model.config.get_text_config().vocab_size
+        whole.set_output_embeddings(WidenedHead(self.model.get_output_embeddings(), self.vocabulary, vocab_size))
         return whole
 
     def check_device(self, device: torch.device) -> None:
@@ -83,6 +87,14 @@ class ModelDraftSession:
         self.slots = SlotModel(model, request.capacity)
         self.shape = request.shape
         self.sampling = request.sampling
+
+    @property
+    def packable(self) -> list[torch.nn.Module]:
+        return [self.slots.model]
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots.cache.nbytes
 
     def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
         self.slots.prefill(state.tokens, state.lengths, chunk, rows)

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from ..spec.hidden import lm_head
 from ..spec.planner import Rates, default_tree
-from ..spec.proposal import DraftRequest, Proposal
+from ..spec.proposal import DrafterTraits, DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape
 from ..spec.verify import Verdict
@@ -208,16 +208,14 @@ KINDS: dict[str, type[MedusaHeads]] = {"independent": MedusaHeads, "markov": Mar
 class MedusaDrafter:
     """Heads as a drafter. `rates` is the acceptance p[depth][rank] that the default tree is planned from."""
 
-    reads_hidden = True
-    remembers_nothing = True
-
     def __init__(self, heads: MedusaHeads, name: str = "medusa", rates: Rates | None = None):
         self.heads = heads
         self.name = name
-        self.vocab_size = heads.vocab_size
-        self.deepest = heads.settings.heads  # levels of the default tree
+        self.traits = DrafterTraits(
+            heads.vocab_size, reads_hidden=True, stateless=True, deepest=heads.settings.heads, modules=(heads,)
+        )
         self.rates = rates or _PRIOR
-        self.default_shape = default_tree(self.rates, self.deepest, heads.weight.device.type == "cpu")
+        self.default_shape = default_tree(self.rates, self.traits.deepest, heads.weight.device.type == "cpu")
 
     def open(self, request: DraftRequest) -> "MedusaSession":
         if isinstance(request.shape, DynamicShape):
@@ -234,6 +232,8 @@ class MedusaDrafter:
 
 class MedusaSession:
     """One run: nothing is remembered but the hidden state. Nodes deeper than there are heads stay empty."""
+
+    nbytes = 0
 
     def __init__(self, heads: MedusaHeads, request: DraftRequest):
         self.heads = heads

@@ -13,7 +13,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DraftRequest, Proposal
+from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
 from ..spec.verify import Verdict
@@ -27,9 +27,7 @@ class NgramDrafter:
     matches: int = 8
 
     name: ClassVar[str] = "ngram"
-    vocab_size: ClassVar[None] = None
-    remembers_nothing: ClassVar[bool] = True
-    deepest: ClassVar[int] = 8  # levels of a tree planned for it
+    traits: ClassVar[DrafterTraits] = DrafterTraits(stateless=True)
     # Two continuations, the better one longer.
     default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))
 
@@ -45,6 +43,9 @@ class NgramDrafter:
 
 class NgramSession:
     """One run; the row's text in the decode state is all it remembers."""
+
+    packable: ClassVar[tuple] = ()
+    nbytes: ClassVar[int] = 0
 
     def __init__(self, drafter: NgramDrafter, request: DraftRequest):
         self.longest = drafter.longest

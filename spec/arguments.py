@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from .executors import NAMES
 from .models import context_length
-from .verify import LOSSLESS
+from .verify import check_rule
 
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
 _REFUSED = {
@@ -104,8 +104,7 @@ def check_model(model, role: str = "model"):
 
 def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
     """Refuse what `generate` cannot do; numbers in `kwargs` become Python's own."""
-    if verify not in LOSSLESS:
-        raise ValueError(f"verify={verify!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
+    check_rule(verify)
     if executor not in NAMES:
         raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(NAMES)}")
     if kwargs.pop("assistant_model", None) is not None:

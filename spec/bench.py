@@ -58,7 +58,7 @@ def _decoder(method: Method, model, tokenizer) -> Decoder:
         from .. import load_drafter
 
         drafter = load_drafter(method.drafter, model)
-        if method.executor is None and not hasattr(drafter, "model"):
+        if method.executor is None and drafter.traits.causal_lm is None:
             raise ValueError(f"method {method.name!r}: {method.drafter} is no draft model that transformers can run")
     if method.kind == "drafted":
         planned = method.rule, method.temperature
@@ -252,8 +252,12 @@ def _memory(model, decoders: dict[str, Decoder]) -> dict:
     mine = {parameter.data_ptr() for parameter in model.parameters()}
     drafters = {}
     for name, decoder in decoders.items():
-        own = {p.data_ptr(): p.nbytes for module in modules_of(decoder.drafter) for p in module.parameters()}
+        own = {p.data_ptr(): p.nbytes for module in _modules(decoder) for p in module.parameters()}
         weights = sum(size for place, size in own.items() if place not in mine)
-        drafts = getattr(decoder.drafter, "model", None)
+        drafts = None if decoder.drafter is None else decoder.drafter.traits.causal_lm
         drafters[name] = {"weights": weights, "slot": slot_bytes(drafts) if drafts is not None else 0}
     return {"target": sum(p.nbytes for p in model.parameters()), "slot": slot_bytes(model), "drafters": drafters}
+
+
+def _modules(decoder: Decoder) -> list[torch.nn.Module]:
+    return [] if decoder.drafter is None else modules_of(decoder.drafter)

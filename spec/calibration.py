@@ -16,11 +16,11 @@ from .loop import Readout, run_steps
 from .models import end_ids
 from .noise import row_keys
 from .planner import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
-from .proposal import DraftSampling
 from .runs import open_engine
 from .sampling import Sampler, warpers
 from .trace import Event
 from .tree import TreeShape
+from .verify import draft_sampling
 
 # What drafters are like, roughly: the tree with which an unknown one is calibrated is planned for this.
 _PRIOR = [[0.65 * 0.4**rank for rank in range(8)] for _ in range(8)]
@@ -135,7 +135,7 @@ def follow(model, drafter, prompt: dict, rule: str, temperature: float, new_toke
     ids, device = prompt["input_ids"].to(model.device), model.device
     ends = torch.tensor(end_ids(model), dtype=torch.long, device=device)
     sampler = Sampler(warpers(temperature), temperature > 0, ids, ids.new_zeros(1))
-    drawing = DraftSampling.for_rule(rule, temperature > 0)
+    drawing = draft_sampling(rule, temperature > 0)
     capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
     engine = open_engine(model, drafter, WIDE, sampler, drawing, rule, batch=1, capacity=capacity, eos=len(ends))
     state, events = engine.state, []

@@ -78,7 +78,8 @@ def generate(
     is the shape to draft: "chain:5", "4x2x1", a list of parents, a planned file (.json), a `TreeShape`, or
     "auto" for the plan kept by `paceline plan`; None takes the drafter's own. `verify` is "match" (default),
     "residual" or "typical". `executor` is "eager", "compiled", "cuda_graph" (the better of "cuda_graph_eager" and
-    "cuda_graph_compiled" on this GPU) or "auto": "cuda_graph" on CUDA, "compiled" for long runs on a CPU, else "eager".
+    "cuda_graph_compiled" on this GPU) or "auto": "cuda_graph" on CUDA; on a CPU "compiled" where the step is compiled
+    already or a long call has gone on for half a minute, else "eager".
     `prefill_chunk` bounds how many prompt tokens are read at a time. `seed` is an integer (row r draws from
     stream (seed, r)) or a list of one integer per row; without one, a sampled text draws its seed from torch's
     generator, so that `torch.manual_seed` rules it, and a greedy text draws nothing. `trace_file` is a JSONL file to

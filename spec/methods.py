@@ -20,7 +20,7 @@ from .generate import generate
 from .proposal import NoDrafter
 from .runs import settled_capacity
 from .trace import Trace
-from .verify import LOSSLESS
+from .verify import RULES
 
 KEYS = ("tree", "rule", "executor", "temperature", "drafter", "name")
 THEIRS = ("transformers", "transformers-lookup", "transformers-assisted")
@@ -48,7 +48,7 @@ class Method:
 
     def same_text(self) -> bool:
         """Whether its text must be its baseline's."""
-        ours = self.kind == "drafted" and self.rule == "match"
+        ours = self.kind == "drafted" and RULES[self.rule].same_text
         return self.temperature == 0 or ours
 
 
@@ -113,8 +113,8 @@ def _parse(text: str, executor: str, temperature: float) -> Method:
         raise ValueError(f"method {text!r}: {head!r} takes no {key}=; leave it out")
     rule, runs = options.get("rule", "match"), options.get("executor", executor)
     executors = "cuda_graph", *EXECUTORS
-    if rule not in LOSSLESS or (not theirs and runs not in executors):
-        raise ValueError(f"method {text!r}: rules are {', '.join(LOSSLESS)}, executors {', '.join(executors)}")
+    if rule not in RULES or (not theirs and runs not in executors):
+        raise ValueError(f"method {text!r}: rules are {', '.join(RULES)}, executors {', '.join(executors)}")
     drafter = head if kind == "drafted" else options.get("drafter")
     name = options.get("name", text.rstrip(":"))
     return Method(name, kind, drafter, options.get("tree"), rule, None if theirs else runs, heat)
@@ -157,7 +157,7 @@ class Decoder:
     def _their_options(self) -> dict:
         if self.method.kind == "transformers-lookup":
             return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-        return {"assistant_model": self.drafter.whole_model()} if self.method.kind == "transformers-assisted" else {}
+        return {"assistant_model": self.drafter.traits.causal_lm} if self.method.kind == "transformers-assisted" else {}
 
     def about(self) -> dict:
         """The method as the header of a run file has it."""

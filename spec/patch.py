@@ -25,7 +25,7 @@ from .executors import NAMES
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plans import read_shape
-from .verify import LOSSLESS
+from .verify import RULES
 
 SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file")
 _KEYS = ("generate", "__getstate__", "_paceline_patch")  # what a patch puts into the model's own dictionary
@@ -196,7 +196,7 @@ def _checked(model, drafter, settings: dict):
     """The drafter as an object, all settings being such that a call can use them."""
     if unknown := [name for name in settings if name not in SETTINGS]:
         raise ValueError(f"patch() does not take {unknown[0]!r}; its settings are {', '.join(SETTINGS)}")
-    for name, names in (("verify", LOSSLESS), ("executor", NAMES)):
+    for name, names in (("verify", RULES), ("executor", NAMES)):
         if name in settings and settings[name] not in names:
             raise ValueError(f"{name}={settings[name]!r} is none of {', '.join(names)}")
     if file := settings.get("trace_file"):

@@ -19,10 +19,11 @@ from .loop import Stopwatch
 from .planner import Acceptance, Plan, choose_tree
 from .plans import plan_path
 from .prompts import read_prompts
-from .proposal import DraftSampling, NoDrafter
+from .proposal import NoDrafter, parts_of
 from .provenance import target_fingerprint
 from .runfile import read_run
 from .tree import TreeShape
+from .verify import draft_sampling
 
 
 def calibrate(model, drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int) -> Replay:
@@ -40,9 +41,9 @@ def plan(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
-    drawing = DraftSampling.for_rule(args.verify, args.temperature > 0)
+    drawing = draft_sampling(args.verify, args.temperature > 0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    parts = getattr(drafter, "parts", (drafter,))
+    parts = parts_of(drafter)
     if args.run and len(parts) > 1:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
     if len(parts) > 1 and drawing.noise == "own":
@@ -103,7 +104,7 @@ def profile(args) -> None:
         return
     drafter = curves.Blank() if drafter is None else drafter
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    parts = getattr(drafter, "parts", (drafter,))
+    parts = parts_of(drafter)
     measured = curves.measure(model, parts, executor)
     _show_target(measured)
     for part, costs in zip(parts, measured.drafts):

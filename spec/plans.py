@@ -9,7 +9,7 @@ import torch
 from .models import cache_folder
 from .module_state import fingerprint
 from .planner import Plan
-from .runs import modules_of
+from .proposal import parts_of
 from .tree import TreeShape
 
 
@@ -17,8 +17,7 @@ def plan_path(model, drafter, executor: str, rule: str, temperature: float) -> P
     """The file of the plan for a target and drafter on this device, with this executor, rule and temperature."""
     cuda = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
-    parts = getattr(drafter, "parts", (drafter,))
-    weights = [fingerprint(modules_of(part)) or repr(part) for part in parts]
+    weights = [fingerprint(part.traits.modules) or repr(part) for part in parts_of(drafter)]
     key = [
         model.config.to_json_string(), drafter.name, weights, device, str(model.dtype), executor, rule,
         round(temperature, 2), torch.__version__,

@@ -5,11 +5,12 @@ which law the tokens were drawn and with whose noise, and the rule decides wheth
 losslessly.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import noise
 from .tree import TokenTree, TreeShape
@@ -44,11 +45,6 @@ class DraftSampling:
 
     noise: Literal["none", "own", "shared"] = "none"
 
-    @classmethod
-    def for_rule(cls, rule: str, do_sample: bool) -> "DraftSampling":
-        """How to draft for a verification rule: only `match` may share the target's noise."""
-        return cls("none" if not do_sample else "shared" if rule == "match" else "own")
-
     def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
         """The noise at positions (B, P) of tokens (K,) or (B, P, K): (B, P, K), or 0 for greedy drafts.
 
@@ -71,10 +67,31 @@ class DraftRequest:
     target: torch.nn.Module | None = None  # whose hidden states a drafter reads, LM head and embeddings it may share
 
 
-class DraftSession(Protocol):
-    """One decoding run of a drafter: persistent buffers, each with the batch row as its first axis.
+@dataclass(frozen=True, slots=True, eq=False)
+class DrafterTraits:
+    """What others may know of a drafter; everything but the defaults is said by the drafter itself."""
 
-    Linear layers that compiled steps may keep in a layout of their own may be listed by an attribute `packable`."""
+    vocab_size: int | None = None  # None: any vocabulary
+    reads_hidden: bool = False  # finds the target's last hidden state in `state.hidden`
+    stateless: bool = False  # drafts from the state alone, so that it does not matter whose nodes were accepted
+    deepest: int = 8  # levels of a tree planned for it
+    modules: tuple[nn.Module, ...] = ()  # what it runs, whose weights make it the drafter that it is
+    vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
+    causal_lm: nn.Module | None = None  # what other code can run as a draft model, of the whole vocabulary
+    parts: tuple["Drafter", ...] = ()  # of a drafter that is several side by side
+
+
+class DraftSession(Protocol):
+    """One decoding run of a drafter: persistent buffers, each with the batch row as its first axis."""
+
+    @property
+    def packable(self) -> Sequence[nn.Module]:
+        """The models and layers that the session runs whose linear layers compiled steps may keep in a layout of
+        their own."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the caches."""
 
     def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
         """See a new prompt, `chunk` tokens at a time, before its first step, and forget the last text.
@@ -89,18 +106,22 @@ class DraftSession(Protocol):
 
 
 class Drafter(Protocol):
-    """A family of proposals. `vocab_size` is None for a drafter that takes any vocabulary.
-
-    Two more attributes may be absent: one whose `reads_hidden` is true finds the target's last hidden state in
-    `state.hidden`, and one whose `remembers_nothing` is true drafts from the state alone, so that it does not matter
-    whose nodes were accepted. One that is several drafters together names them in `parts`."""
+    """A family of proposals."""
 
     name: str
-    vocab_size: int | None
     default_shape: TreeShape
+
+    @property
+    def traits(self) -> DrafterTraits:
+        """What others may know of it."""
 
     def open(self, request: DraftRequest) -> DraftSession:
         """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
+
+
+def parts_of(drafter: Drafter) -> tuple[Drafter, ...]:
+    """The drafters that stand side by side in `drafter`, or that one alone."""
+    return drafter.traits.parts or (drafter,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +129,8 @@ class NoDrafter:
     """Proposes nothing: plain autoregressive decoding by the same loop, step and rules."""
 
     name = "none"
-    vocab_size = None
     default_shape = TreeShape.chain(0)
+    traits = DrafterTraits(stateless=True)
 
     def open(self, request: DraftRequest) -> "EmptySession":
         return EmptySession(TokenTree.of(self.default_shape, request.device))
@@ -120,6 +141,9 @@ class EmptySession:
     """A tree of nothing but the root."""
 
     tree: TokenTree
+
+    packable: ClassVar[tuple[nn.Module, ...]] = ()
+    nbytes: ClassVar[int] = 0
 
     def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
         pass

@@ -18,6 +18,7 @@ from .console import table
 from .runfile import Run, read_run
 from .statistics import Interval, quotient_interval
 from .tokens import COMMAND, chips, visible
+from .verify import RULES
 
 GAINS = {"speedup": "speed-up", "speedup_of_steps": "in steps alone", "over_transformers": "over transformers"}
 OVERVIEW = ["method", "tokens/step", "tokens/s", *GAINS.values(), "identical texts"]
@@ -86,7 +87,8 @@ def identity(own: dict) -> str:
     if not own["compared"]:
         return "text not comparable with the baseline's"
     words = f"output identical on {own['identical']}/{own['compared']} texts"
-    return words if own["rule"] != "typical" or own["temperature"] == 0 else f"{words} (rule typical is not lossless)"
+    lossless = RULES[own["rule"]].lossless or own["temperature"] == 0
+    return words if lossless else f"{words} (rule {own['rule']} is not lossless)"
 
 
 def interval(value: dict | None, unit: str = "") -> str:

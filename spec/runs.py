@@ -20,12 +20,13 @@ from .executors import EXECUTORS, PATIENCE, CompiledLater, choose
 from .hidden import lm_head
 from .module_state import addresses, fingerprint, structure
 from .packing import pack
-from .proposal import DraftRequest, DraftSampling
+from .proposal import DraftRequest, DraftSampling, parts_of
 from .sampling import Sampler
 from .slots import SlotModel
 from .state import DecodeState
 from .step import Engine
 from .tree import TreeShape
+from .verify import draft_sampling
 
 KEPT = 8  # engines per model
 KEPT_SHARE = 0.25  # of the device's memory that their caches may take
@@ -71,8 +72,7 @@ class KeptRun:
 
     @property
     def nbytes(self) -> int:
-        drafting = getattr(self.engine.session, "slots", None)
-        return self.engine.target.cache.nbytes + (drafting.cache.nbytes if drafting is not None else 0)
+        return self.engine.target.cache.nbytes + self.engine.session.nbytes
 
 
 @dataclass(slots=True, eq=False)
@@ -153,11 +153,11 @@ def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) 
     Where the kept engine is in use (by another thread, or by the call that this one is inside of), or "auto" chose an
     executor that fails, the run is eager. Raises ValueError for a drafter of another vocabulary or a named executor
     that cannot run."""
-    vocab = model.config.get_text_config().vocab_size
-    if drafter.vocab_size not in (None, vocab):
+    mine, theirs = model.config.get_text_config().vocab_size, drafter.traits.vocab_size
+    if theirs not in (None, mine):
         raise ValueError(
-            f"drafter {drafter.name!r} has a vocabulary of {drafter.vocab_size} tokens and the target one of {vocab}; "
-            "use a drafter made for this target's tokenizer"
+            f"drafter {drafter.name!r} has a vocabulary of {theirs} tokens and the target one of {mine}; use a drafter "
+            "made for this target's tokenizer"
         )
     pool = pool_of(model)
     compiled_before = asked.executor == "auto" and pool.has(asked.settled("compiled"), model, drafter)
@@ -226,9 +226,7 @@ def _kept_run(model, drafter, engine: Engine, spec: RunSpec, executor) -> KeptRu
 
 def modules_of(drafter) -> list[torch.nn.Module]:
     """The modules that a drafter, or each of the drafters side by side, holds."""
-    parts = getattr(drafter, "parts", (drafter,))
-    held = [value for part in parts if hasattr(part, "__dict__") for value in vars(part).values()]
-    return [value for value in held if isinstance(value, torch.nn.Module)]
+    return [module for part in parts_of(drafter) for module in part.traits.modules]
 
 
 def _state_of(drafter) -> tuple:
@@ -238,10 +236,9 @@ def _state_of(drafter) -> tuple:
 def _identity(drafter) -> tuple:
     """Equal for drafters that draft alike: of one kind, with the same weights and the same known tokens."""
     alike = []
-    for part in getattr(drafter, "parts", (drafter,)):
-        known = getattr(part, "vocabulary", None)
+    for part in parts_of(drafter):
+        known, modules = part.traits.vocabulary, part.traits.modules
         tokens = None if known is None else tuple(known.tolist())
-        modules = modules_of(part)
         alike.append((type(part), tokens, fingerprint(modules)) if modules else part)
     return tuple(alike)
 
@@ -254,7 +251,7 @@ def _device_bytes(device: torch.device) -> int:
 
 def make_engine(model, drafter, spec: RunSpec, sampler: Sampler) -> Engine:
     """An engine for `spec` with fresh buffers."""
-    drawing = DraftSampling.for_rule(spec.rule, sampler.do_sample)
+    drawing = draft_sampling(spec.rule, sampler.do_sample)
     what = drafter, spec.shape, sampler, drawing, spec.rule
     return open_engine(model, *what, spec.batch, spec.capacity, spec.eos, spec.keep_scores)
 
@@ -273,7 +270,7 @@ def open_engine(
 ) -> Engine:
     """The parts of a run with their buffers; every row is done until a text is loaded."""
     device, hidden = model.device, None
-    reads_hidden = getattr(drafter, "reads_hidden", False)
+    reads_hidden = drafter.traits.reads_hidden
     if reads_hidden:
         hidden = torch.zeros(batch, lm_head(model).weight.shape[1], dtype=model.dtype, device=device)
     vocab = model.config.get_text_config().vocab_size

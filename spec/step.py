@@ -50,9 +50,7 @@ class Engine:
     @property
     def packable(self) -> list[torch.nn.Module]:
         """The models that the step runs, and layers beside them, whose linear layers can be packed."""
-        drafting = getattr(self.session, "slots", None)
-        own = getattr(self.session, "packable", []) if drafting is None else [drafting.model]
-        return [self.target.model, *own]
+        return [self.target.model, *self.session.packable]
 
     def idle_step(self) -> None:
         """A step in which every row is done: it changes no text, and allocates what is made on first use."""

@@ -10,16 +10,17 @@ At temperature 0 a draw is an argmax, and all three are `match`. A rule knows no
 refuses a proposal whose law it cannot treat. Nothing here reads a value on the host.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import noise
-from .proposal import Proposal
+from .proposal import DraftSampling, Proposal
 
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3  # Medusa's published thresholds
-LOSSLESS = {"match": True, "residual": True, "typical": False}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +47,16 @@ class Verdict:
         return cls(accepted, path, tokens, bonus, ~(best > -torch.inf))
 
 
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What a rule does and promises."""
+
+    function: Callable[[Tensor, Proposal, Tensor, Tensor], Verdict]  # of scores, proposal, keys and base, when drawing
+    lossless: bool  # the text has the target's law
+    same_text: bool  # for a seed it is the very text of plain decoding
+    coupling: Literal["shared", "own"]  # whose noise drafts are drawn with
+
+
 def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool) -> Verdict:
     """Apply `rule` to processed scores (B, N, V) of a proposal whose root is at position `base` (B,).
 
@@ -53,17 +64,23 @@ def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Te
     ValueError for a proposal that the rule cannot treat.
     """
     check(rule, proposal, sampling)
-    if not sampling or rule == "match":
-        return _match(scores, proposal, keys, base, sampling)
-    if rule == "typical":
-        return _typical(scores, proposal, keys, base)
-    return _residual(scores, proposal, keys, base)
+    return RULES[rule].function(scores, proposal, keys, base) if sampling else _argmax(scores, proposal, keys, base)
+
+
+def draft_sampling(rule: str, do_sample: bool) -> DraftSampling:
+    """How to draft for a rule: with the target's noise where that is what makes drafts right, else with its own."""
+    return DraftSampling(RULES[rule].coupling if do_sample else "none")
+
+
+def check_rule(rule: str) -> None:
+    """Raise ValueError for a name that is no rule."""
+    if rule not in RULES:
+        raise ValueError(f"verify={rule!r} is not a rule; choose one of {', '.join(RULES)}")
 
 
 def check(rule: str, proposal: Proposal, sampling: bool) -> None:
     """Refuse what the rule would treat wrongly, in one sentence."""
-    if rule not in LOSSLESS:
-        raise ValueError(f"verify={rule!r} is not a rule; choose one of {', '.join(LOSSLESS)}")
+    check_rule(rule)
     if rule != "residual" or not sampling or proposal.tree.size == 1:
         return
     if proposal.law == "deterministic":
@@ -108,7 +125,11 @@ def _deepest(stands: Tensor, proposal: Proposal, value: Tensor | None = None) ->
     return torch.where(deepest, value, -torch.inf).argmax(-1)
 
 
-def _match(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool) -> Verdict:
+def _argmax(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) -> Verdict:
+    return _match(scores, proposal, keys, base, sampling=False)
+
+
+def _match(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool = True) -> Verdict:
     best, draws = _target_draws(scores, proposal, keys, base, sampling)
     parents = proposal.tree.parents.clamp(min=0).expand_as(draws)
     stands = draws.gather(1, parents) == proposal.tokens
@@ -177,3 +198,10 @@ def _left_over(target: Tensor, draft: Tensor) -> Tensor:
     left = (target - draft).clamp(min=0)
     mass = left.sum(-1, keepdim=True)
     return torch.where(mass > 0, left / mass, target)
+
+
+RULES = {
+    "match": Rule(_match, lossless=True, same_text=True, coupling="shared"),
+    "residual": Rule(_residual, lossless=True, same_text=False, coupling="own"),
+    "typical": Rule(_typical, lossless=False, same_text=False, coupling="own"),
+}

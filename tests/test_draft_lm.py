@@ -310,7 +310,7 @@ def test_a_trimmed_draft_drafts_what_it_knows_and_loses_nothing(model, trimmed, 
         assert drafted <= set(ids.tolist())
     whole = complete(tmp_path / "draft", model)
     torch.testing.assert_close(whole(prompt).logits[..., ids], drafter.model(prompt).logits)
-    wide = drafter.whole_model()(prompt).logits  # for transformers' assisted generation
+    wide = drafter.traits.causal_lm(prompt).logits  # for transformers' assisted generation
     torch.testing.assert_close(wide[..., ids], drafter.model(prompt).logits)
     assert wide.shape[-1] == model.config.vocab_size and wide.isfinite().sum() == 12 * prompt.shape[1]
 

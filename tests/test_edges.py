@@ -200,7 +200,7 @@ def test_tokenizers_that_return_more_than_ids(tmp_path, tokenizer, capsys):
 
 def test_a_draft_model_needs_no_tokenizer(target, tmp_path):
     noisy_copy(target).save_pretrained(tmp_path)
-    assert paceline.load_drafter(tmp_path, target).vocab_size == 61
+    assert paceline.load_drafter(tmp_path, target).traits.vocab_size == 61
 
 
 def test_a_long_prompt_is_read_in_chunks(target, draft, ragged):

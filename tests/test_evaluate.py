@@ -204,7 +204,7 @@ def test_a_trained_folder_plans_its_tree_and_is_decoded_in_training(place, model
     reported = {line["step"]: line for line in lines if "eval/loss" in line}[found["how"]["step"]]
     hits, trials = found["counts"]["hits"], found["counts"]["trials"]
     assert hits[0][0] / trials[0][0] == pytest.approx(reported["eval/acc_1"])
-    depth = paceline.load_drafter(folder / "best", model).deepest
+    depth = paceline.load_drafter(folder / "best", model).traits.deepest
     assert list(best_tree(found["p"], 16, depth)[0].parents) == found["estimated"]["tree"]["parents"]
     card = (folder / "best" / "README.md").read_text()
     assert "# run\n" in card and "has not been measured" in card and str(place) not in card

@@ -1,6 +1,7 @@
 """The hidden state that a drafter is handed: always the one whose logits drew the root."""
 
 import copy
+from dataclasses import replace
 
 import paceline
 import pytest
@@ -14,7 +15,9 @@ from test_families import SUPPORTED, build
 class Reader(ModelDrafter):
     """A draft model that looks at the target's hidden state and keeps what it sees."""
 
-    reads_hidden = True
+    def __init__(self, model):
+        super().__init__(model)
+        self.traits = replace(self.traits, reads_hidden=True)
 
     def open(self, request):
         sessions.append(ReadingSession(self.model, request))

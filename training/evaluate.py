@@ -56,7 +56,7 @@ def evaluate(args) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("none is no drafter; give a drafter's folder, its name, or ngram")
-    if hasattr(drafter, "parts"):
+    if drafter.traits.parts:
         raise ValueError(f"{args.drafter} has no p of its own; evaluate its parts, and measure it with paceline bench")
     prompts = first_turns(args.prompts, tokenizer, model)
     settings = Settings(args.max_new_tokens, args.temperature, args.verify, args.executor)
@@ -139,7 +139,7 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
     found["labels"] = judged
     if _static(shape):
         found["estimated"]["replayed"] = _replayed(*walk(answers, shape))
-    trees = [best_tree(counts.rates(), nodes, drafter.deepest)[0] for nodes in SIZES]
+    trees = [best_tree(counts.rates(), nodes, drafter.traits.deepest)[0] for nodes in SIZES]
     found["by_size"] = [{"nodes": len(tree), **_replayed(*walk(answers, tree))} for tree in trees]
     return {**found, "how": {"counted": f"teacher-forced on {text}"}}, shape
 
@@ -160,7 +160,7 @@ def _planned(args, model, drafter, rates) -> TreeShape:
         return Plan.load(kept).shape
     if args.tree == "auto":
         raise ValueError(f"tree 'auto' has no plan for drafter {drafter.name!r} here; make one with paceline plan")
-    return best_tree(rates, MODEST, drafter.deepest)[0]
+    return best_tree(rates, MODEST, drafter.traits.deepest)[0]
 
 
 def _held_out(folder: str, tokenizer) -> list[Batch]:
