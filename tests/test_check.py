@@ -433,13 +433,12 @@ def test_executors_are_named_or_all():
 @pytest.mark.parametrize(
     ("texts", "seconds", "kept"),
     [
-        ([HOLDS, HOLDS], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, True),
-        ([HOLDS, HOLDS], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 3.1)}, False),
-        ([HOLDS, FAILS], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, False),
-        ([HOLDS, NOT_HERE], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, False),
-        ([HOLDS, HOLDS], {1: (2.0, 1.0), 4: (2.0, 1.0)}, None),
-        ([NOT_HERE], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, None),
-        ([HOLDS], {}, None),
+        ([HOLDS] * 6 + [NOT_HERE], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, True),
+        ([HOLDS] * 6, {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 3.1)}, False),
+        ([HOLDS] * 6 + [FAILS], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, False),
+        ([HOLDS] * 5 + [NOT_HERE], {1: (2.0, 1.0), 4: (2.0, 1.0), 8: (3.0, 2.0)}, None),
+        ([HOLDS] * 6, {1: (2.0, 1.0), 4: (2.0, 1.0)}, None),
+        ([HOLDS] * 6, {}, None),
     ],
 )
 def test_the_better_capture_is_kept_where_both_were_seen(monkeypatch, texts, seconds, kept):
