@@ -40,9 +40,10 @@ def load_drafter(name_or_path: Any, target):
 def _around(model, target):
     """The draft model that wraps `model`, a causal LM, the same one every time."""
     from ..spec.arguments import check_model
+    from ..spec.proposal import is_drafter
     from .draft_model import ModelDrafter
 
-    if hasattr(model, "open") and hasattr(model, "default_shape"):
+    if is_drafter(model):
         return model
     model = check_model(model, "drafter")
     if model is target:

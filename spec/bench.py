@@ -24,9 +24,10 @@ from .methods import Decoder, Method, parse_methods
 from .models import context_length, end_ids
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
+from .pool import modules_of
 from .prompts import BenchPrompt, conversation_ids, left_padded, read_prompts
 from .runfile import VERSION, Difference, Record, RunWriter
-from .runs import keep, modules_of
+from .runs import keep
 from .tree import TreeShape
 
 SHOWN = 3  # prompts whose tokens are kept as text, for the report's token trace

@@ -34,7 +34,7 @@ from .lockstep import Lockstep, ScoreBook
 from .loop import decode
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
-from .proposal import NoDrafter
+from .proposal import NoDrafter, is_drafter
 from .runs import RunSpec, open_run
 from .sampling import Sampler
 from .trace import Trace
@@ -126,7 +126,7 @@ def _drafter(drafter: Any, model) -> Any:
     if drafter is None:
         return NoDrafter()
     if not isinstance(drafter, (str, Path, torch.nn.Module)):
-        if not hasattr(drafter, "open") or not hasattr(drafter, "default_shape"):
+        if not is_drafter(drafter):
             raise ValueError(
                 f"drafter is a {type(drafter).__name__}; pass a name, a folder, a causal LM or what load_drafter "
                 "returns"

@@ -25,6 +25,7 @@ from .executors import NAMES
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plans import read_shape
+from .proposal import is_drafter
 from .verify import RULES
 
 SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file")
@@ -210,7 +211,7 @@ def _checked(model, drafter, settings: dict):
         from .. import load_drafter
 
         drafter = load_drafter(drafter, model)
-    if drafter is not None and not (hasattr(drafter, "open") and hasattr(drafter, "default_shape")):
+    if drafter is not None and not is_drafter(drafter):
         raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
     if (tree := settings.get("tree")) not in (None, "auto"):
         read_shape(tree, drafter)

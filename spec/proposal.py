@@ -119,6 +119,11 @@ class Drafter(Protocol):
         """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
 
 
+def is_drafter(value: object) -> bool:
+    """Whether `value` has what a drafter has."""
+    return all(hasattr(value, name) for name in ("name", "default_shape", "traits", "open"))
+
+
 def parts_of(drafter: Drafter) -> tuple[Drafter, ...]:
     """The drafters that stand side by side in `drafter`, or that one alone."""
     return drafter.traits.parts or (drafter,)

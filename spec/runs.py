@@ -1,35 +1,29 @@
-"""Engines and their executors: made for a call, and kept where making them is expensive.
+"""Runs: an engine and its executor for a call, made for it or taken from the pool of its target.
 
-A compiled or captured step is bound to its buffers, so its engine stays in the pool of its target and takes the next
-text of the same batch, tree, capacity and drafter; temperatures, seeds, ends of text and the like are data. It is given
-out only while nobody uses it, and only to a call whose target and drafter are in the state that it was made for
-(module_state.py). A pool goes with its model: an engine at rest does not hold on to its target.
+Temperatures, seeds, ends of text and the like are data of a run, so that what is compiled or captured once serves every
+call of the same batch, tree, capacity and drafter.
 """
 
 import contextlib
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from .executors import EXECUTORS, PATIENCE, CompiledLater, choose
 from .hidden import lm_head
-from .module_state import addresses, fingerprint, structure
+from .module_state import addresses, structure
 from .packing import pack
-from .proposal import DraftRequest, DraftSampling, parts_of
+from .pool import EnginePool, KeptRun, forget, pool_of, state_of
+from .proposal import DraftRequest, DraftSampling
 from .sampling import Sampler
 from .slots import SlotModel
 from .state import DecodeState
 from .step import Engine
 from .tree import TreeShape
 from .verify import draft_sampling
-
-KEPT = 8  # engines per model
-KEPT_SHARE = 0.25  # of the device's memory that their caches may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,92 +52,7 @@ def settled_capacity(needed: int, executor: str) -> int:
     return -(-needed // 64) * 64 if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
 
 
-@dataclass(slots=True, eq=False)
-class KeptRun:
-    """An engine with its executor, and the state of the models that it is bound to."""
-
-    spec: RunSpec
-    drafter: object
-    engine: Engine
-    executor: object
-    target_state: tuple[int, int]  # structure and addresses
-    drafter_state: tuple
-    in_use: bool = False
-
-    @property
-    def nbytes(self) -> int:
-        return self.engine.target.cache.nbytes + self.engine.session.nbytes
-
-
-@dataclass(slots=True, eq=False)
-class EnginePool:
-    """The kept runs of one target, the one used last at the end."""
-
-    most: int = 0  # how many to keep, where a caller wants more than usual
-    runs: list[KeptRun] = field(default_factory=list)
-    lock: threading.RLock = field(default_factory=threading.RLock)
-
-    def take(self, spec: RunSpec, model, drafter) -> KeptRun | None:
-        """The kept run for `spec`, marked as in use; None where there is none. Forgets runs whose target's weights
-        lie elsewhere now."""
-        with self.lock:
-            if not self.runs:
-                return None
-            target = structure(model), addresses(model)
-            self.runs = [run for run in self.runs if run.in_use or run.target_state[1] == target[1]]
-            for run in reversed(self.runs):
-                if run.spec == spec and run.target_state == target and self._drafts_alike(run, drafter):
-                    if run.in_use:
-                        continue
-                    self.runs.remove(run)
-                    self.runs.append(run)
-                    run.in_use, run.engine.target.model = True, model
-                    return run
-            return None
-
-    def has(self, spec: RunSpec, model, drafter) -> bool:
-        """Whether a run for `spec` is kept, in use or not."""
-        with self.lock:
-            target = (structure(model), addresses(model)) if self.runs else None
-            return any(
-                run.spec == spec and run.target_state == target and self._drafts_alike(run, drafter)
-                for run in self.runs
-            )
-
-    def _drafts_alike(self, run: KeptRun, drafter) -> bool:
-        """Whether `run` drafts what `drafter` would: it is bound to that very object, or to one of equal weights."""
-        if _state_of(run.drafter) != run.drafter_state:
-            return False
-        if run.drafter is drafter or run.drafter == drafter:
-            return True
-        return bool(modules_of(drafter)) and _identity(drafter) == _identity(run.drafter)
-
-    def add(self, run: KeptRun) -> None:
-        with self.lock:
-            self.runs.append(run)
-            self._shrink(run.engine.state.tokens.device)
-
-    def give_back(self, run: KeptRun) -> None:
-        with self.lock:
-            run.in_use, run.engine.target.model = False, None
-
-    def _shrink(self, device: torch.device) -> None:
-        """Forget the runs used longest ago, as far as nobody uses them, until count and memory are within bounds."""
-        most, share = max(KEPT, self.most), KEPT_SHARE * _device_bytes(device)
-        for run in list(self.runs):
-            if len(self.runs) <= most and sum(kept.nbytes for kept in self.runs) <= share:
-                return
-            if not run.in_use:
-                self.runs.remove(run)
-
-
-_pools: "WeakKeyDictionary[torch.nn.Module, EnginePool]" = WeakKeyDictionary()
 _making = threading.RLock()  # one step is compiled or captured at a time
-
-
-def pool_of(model) -> EnginePool:
-    """The pool of a target, made on first use."""
-    return _pools.setdefault(model, EnginePool())
 
 
 @contextlib.contextmanager
@@ -221,32 +130,7 @@ def _made(model, drafter, spec: RunSpec, sampler: Sampler) -> KeptRun:
 def _kept_run(model, drafter, engine: Engine, spec: RunSpec, executor) -> KeptRun:
     """To be called once the executor is made, when whatever a first forward sets in the models is set."""
     target = structure(model), addresses(model)
-    return KeptRun(spec, drafter, engine, executor, target, _state_of(drafter), in_use=True)
-
-
-def modules_of(drafter) -> list[torch.nn.Module]:
-    """The modules that a drafter, or each of the drafters side by side, holds."""
-    return [module for part in parts_of(drafter) for module in part.traits.modules]
-
-
-def _state_of(drafter) -> tuple:
-    return tuple((structure(module), addresses(module)) for module in modules_of(drafter))
-
-
-def _identity(drafter) -> tuple:
-    """Equal for drafters that draft alike: of one kind, with the same weights and the same known tokens."""
-    alike = []
-    for part in parts_of(drafter):
-        known, modules = part.traits.vocabulary, part.traits.modules
-        tokens = None if known is None else tuple(known.tolist())
-        alike.append((type(part), tokens, fingerprint(modules)) if modules else part)
-    return tuple(alike)
-
-
-def _device_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    return KeptRun(spec, drafter, engine, executor, target, state_of(drafter), in_use=True)
 
 
 def make_engine(model, drafter, spec: RunSpec, sampler: Sampler) -> Engine:
@@ -291,5 +175,5 @@ def keep(model, engines: int) -> None:
 
 def reset(model) -> None:
     """Free the engines kept for `model`, their caches and their compiled steps."""
-    _pools.pop(model, None)
+    forget(model)
     torch._dynamo.reset()

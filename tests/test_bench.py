@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from paceline.spec import cli, runs
+from paceline.spec import cli, pool
 from paceline.spec.methods import parse_methods
 from paceline.spec.runfile import read_run
 from tape import tape_executor
@@ -94,7 +94,7 @@ def test_no_step_is_made_while_measuring(pair, tmp_path, monkeypatch):
     """Prompts of two sizes in turns, by plain decoding and by ngram: four steps, each recorded once."""
     longer = [{"id": 4, "turns": ["ABC" * 90]}, *PROMPTS[:2], {"id": 5, "turns": ["XYZ" * 90]}]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in longer))
-    monkeypatch.setattr(runs, "KEPT", 1)
+    monkeypatch.setattr(pool, "KEPT", 1)
     with tape_executor(monkeypatch) as tapes:
         ask = command(pair, tmp_path / "run.jsonl", methods=["ngram:executor=tape"])
         ask[1] = str(tmp_path / "prompts.jsonl")

@@ -4,13 +4,12 @@ import json
 import os
 import signal
 import time
-from types import SimpleNamespace
 
 import pytest
 import torch
 from paceline.drafters.untrained import untrained
 from paceline.spec import captures, cli, curves, step
-from paceline.spec.check import captured, command, machine, shapes
+from paceline.spec.check import captured, machine, shapes, verdict
 from paceline.spec.check.budget import Clock, NotHere, OutOfTime, Task, run_tasks
 from paceline.spec.check.lossless import DRAFTS, Lossless
 from paceline.spec.check.record import FAILS, HOLDS, NOT_HERE, Check, Finding, Part
@@ -279,9 +278,9 @@ def test_nothing_compared_is_not_called_lossless():
     about = [Finding({"promise": "self-test of the target"}), Finding({"promise": "same text"}, NOT_HERE, "no time")]
     empty = [Part(name, name) for name in ("machine", "steps", "worth", "training")]
     check = Check({}, [Part("lossless", "Lossless", True, about), *empty])
-    assert command.verdict(check) == "No drafted text was compared with plain decoding." and not check.compared
+    assert verdict.verdict(check) == "No drafted text was compared with plain decoding." and not check.compared
     about.append(Finding({"promise": "same text", "executor": "eager"}))
-    assert command.verdict(check) == "Lossless here: 2 of 3 checks hold, 1 could not be made." and check.compared
+    assert verdict.verdict(check) == "Lossless here: 2 of 3 checks hold, 1 could not be made." and check.compared
 
 
 def test_ctrl_c_keeps_what_was_found(folder, tmp_path, monkeypatch, short, capsys):
@@ -443,14 +442,13 @@ def test_executors_are_named_or_all():
 )
 def test_the_better_capture_is_kept_where_both_were_seen(monkeypatch, texts, seconds, kept):
     verdicts = []
-    monkeypatch.setattr(command, "keep_verdict", lambda device, better: verdicts.append(better))
+    monkeypatch.setattr(verdict, "keep_verdict", lambda device, better: verdicts.append(better))
     lossless = Part("lossless", "Lossless", True, [Finding({"executor": "cuda_graph_compiled"}, own) for own in texts])
     timed = Part("steps", "Steps", False, [
         Finding({"executor": name, "rows": 1, "nodes": nodes}, figures={"step_seconds": pair[which]})
         for nodes, pair in seconds.items() for which, name in enumerate(("cuda_graph_eager", "cuda_graph_compiled"))
     ])  # fmt: skip
-    plans = [command.Plan(part, lambda: iter(()), 1.0) for part in (lossless, timed)]
-    command._keep_better_capture(SimpleNamespace(device=torch.device("cpu")), plans)
+    verdict.keep_better_capture(torch.device("cpu"), Check({}, [lossless, timed]))
     assert verdicts == ([] if kept is None else [kept])
 
 

@@ -13,7 +13,7 @@ from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import cli, executors, runs
+from paceline.spec import cli, executors, pool, runs
 from paceline.spec.check.captured import STEPS, captured_tasks
 from paceline.spec.check.record import HOLDS
 from paceline.spec.check.subject import Subject
@@ -104,7 +104,7 @@ def assert_same_texts(model, drafter, executor, **options):
 
 
 def captures_of(model):
-    return runs.pool_of(model).runs
+    return pool.pool_of(model).runs
 
 
 @cuda

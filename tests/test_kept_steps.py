@@ -15,7 +15,7 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import executors, runs
+from paceline.spec import executors, pool, runs
 from paceline.spec.executors import CompiledLater
 from paceline.spec.module_state import addresses, fingerprint, structure
 from paceline.spec.plans import plan_path
@@ -291,7 +291,7 @@ def test_a_first_call_in_inference_mode_serves_calls_outside_of_it(tapes):
 def test_engines_go_with_their_model():
     model = tiny_llama()
     decode(model, "compiled")
-    engine = weakref.ref(runs.pool_of(model).runs[0].engine.state.tokens)
+    engine = weakref.ref(pool.pool_of(model).runs[0].engine.state.tokens)
     torch._dynamo.reset()
     gone = weakref.ref(model)
     del model
@@ -302,12 +302,12 @@ def test_engines_go_with_their_model():
 def test_kept_engines_stay_within_their_memory(tapes, monkeypatch):
     model = tiny_llama()
     decode(model, "tape")
-    (run,) = runs.pool_of(model).runs
+    (run,) = pool.pool_of(model).runs
     assert run.nbytes == sum(2 * layer.keys.nbytes for layer in run.engine.target.cache.layers) > 0
-    monkeypatch.setattr(runs, "_device_bytes", lambda device: 2.5 * run.nbytes / runs.KEPT_SHARE)
+    monkeypatch.setattr(pool, "_device_bytes", lambda device: 2.5 * run.nbytes / pool.KEPT_SHARE)
     for tree in ("chain:2", "chain:3", "chain:4"):
         decode(model, "tape", tree=tree)
-    assert len(runs.pool_of(model).runs) == 2
+    assert len(pool.pool_of(model).runs) == 2
 
 
 def test_a_long_limit_compiles_only_if_the_text_becomes_long(monkeypatch, capfd):
@@ -320,7 +320,7 @@ def test_a_long_limit_compiles_only_if_the_text_becomes_long(monkeypatch, capfd)
     options = dict(drafter=hydra, ids=ids, max_new_tokens=40, eos_token_id=[17], return_dict_in_generate=True)
     truth = decode(model, "eager", **options)
     short = decode(model, "auto", **options)
-    assert torch.equal(short.sequences, truth.sequences) and not runs.pool_of(model).runs
+    assert torch.equal(short.sequences, truth.sequences) and not pool.pool_of(model).runs
     assert "compiling" not in capfd.readouterr().err
     run, counts = CompiledLater.run, []
 
@@ -334,7 +334,7 @@ def test_a_long_limit_compiles_only_if_the_text_becomes_long(monkeypatch, capfd)
     assert torch.equal(long.sequences, truth.sequences) and "compiling" in capfd.readouterr().err
     drafts = [[event.tokens for event in out.trace.events] for out in (long, truth)]
     assert drafts[0] == drafts[1], "the switch changes no draft either"
-    (kept,) = runs.pool_of(model).runs
+    (kept,) = pool.pool_of(model).runs
     assert not kept.in_use
     counts.clear()
     again = decode(model, "auto", **options)

@@ -15,7 +15,7 @@ from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter, NgramSession
-from paceline.spec import captures, executors, runs
+from paceline.spec import captures, executors, pool, runs
 from paceline.spec.packing import is_x86
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.step import step
@@ -228,7 +228,7 @@ def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which,
     for seed, batch in enumerate(prompts):
         truth = decode(model, drafters[which], rule, way, batch, "eager", seed)
         assert torch.equal(decode(model, drafters[which], rule, way, batch, "compiled", seed), truth)
-    (run,) = runs.pool_of(model).runs
+    (run,) = pool.pool_of(model).runs
     run.engine.target.model = model  # which an engine at rest does not hold
     layers = [layer for part in run.engine.packable for layer in part.modules() if type(layer) is torch.nn.Linear]
     assert all(hasattr(layer, "packed_weight") for layer in layers) or not is_x86()
@@ -242,15 +242,15 @@ def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which,
 def test_kept_engines_are_few_and_forget_the_last_text(model, drafters, prompts, monkeypatch):
     with tape_executor(monkeypatch) as tapes:
         runs.reset(model)
-        monkeypatch.setattr(runs, "KEPT", 4)
+        monkeypatch.setattr(pool, "KEPT", 4)
         for tree in ("chain:1", "chain:2", "chain:3", "2x1", "2x2", "3x1"):
             truth = paceline.generate(
                 model, *prompts[0], drafter="ngram", tree=tree, max_new_tokens=9, executor="eager"
             )
             got = paceline.generate(model, *prompts[0], drafter="ngram", tree=tree, max_new_tokens=9, executor="tape")
             assert torch.equal(got, truth)
-        kept = runs.pool_of(model).runs
-        assert len(tapes) == 6 and len(kept) == runs.KEPT
+        kept = pool.pool_of(model).runs
+        assert len(tapes) == 6 and len(kept) == pool.KEPT
         for layer in kept[-1].engine.target.cache.layers:
             layer.keys.fill_(torch.nan)  # as a failed run may leave it
         got = paceline.generate(model, *prompts[0], drafter="ngram", tree="3x1", max_new_tokens=9, executor="tape")

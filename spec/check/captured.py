@@ -8,7 +8,7 @@ import torch
 
 from ..generate import generate
 from ..loop import run_steps
-from ..runs import pool_of
+from ..pool import pool_of
 from ..step import step
 from .budget import NotHere, Task
 from .record import FAILS, Finding

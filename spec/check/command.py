@@ -19,19 +19,18 @@ import torch
 
 from .. import native, provenance
 from ..attach import check_kind
-from ..captures import keep_verdict
 from ..runs import reset
 from . import shapes
 from .budget import Clock, NotHere, Task, run_tasks
 from .lossless import Lossless
 from .machine import machine_tasks
-from .record import FAILS, HOLDS, NOT_HERE, Check, Finding, Part, write_json
+from .record import Check, Finding, Part, write_json
 from .steps import Steps
 from .subject import Subject, all_executors
+from .verdict import keep_better_capture, verdict
 from .worth import worth_tasks
 
 TRAINED_STEPS = 10
-COMPARED_TEXTS, COMPARED_SIZES = 6, 3  # from which on one capture is said to be right, and faster than the other
 SHORTEST_CONTEXT = 64
 
 
@@ -68,7 +67,7 @@ def check(args) -> int:
             _write_markdown(markdown, result.markdown(sentence))
         reset(subject.model)
     print(f"\n{sentence}")
-    _keep_better_capture(subject, plans)
+    keep_better_capture(subject.device, result)
     return 0 if result.compared and not result.failed else 1
 
 
@@ -182,65 +181,6 @@ def _about(args, subject: Subject) -> dict:
         },
         "budget": args.budget,
     }  # fmt: skip
-
-
-def verdict(result: Check) -> str:
-    """The last line: whether the promises hold, and what speculation is worth."""
-    lossless = next(part for part in result.parts if part.name == "lossless").findings
-    counts = {kind: sum(f.verdict == kind for f in lossless) for kind in (HOLDS, FAILS, NOT_HERE)}
-    parted, texts = (sum(f.figures.get(name, 0) for f in lossless) for name in ("parted", "texts"))
-    if counts[FAILS]:
-        first = next(f for f in lossless if f.verdict == FAILS)
-        named = ", ".join(str(value) for value in first.what.values())
-        said = f"NOT every promise holds here: {counts[FAILS]} of {len(lossless)} checks fail, the first is {named}"
-    elif not result.compared:
-        said = "No drafted text was compared with plain decoding"
-    else:
-        rest = f", {counts[NOT_HERE]} could not be made" if counts[NOT_HERE] else ""
-        ties = f"; {parted} of {texts} texts part at near-ties" if parted else ""
-        said = f"Lossless here: {counts[HOLDS]} of {len(lossless)} checks hold{rest}{ties}"
-    failing = [part.title for part in result.parts if part.verdict == FAILS and not part.must_hold]
-    trouble = f"; failed: {', '.join(failing)}" if failing else ""
-    cut = "; the check was stopped" if result.interrupted else ""
-    return f"{said}{'' if counts[FAILS] else _worth(result)}{trouble}{cut}."
-
-
-def _worth(result: Check) -> str:
-    """What the best tree gains over the fastest plain step, whichever executors the two have."""
-    findings = {part.name: part.findings for part in result.parts}
-    drafted = [f for f in findings["worth"] if f.what.get("accepted") == "70%" and "token_seconds" in f.figures]
-    single = [f for f in findings["steps"] if (f.what.get("rows"), f.what.get("nodes")) == (1, 1)]
-    plain = [f.figures["step_seconds"] for f in single if "step_seconds" in f.figures]
-    if not drafted or not plain:
-        return ""
-    best = min(drafted, key=lambda finding: finding.figures["token_seconds"])
-    gain = min(plain) / best.figures["token_seconds"]
-    if gain <= 1:
-        return "; at 70% acceptance a level speculation does not pay here"
-    how = f"{best.what['executor']} steps, drafts like {best.what['drafter']}'s"
-    return f"; at 70% acceptance a level the best tree would be {gain:.2f} times as fast as plain decoding ({how})"
-
-
-def _keep_better_capture(subject: Subject, plans: list[Plan]) -> None:
-    """On a GPU, keep which captured step is the better one, where several texts of the compiled one were compared and
-    steps of several sizes were timed alike."""
-    parts = {plan.part.name: plan.part for plan in plans}
-    eager, compiled = "cuda_graph_eager", "cuda_graph_compiled"
-    texts = [f for f in parts["lossless"].findings if f.what.get("executor") == compiled]
-    seconds = {
-        (f.what["executor"], f.what["nodes"]): f.figures["step_seconds"]
-        for f in parts["steps"].findings
-        if f.what.get("rows") == 1 and "step_seconds" in f.figures and not f.reason
-    }
-    both = [nodes for name, nodes in seconds if name == compiled and (eager, nodes) in seconds]
-    if len(both) < COMPARED_SIZES or sum(f.verdict != NOT_HERE for f in texts) < COMPARED_TEXTS:
-        return
-    right = all(f.verdict != FAILS for f in texts)
-    faster = all(seconds[compiled, nodes] < seconds[eager, nodes] for nodes in both)
-    try:
-        keep_verdict(subject.device, right and faster)
-    except ValueError as error:
-        print(f"which capture is better is not kept: {error}", file=sys.stderr)
 
 
 def _check_outputs(args, outputs: list[Path]) -> None:

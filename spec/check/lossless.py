@@ -18,8 +18,9 @@ from ..attach import attach, self_test
 from ..curves import wait_for
 from ..generate import SpeculativeOutput, generate
 from ..margin import parting, rounding_can_swap
+from ..pool import pool_of
 from ..proposal import NoDrafter
-from ..runs import keep, pool_of
+from ..runs import keep
 from ..sampling import warpers
 from ..slots import SlotModel
 from ..tree import TokenTree, TreeShape

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 
 from ..curves import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
+from ..pool import pool_of
 from ..proposal import NoDrafter
-from ..runs import pool_of
 from ..tree import TreeShape
 from .budget import Clock, Task, absent
 from .record import NOT_HERE, Finding
