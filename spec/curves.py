@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 
 from .executors import EXECUTORS, Step
-from .loop import read_report
 from .planner import interpolate
 from .proposal import DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from .runs import open_engine
 from .sampling import Sampler
 from .state import DecodeState
 from .step import Engine
+from .step_report import unpack_report
 from .trace import Trace
 from .tree import TokenTree, TreeShape
 
@@ -145,7 +145,7 @@ def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(repeats):
             started = time.perf_counter()
-            rows = [read_report(row.tolist(), nodes, nodes) for row in reports]
+            rows = [row for report in reports for row in unpack_report(report[None], nodes)]
             trace = Trace([row.event(0, step, times) for step, row in enumerate(rows)])
             trace.append_to(Path(folder) / "trace.jsonl")
             seconds.append((time.perf_counter() - started) / steps)

@@ -8,7 +8,6 @@ of the host, a step is read while the next one runs, and what that one overshoot
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +15,7 @@ from torch import Tensor
 from .lockstep import Lockstep, ScoreBook
 from .state import DecodeState
 from .step import Engine, StepResult
+from .step_report import RowReport, unpack_report
 from .trace import Event, Trace
 
 
@@ -62,47 +62,10 @@ class Readout:
         elif lag:
             self.report = result.report.clone()
 
-    def rows(self) -> list["RowReport"]:
+    def rows(self) -> list[RowReport]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        depth = self.path.shape[1]
-        nodes = (self.report.shape[1] - depth - 5) // 2
-        return [read_report(row, nodes, depth) for row in self.report.tolist()]
-
-
-@dataclass(frozen=True, slots=True)
-class RowReport:
-    """One row of a step's report."""
-
-    tokens: list[int]
-    parents: list[int]
-    path: list[int]
-    accepted: int
-    bonus: int
-    committed: int
-    done: bool
-    failed: bool
-
-    def event(self, row: int, step: int, seconds: dict[str, float]) -> Event:
-        nodes = self.path[1 : self.accepted + 1]
-        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds)
-        event.keep(self.committed)
-        return event
-
-
-def read_report(row: list[int], nodes: int, depth: int) -> RowReport:
-    """A row is tokens (N), parents (N), path (D+1), accepted, bonus, committed, done, failed."""
-    accepted, bonus, committed, done, failed = row[2 * nodes + depth :]
-    return RowReport(
-        tokens=row[:nodes],
-        parents=row[nodes : 2 * nodes],
-        path=row[2 * nodes : 2 * nodes + depth],
-        accepted=accepted,
-        bonus=bonus,
-        committed=committed,
-        done=bool(done),
-        failed=bool(failed),
-    )
+        return unpack_report(self.report, self.path.shape[1])
 
 
 def decode(

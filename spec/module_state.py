@@ -60,7 +60,7 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
 
 
 def _fingerprint(module: nn.Module) -> str:
-    versions = f"{addresses(module)} {[tensor._version for tensor in _tensors(module)]}"
+    versions = f"{addresses(module)} {list(map(version, _tensors(module)))}"
     kept = _fingerprints.get(module)
     if kept is not None and kept[0] == versions:
         return kept[1]
@@ -71,6 +71,11 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     _fingerprints[module] = versions, digest.hexdigest()
     return digest.hexdigest()
+
+
+def version(tensor: Tensor) -> int:
+    """Torch's count of changes in place; 0 for a tensor that was made in inference mode, which has none."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import native
+from .module_state import version
 
 ROWS = 16  # that oneDNN chooses its layout for; it suits 1 to 64
 
@@ -76,7 +77,7 @@ def pack(models: Iterable[nn.Module]) -> None:
             continue
         place = (weight.data_ptr(), weight.dtype, weight.shape)
         if place not in made:
-            identity = (*place[1:], weight._version, _checksum(weight))
+            identity = (*place[1:], version(weight), _checksum(weight))
             kept = getattr(layer, "packed_weight", PackedWeight())
             made[place] = kept if kept.identity == identity else PackedWeight(layout(weight), identity)
         layer.packed_weight = made[place]

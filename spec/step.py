@@ -10,10 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .proposal import DraftSession, Proposal
+from .proposal import DraftSession
 from .sampling import Sampler
 from .slots import SlotModel
 from .state import DecodeState
+from .step_report import pack_report
 from .verify import Verdict, verify
 
 
@@ -21,7 +22,7 @@ from .verify import Verdict, verify
 class StepResult:
     """What a step did, for the host; the texts are in the state."""
 
-    report: Tensor  # (B, 2N + D + 6): see `read_report` in loop.py
+    report: Tensor  # (B, 2N + D + 6): see step_report.py
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
     logits: Tensor | None  # (B, N, V) float32, where asked for
     scores: Tensor | None  # (B, N, V), processed, where asked for
@@ -75,17 +76,10 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
         last = verdict.path.gather(1, (state.committed - 1).clamp(min=0)[:, None])  # the node that gave the new root
         last = last[..., None].expand(-1, 1, state.hidden.shape[1])
         state.hidden.copy_(engine.target.hidden.gather(1, last)[:, 0])
-    report = _report(state, proposal, verdict)
+    report = pack_report(state, proposal, verdict)
     mark("commit")
     kept = (logits, scores) if engine.keep_scores else (None, None)
     return StepResult(report, verdict.path, *kept)
-
-
-def _report(state: DecodeState, proposal: Proposal, verdict: Verdict) -> Tensor:
-    """All that the host wants to know, as one tensor, so that reading it is one copy."""
-    scalars = [verdict.accepted, verdict.bonus, state.committed, state.done, state.failed]
-    parents = proposal.tree.parents.expand_as(proposal.tokens)
-    return torch.cat([proposal.tokens, parents, verdict.path, torch.stack(scalars, dim=1)], dim=1)
 
 
 def write(state: DecodeState, verdict: Verdict) -> None:

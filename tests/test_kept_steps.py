@@ -18,6 +18,7 @@ from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import executors, pool, runs
 from paceline.spec.executors import CompiledLater
 from paceline.spec.module_state import addresses, fingerprint, structure
+from paceline.spec.packing import pack
 from paceline.spec.plans import plan_path
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.refill import Text, decode_texts
@@ -286,6 +287,18 @@ def test_a_first_call_in_inference_mode_serves_calls_outside_of_it(tapes):
     with torch.inference_mode():
         assert torch.equal(decode(model, "tape"), inside)
     assert len(tapes) == 1
+
+
+def test_models_made_in_inference_mode_are_like_others():
+    """Their tensors count no changes, and their weights are packed, told apart and decoded all the same."""
+    with torch.inference_mode():
+        model = tiny_llama()
+        draft = ModelDrafter(noisy_copy(model))
+    assert model.lm_head.weight.is_inference()
+    pack([model])
+    assert fingerprint([model]) == fingerprint([tiny_llama()])
+    truth = decode(tiny_llama(), "eager")
+    assert torch.equal(decode(model, "eager", drafter=draft), truth)
 
 
 def test_engines_go_with_their_model():
