@@ -65,7 +65,7 @@ _REAL: Mapping[str, tuple[float, float]] = MappingProxyType(
     }
 )
 
-_WITHOUT_EFFECT = {
+WITHOUT_EFFECT = {
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
     "target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size", "num_beam_groups", "diversity_penalty",
     "length_penalty", "early_stopping", "low_memory", "compile_config", "disable_compile", "cache_config",
@@ -113,7 +113,7 @@ def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
     if not isinstance(kwargs.get("generation_config") or model.generation_config, GenerationConfig):
         raise ValueError(f"generation_config is a {type(kwargs['generation_config']).__name__}, not a GenerationConfig")
     for name in kwargs:
-        if name in _WITHOUT_EFFECT and kwargs[name] is not None:
+        if name in WITHOUT_EFFECT and kwargs[name] is not None:
             raise ValueError(f"{name}={kwargs[name]!r} has no effect here; remove it")
         if name not in known:
             near = difflib.get_close_matches(name, [*known, "drafter", "tree", "verify", "seed"], 1)

@@ -19,7 +19,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import loop
-from .arguments import _WITHOUT_EFFECT, check_writable, setting
+from .arguments import WITHOUT_EFFECT, check_writable, setting
 from .attach import attach
 from .executors import NAMES
 from .generate import SpeculativeOutput, generate
@@ -41,7 +41,7 @@ _OWN_WAYS = (
     "speculation_type", "is_assistant",
 )  # fmt: skip
 # Of other ways of decoding, or of how transformers runs; they change no text here.
-_IDLE = _WITHOUT_EFFECT | {"assistant_ensemble_weight", "continuous_batching_config", "trust_remote_code"}
+_IDLE = WITHOUT_EFFECT | {"assistant_ensemble_weight", "continuous_batching_config", "trust_remote_code"}
 _PLAIN_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")  # keep what they are given
 _SUMS = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens", "num_examined_draft_tokens", "num_tokens")
 

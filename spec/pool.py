@@ -40,6 +40,10 @@ class KeptRun:
     def nbytes(self) -> int:
         return self.engine.target.cache.nbytes + self.engine.session.nbytes
 
+    def wake(self, model) -> None:
+        """Let the engine run its target again, which it does not hold on to at rest."""
+        self.engine.target.model = model
+
 
 @dataclass(slots=True, eq=False)
 class EnginePool:
@@ -49,32 +53,26 @@ class EnginePool:
     runs: list[KeptRun] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def take(self, spec: "RunSpec", model, drafter) -> KeptRun | None:
-        """The kept run for `spec`, marked as in use; None where there is none. Forgets runs whose target's weights
-        lie elsewhere now."""
+    def alike(self, spec: "RunSpec", target: tuple[int, int] | None, drafter) -> list[KeptRun]:
+        """The kept runs for `spec`, in use or not, the one used last first."""
         with self.lock:
-            if not self.runs:
-                return None
-            target = structure(model), addresses(model)
-            self.runs = [run for run in self.runs if run.in_use or run.target_state[1] == target[1]]
-            for run in reversed(self.runs):
-                if run.spec == spec and run.target_state == target and self._drafts_alike(run, drafter):
-                    if run.in_use:
-                        continue
-                    self.runs.remove(run)
-                    self.runs.append(run)
-                    run.in_use, run.engine.target.model = True, model
-                    return run
-            return None
+            runs = [run for run in reversed(self.runs) if run.spec == spec and run.target_state == target]
+            return [run for run in runs if self._drafts_alike(run, drafter)]
 
-    def has(self, spec: "RunSpec", model, drafter) -> bool:
-        """Whether a run for `spec` is kept, in use or not."""
+    def take(self, spec: "RunSpec", target: tuple[int, int] | None, model, drafter) -> KeptRun | None:
+        """The kept run for `spec`, marked as in use; None where there is none that nobody uses. Forgets runs whose
+        target's weights lie elsewhere now."""
+        if target is None:
+            return None
         with self.lock:
-            target = (structure(model), addresses(model)) if self.runs else None
-            return any(
-                run.spec == spec and run.target_state == target and self._drafts_alike(run, drafter)
-                for run in self.runs
-            )
+            self.runs = [run for run in self.runs if run.in_use or run.target_state[1] == target[1]]
+            run = next((run for run in self.alike(spec, target, drafter) if not run.in_use), None)
+            if run is not None:
+                self.runs.remove(run)
+                self.runs.append(run)
+                run.in_use = True
+                run.wake(model)
+            return run
 
     def _drafts_alike(self, run: KeptRun, drafter) -> bool:
         """Whether `run` drafts what `drafter` would: it is bound to that very object, or to one of equal weights."""
@@ -109,6 +107,11 @@ _pools: "WeakKeyDictionary[torch.nn.Module, EnginePool]" = WeakKeyDictionary()
 def pool_of(model) -> EnginePool:
     """The pool of a target, made on first use."""
     return _pools.setdefault(model, EnginePool())
+
+
+def target_state(model) -> tuple[int, int]:
+    """What a kept run depends on in its target; takes a few milliseconds."""
+    return structure(model), addresses(model)
 
 
 def forget(model) -> None:

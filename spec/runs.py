@@ -14,9 +14,8 @@ import torch
 
 from .executors import EXECUTORS, PATIENCE, CompiledLater, choose
 from .hidden import lm_head
-from .module_state import addresses, structure
 from .packing import pack
-from .pool import EnginePool, KeptRun, forget, pool_of, state_of
+from .pool import EnginePool, KeptRun, forget, pool_of, state_of, target_state
 from .proposal import DraftRequest, DraftSampling
 from .sampling import Sampler
 from .slots import SlotModel
@@ -69,13 +68,14 @@ def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) 
             "made for this target's tokenizer"
         )
     pool = pool_of(model)
-    compiled_before = asked.executor == "auto" and pool.has(asked.settled("compiled"), model, drafter)
+    target = target_state(model) if pool.runs and asked.executor != "eager" else None
+    compiled_before = asked.executor == "auto" and bool(pool.alike(asked.settled("compiled"), target, drafter))
     name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before)
     if asked.executor == "auto" and name == "compiled" and not compiled_before:
         with _begun_eagerly(pool, model, drafter, asked.settled(name), sampler) as begun:
             yield begun
         return
-    run = None if name == "eager" else _kept_or_made(pool, model, drafter, asked, sampler, name)
+    run = None if name == "eager" else _kept_or_made(pool, target, model, drafter, asked, sampler, name)
     if run is None:
         engine = make_engine(model, drafter, asked.settled("eager"), sampler)
         yield engine, EXECUTORS["eager"](engine)
@@ -100,16 +100,19 @@ def _begun_eagerly(pool: EnginePool, model, drafter, spec: RunSpec, sampler: Sam
             pool.add(run)
 
 
-def _kept_or_made(pool: EnginePool, model, drafter, asked: RunSpec, sampler: Sampler, name: str) -> KeptRun | None:
-    """A run in the pool, marked as in use; None where the call has to be eager."""
+def _kept_or_made(
+    pool: EnginePool, target: tuple[int, int] | None, model, drafter, asked: RunSpec, sampler: Sampler, name: str
+) -> KeptRun | None:
+    """A run in the pool, marked as in use; None where the call has to be eager. `target` is the state of the model,
+    None where nothing was kept for it."""
     spec = asked.settled(name)
-    if run := pool.take(spec, model, drafter):
+    if run := pool.take(spec, target, model, drafter):
         pack(run.engine.packable)  # again, where weights have changed
         return run
-    if pool.has(spec, model, drafter):
+    if pool.alike(spec, target, drafter):  # in use
         return None
     with _making:
-        if run := pool.take(spec, model, drafter):  # made by another thread in the meantime
+        if run := pool.take(spec, target_state(model), model, drafter):  # made by another thread in the meantime
             return run
         try:
             run = _made(model, drafter, spec, sampler)
@@ -129,8 +132,7 @@ def _made(model, drafter, spec: RunSpec, sampler: Sampler) -> KeptRun:
 
 def _kept_run(model, drafter, engine: Engine, spec: RunSpec, executor) -> KeptRun:
     """To be called once the executor is made, when whatever a first forward sets in the models is set."""
-    target = structure(model), addresses(model)
-    return KeptRun(spec, drafter, engine, executor, target, state_of(drafter), in_use=True)
+    return KeptRun(spec, drafter, engine, executor, target_state(model), state_of(drafter), in_use=True)
 
 
 def make_engine(model, drafter, spec: RunSpec, sampler: Sampler) -> Engine:

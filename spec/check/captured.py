@@ -67,7 +67,7 @@ def _runner(subject: Subject, executor: str):
     kept = [run for run in pool_of(subject.model).runs if run.spec.executor == executor]
     if not kept:
         raise NotHere("no step was captured")
-    kept[-1].engine.target.model = subject.model
+    kept[-1].wake(subject.model)
     return kept[-1].engine, kept[-1].executor
 
 

@@ -87,7 +87,8 @@ class Steps:
         for run in pool_of(self.subject.model).runs:
             spec, engine = run.spec, run.engine
             if spec.executor == executor and run.drafter.name in ("none", "ngram") and not spec.sampling[0]:
-                engine.target.model, text = self.subject.model, engine.target.capacity // 2
+                run.wake(self.subject.model)
+                text = engine.target.capacity // 2
                 engine.state.done.fill_(True)
                 engine.state.lengths.fill_(text)
                 key, drafts = (spec.batch, len(spec.shape), "whole"), run.drafter.name == "ngram"
