@@ -1,16 +1,15 @@
 """Linear layers with weights in another layout, for compiled steps on a CPU.
 
 With weights as they are, they are read at half the speed of the memory, and a decoding step is little else than
-reading weights. Here each `nn.Linear` keeps a second copy: in float32 in the panels of linear.cpp, which are half as
-large where the weights came from a bfloat16 checkpoint; in bfloat16, and in float32 where there is no compiler, in the
-blocked layout that oneDNN prefers for few rows. The products are the same numbers in bfloat16, and differ by the order
-of their sums in float32. `packed_linears` lets a trace use them; everything else goes on with the weights as they are.
-Knows nothing of steps or executors.
+reading weights. Here each `nn.Linear` keeps a second copy, in the layout of the first of `BACKENDS` that takes its
+weight. `packed_linears` lets a trace use them; everything else goes on with the weights as they are. Knows nothing of
+steps or executors.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from types import MethodType
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -37,12 +36,58 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], packed.shape[0])
 
 
-class PackedWeight:
-    """A packed copy and what the weight was that it was made of. Copies of a module do not take it along."""
+class Backend(Protocol):
+    """A layout for the weights of linear layers, and the operator that multiplies by them."""
 
-    def __init__(self, tensor: Tensor | None = None, identity: tuple | None = None):
-        self.tensor, self.identity = tensor, identity
-        self.by_onednn = tensor is not None and tensor.is_mkldnn  # which the tensor that a trace sees does not tell
+    def takes(self, weight: Tensor) -> bool:
+        """Whether it can pack a weight (O, I), here."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """The packed copy."""
+
+    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        """x W' + b, for x (..., I): (..., O). In operators that a compiler can take."""
+
+
+class Panels:
+    """The panels of linear.cpp, in float32, half as large where the weights came from a bfloat16 checkpoint. Products
+    differ from torch's by the order of their sums."""
+
+    def takes(self, weight: Tensor) -> bool:
+        return weight.dtype == torch.float32 and native.prepare()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return native.panels(weight)
+
+    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        return torch.ops.paceline.panel_linear(x, packed, bias, outputs)
+
+
+class OneDnn:
+    """The blocked layout that oneDNN prefers for few rows: in bfloat16, where the products are the same numbers, and in
+    float32 where there is no compiler for panels."""
+
+    def takes(self, weight: Tensor) -> bool:
+        if weight.dtype == torch.bfloat16:
+            return has_bfloat16()
+        return weight.dtype == torch.float32 and torch.backends.mkldnn.is_available() and is_x86()
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
+
+    def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+        return torch.ops.paceline.packed_linear(x, packed, bias)
+
+
+BACKENDS: list[Backend] = [Panels(), OneDnn()]
+
+
+class PackedWeight:
+    """A packed copy, whose layout it is, and what the weight was that it was made of. Copies of a module do not take it
+    along."""
+
+    def __init__(self, tensor: Tensor | None = None, backend: Backend | None = None, identity: tuple | None = None):
+        self.tensor, self.backend, self.identity = tensor, backend, identity
 
     def __deepcopy__(self, memo) -> "PackedWeight":
         return PackedWeight()
@@ -66,20 +111,20 @@ def emulates_bfloat16(device: torch.device) -> bool:
 
 
 def pack(models: Iterable[nn.Module]) -> None:
-    """Pack the linear layers of `models` that are bfloat16 or float32 on a CPU, and again those that have changed.
-    Layers on the same memory share a copy."""
+    """Pack the linear layers of `models` that a backend takes, and again those that have changed. Layers on the same
+    memory share a copy."""
     made: dict[tuple, PackedWeight] = {}
     for layer in _linears(models):
         weight = layer.weight.detach()
-        layout = _layout(weight.dtype) if _can_be_packed(weight) else None
-        if layout is None:
+        backend = next((each for each in BACKENDS if _can_be_packed(weight) and each.takes(weight)), None)
+        if backend is None:
             layer.__dict__.pop("packed_weight", None)
             continue
         place = (weight.data_ptr(), weight.dtype, weight.shape)
         if place not in made:
-            identity = (*place[1:], version(weight), _checksum(weight))
+            identity = (backend, *place[1:], version(weight), _checksum(weight))
             kept = getattr(layer, "packed_weight", PackedWeight())
-            made[place] = kept if kept.identity == identity else PackedWeight(layout(weight), identity)
+            made[place] = kept if kept.identity == identity else PackedWeight(backend.pack(weight), backend, identity)
         layer.packed_weight = made[place]
 
 
@@ -91,16 +136,8 @@ def _checksum(weight: Tensor) -> int:
     return int((rows * (2 * torch.arange(len(rows)) + 1)).sum())
 
 
-def _layout(dtype: torch.dtype) -> Callable[[Tensor], Tensor] | None:
-    """What packs weights of `dtype` on this CPU."""
-    if dtype == torch.float32 and native.prepare():
-        return native.panels
-    able = has_bfloat16() if dtype == torch.bfloat16 else torch.backends.mkldnn.is_available() and is_x86()
-    return (lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)) if able else None
-
-
 def _can_be_packed(weight: Tensor) -> bool:
-    here = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float32)
+    here = weight.device.type == "cpu" and weight.is_floating_point()
     words = weight.nbytes % 8 == weight.storage_offset() * weight.itemsize % 8 == 0  # for the checksum
     return here and weight.is_contiguous() and words and weight.numel() > 0
 
@@ -121,11 +158,9 @@ def packed_linears(models: Iterable[nn.Module]):
 
 def _packed_forward(layer: nn.Linear, x: Tensor) -> Tensor:
     packed = layer.packed_weight
-    if packed.tensor is None or not torch.compiler.is_dynamo_compiling():
+    if packed.backend is None or not torch.compiler.is_dynamo_compiling():
         return F.linear(x, layer.weight, layer.bias)
-    if packed.by_onednn:
-        return torch.ops.paceline.packed_linear(x, packed.tensor, layer.bias)
-    return torch.ops.paceline.panel_linear(x, packed.tensor, layer.bias, len(layer.weight))
+    return packed.backend.linear(x, packed.tensor, layer.bias, len(layer.weight))
 
 
 def _linears(models: Iterable[nn.Module]) -> list[nn.Linear]:
