@@ -76,7 +76,7 @@ def _best(target):
     if folder is None:
         return NgramDrafter()
     drafter = _trained(folder, target)
-    return Beside(drafter, NgramDrafter()) if drafter.traits.stateless else drafter
+    return Beside(drafter, NgramDrafter()) if drafter.traits.follows_any_tree else drafter
 
 
 def _trained(name_or_path: str | Path, target):

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, EmptySession, Proposal
 from ..spec.state import DecodeState
-from ..spec.tree import DynamicShape, TokenTree, TreeShape
-from ..spec.verify import Verdict
+from ..spec.target import Span
+from ..spec.tree import TokenTree, TreeShape
 
 COPIED = 2  # tokens of the second's part of the default tree, a chain
 
 
 class Beside:
-    """`first` and `second` are drafters that remember nothing between steps: trained heads, prompt lookup.
+    """`first` and `second` are drafters that can follow any tree: trained heads, prompt lookup.
 
     Raises ValueError for another."""
 
@@ -29,7 +29,7 @@ class Beside:
         for part in (first, second):
             if part.traits.parts:
                 raise ValueError(f"drafter {part.name!r} is two drafters already; no more than two draft side by side")
-            if not part.traits.stateless:
+            if not part.traits.follows_any_tree:
                 raise ValueError(
                     f"drafter {part.name!r} may follow its own tree from step to step and cannot stand beside another; "
                     "combine trained heads and ngram, such as smollm2-135m-hydra+ngram"
@@ -37,18 +37,19 @@ class Beside:
         self.parts = first, second
         self.name = f"{first.name}+{second.name}"
         traits = first.traits, second.traits
+        taps = {each.taps for each in traits if each.taps}
+        if len(taps) > 1:
+            raise ValueError(f"drafters {self.name!r} read different hidden states of the target; combine others")
         self.traits = DrafterTraits(
             vocab_size=next((each.vocab_size for each in traits if each.vocab_size is not None), None),
-            reads_hidden=any(each.reads_hidden for each in traits),
-            stateless=True,
+            taps=next(iter(taps), ()),
+            follows_any_tree=True,
             parts=self.parts,
         )
         self.default_shape = first.default_shape.beside(TreeShape.chain(COPIED))
 
     def open(self, request: DraftRequest) -> "BesideSession | EmptySession":
         shape = request.shape
-        if isinstance(shape, DynamicShape):
-            raise ValueError(f"drafter {self.name!r} fills fixed trees only; use a tree like '4x2x1+chain:6'")
         if len(shape) == 1:
             return EmptySession(TokenTree.of(shape, request.device))
         first, second = divided(shape)
@@ -79,9 +80,13 @@ class BesideSession:
     def nbytes(self) -> int:
         return sum(session.nbytes for session in self.sessions)
 
-    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
+    def clear(self, rows: Tensor | None = None) -> None:
         for session in self.sessions:
-            session.prefill(state, chunk, rows)
+            session.clear(rows)
+
+    def read(self, span: Span, features: Tensor | None) -> None:
+        for session in self.sessions:
+            session.read(span, features)
 
     def propose(self, state: DecodeState) -> Proposal:
         tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(state.lengths), 1)  # (B, N)
@@ -96,8 +101,13 @@ class BesideSession:
             logits = logits.new_zeros(*tokens.shape, logits.shape[-1]).index_copy(1, self.nodes[0], logits)
         return Proposal(tokens, self.tree, first.law, first.noise, logits)
 
-    def commit(self, state: DecodeState, verdict: Verdict) -> None:
-        pass
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        for session in self.sessions:
+            session.follow(base, path, count, features)
+
+    def copy_rows(self, other: "BesideSession", rows: Tensor) -> None:
+        for mine, theirs in zip(self.sessions, other.sessions):
+            mine.copy_rows(theirs, rows)
 
 
 def divided(shape: TreeShape) -> tuple[list[int], list[int]]:

@@ -15,8 +15,8 @@ from ..spec.planner import Rates, default_tree
 from ..spec.proposal import DrafterTraits, DraftRequest, Proposal
 from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
+from ..spec.target import Span
 from ..spec.tree import DynamicShape, TreeShape
-from ..spec.verify import Verdict
 from .known_tokens import WidenedHead, trimmed_head
 from .static_tree import StaticTree, check_children
 
@@ -39,8 +39,8 @@ class ModelDrafter:
         on_cpu = model.device.type == "cpu"
         self.default_shape = default_tree(rates, DEEPEST, on_cpu) if rates else TreeShape.chain(DEEPEST)
         self.traits = DrafterTraits(
-            model.config.get_text_config().vocab_size, deepest=DEEPEST, modules=(model,), vocabulary=self.vocabulary,
-            causal_lm=self._whole_model(),
+            model.config.get_text_config().vocab_size, fills_dynamic=True, deepest=DEEPEST, modules=(model,),
+            vocabulary=self.vocabulary, causal_lm=self._whole_model(),
         )  # fmt: skip
 
     @classmethod
@@ -84,27 +84,33 @@ class ModelDraftSession:
 
     def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
         self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
-        self.slots = SlotModel(model, request.capacity)
+        self.slots = SlotModel(model, request.batch, request.capacity)
         self.shape = request.shape
         self.sampling = request.sampling
 
     @property
     def packable(self) -> list[torch.nn.Module]:
-        return [self.slots.model]
+        return self.slots.packable
 
     @property
     def nbytes(self) -> int:
-        return self.slots.cache.nbytes
+        return self.slots.nbytes
 
-    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
-        self.slots.prefill(state.tokens, state.lengths, chunk, rows)
+    def clear(self, rows: Tensor | None = None) -> None:
+        self.slots.clear(rows)
+
+    def read(self, span: Span, features: Tensor | None) -> None:
+        self.slots.read(span)
+
+    def copy_rows(self, other: "ModelDraftSession", rows: Tensor) -> None:
+        self.slots.copy_rows(other.slots, rows)
 
     def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
         """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
         the last tree. A row of one token has none before it: that column is padding. (B, 1, V')"""
         pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
         tokens = state.tokens.gather(1, pair.clamp(min=0))
-        return self.slots.forward_text(tokens, pair, keep=1)
+        return self.slots.forward_text(tokens, pair).logits
 
 
 class StaticDraftSession(ModelDraftSession):
@@ -120,9 +126,9 @@ class StaticDraftSession(ModelDraftSession):
         def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
             if depth == 0:
                 return self._root_logits(state, base)  # (B, 1, V')
-            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner)  # (B, n, V')
+            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner).logits  # (B, n, V')
 
         return self.static.fill(state, logits_of)
 
-    def commit(self, state: DecodeState, verdict: Verdict) -> None:
-        self.slots.cache.compact(state.lengths - 1, verdict.path)
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        self.slots.commit(base, path, count)

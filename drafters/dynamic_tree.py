@@ -12,7 +12,6 @@ from torch import Tensor
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import TokenTree
-from ..spec.verify import Verdict
 from .draft_model import ModelDraftSession
 
 # Every edge costs a little, so that a child never ties with its parent and cannot be chosen without it.
@@ -44,7 +43,7 @@ class DynamicDraftSession(ModelDraftSession):
             self.forward_parents[:, nodes] = pool.parents.gather(1, frontier)
             pool.slots.scatter_(1, frontier, nodes.expand(rows, -1))
             tree = TokenTree.from_parents(self.forward_parents, shape.max_depth, width)
-            logits = self.slots.forward_nodes(pool.tokens.gather(1, frontier), base, tree, nodes)  # (B, W, V)
+            logits = self.slots.forward_nodes(pool.tokens.gather(1, frontier), base, tree, nodes).logits  # (B, W, V)
             tokens, scores = self._children(logits, pool.scores.gather(1, frontier), state)
             pool.add(tokens, scores, parents=nodes.repeat_interleave(width).expand(rows, -1))
             frontier = pool.last(width)
@@ -60,8 +59,13 @@ class DynamicDraftSession(ModelDraftSession):
         tokens = best.indices if self.vocabulary is None else self.vocabulary[best.indices]
         return tokens.flatten(1), (scores[..., None] + best.values - _EDGE).flatten(1)
 
-    def commit(self, state: DecodeState, verdict: Verdict) -> None:
-        self.slots.cache.compact(state.lengths - 1, self.slot_of_node.gather(1, verdict.path))
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        self.slots.commit(base, self.slot_of_node.gather(1, path), count)
+
+    def copy_rows(self, other: "DynamicDraftSession", rows: Tensor) -> None:
+        super().copy_rows(other, rows)
+        self.forward_parents.copy_(other.forward_parents[rows])
+        self.slot_of_node.copy_(other.slot_of_node[rows])
 
 
 class _Pool:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spec.hidden import lm_head
 from ..spec.planner import Rates, default_tree
-from ..spec.proposal import DrafterTraits, DraftRequest, Proposal
+from ..spec.proposal import DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
-from ..spec.tree import DynamicShape
-from ..spec.verify import Verdict
+from ..spec.taps import HEAD, lm_head
+from ..spec.target import Span
 from .folder import DrafterFolder, target_identity, write_folder
 from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree
@@ -212,14 +211,12 @@ class MedusaDrafter:
         self.heads = heads
         self.name = name
         self.traits = DrafterTraits(
-            heads.vocab_size, reads_hidden=True, stateless=True, deepest=heads.settings.heads, modules=(heads,)
+            heads.vocab_size, taps=(HEAD,), follows_any_tree=True, deepest=heads.settings.heads, modules=(heads,)
         )
         self.rates = rates or _PRIOR
         self.default_shape = default_tree(self.rates, self.traits.deepest, heads.weight.device.type == "cpu")
 
     def open(self, request: DraftRequest) -> "MedusaSession":
-        if isinstance(request.shape, DynamicShape):
-            raise ValueError(f"drafter {self.name!r} fills fixed trees only; use a tree like '4x2x1' or a draft model")
         mine = self.heads.weight
         theirs = lm_head(request.target).weight.shape[1], request.target.dtype, request.device
         if (self.heads.hidden_size, mine.dtype, mine.device) != theirs:
@@ -230,25 +227,30 @@ class MedusaDrafter:
         return MedusaSession(self.heads, request)
 
 
-class MedusaSession:
-    """One run: nothing is remembered but the hidden state. Nodes deeper than there are heads stay empty."""
-
-    nbytes = 0
+class MedusaSession(Unremembering):
+    """One run: nothing is remembered but a hidden state. Nodes deeper than there are heads stay empty."""
 
     def __init__(self, heads: MedusaHeads, request: DraftRequest):
         self.heads = heads
         vocabulary = heads.vocabulary if heads.trimmed else None
         self.static = StaticTree(request, vocabulary, depth=heads.settings.heads)
+        # (B, H): the target's last hidden state at the token before the root, zeros where there is none.
+        self.hidden = torch.zeros(request.batch, heads.hidden_size, dtype=heads.dtype, device=request.device)
 
     @property
     def packable(self) -> list[nn.Linear]:
         return self.heads.linears()
 
-    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
-        pass
+    def clear(self, rows: Tensor | None = None) -> None:
+        self.hidden[slice(None) if rows is None else rows] = 0
+
+    def read(self, span: Span, features: Tensor) -> None:
+        last = (span.positions >= 0).sum(1)[:, None] - 1  # (R, 1): the column of a row's last token, -1 for none
+        states = features.gather(1, last.clamp(min=0)[..., None].expand(-1, 1, features.shape[2]))[:, 0]
+        self.hidden[span.index] = torch.where(last >= 0, states, self.hidden[span.index])
 
     def propose(self, state: DecodeState) -> Proposal:
-        started = self.heads.start(state.hidden[:, None])  # of (B, 1, H)
+        started = self.heads.start(self.hidden[:, None])  # of (B, 1, H)
 
         def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
             path = tokens[:, self.static.tree.paths[0, inner, : depth + 1]]  # (B, n, depth + 1)
@@ -256,5 +258,10 @@ class MedusaSession:
 
         return self.static.fill(state, logits_of)
 
-    def commit(self, state: DecodeState, verdict: Verdict) -> None:
-        pass
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor) -> None:
+        last = path.gather(1, (count - 1).clamp(min=0)[:, None])  # (B, 1): the node that gave the new root
+        states = features.gather(1, last[..., None].expand(-1, 1, features.shape[2]))[:, 0]
+        self.hidden.copy_(torch.where(count[:, None] > 0, states, self.hidden))
+
+    def copy_rows(self, other: "MedusaSession", rows: Tensor) -> None:
+        self.hidden.copy_(other.hidden[rows])

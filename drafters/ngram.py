@@ -13,10 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, Proposal
+from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
-from ..spec.tree import DynamicShape, TokenTree, TreeShape
-from ..spec.verify import Verdict
+from ..spec.tree import TokenTree, TreeShape
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class NgramDrafter:
     matches: int = 8
 
     name: ClassVar[str] = "ngram"
-    traits: ClassVar[DrafterTraits] = DrafterTraits(stateless=True)
+    traits: ClassVar[DrafterTraits] = DrafterTraits(follows_any_tree=True)
     # Two continuations, the better one longer.
     default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))
 
@@ -36,16 +35,11 @@ class NgramDrafter:
             raise ValueError(f"ngram: longest={self.longest} and matches={self.matches} must be at least 1")
 
     def open(self, request: DraftRequest) -> "NgramSession":
-        if isinstance(request.shape, DynamicShape):
-            raise ValueError("drafter 'ngram' fills fixed trees only; use a tree like '4x2x1' or a draft model")
         return NgramSession(self, request)
 
 
-class NgramSession:
-    """One run; the row's text in the decode state is all it remembers."""
-
-    packable: ClassVar[tuple] = ()
-    nbytes: ClassVar[int] = 0
+class NgramSession(Unremembering):
+    """One run; the row's text in the decode state is all that it needs."""
 
     def __init__(self, drafter: NgramDrafter, request: DraftRequest):
         self.longest = drafter.longest
@@ -53,12 +47,6 @@ class NgramSession:
         self.shape = request.shape
         self.sampling = request.sampling
         self.tree = TokenTree.of(request.shape, request.device)
-
-    def prefill(self, state: DecodeState, chunk: int, rows: Tensor | None = None) -> None:
-        pass
-
-    def commit(self, state: DecodeState, verdict: Verdict) -> None:
-        pass
 
     def propose(self, state: DecodeState) -> Proposal:
         continuations, weights = self._look_up(state)  # (B, K, D), (B, K)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .masks import HOOKED
 from .slots import SlotModel
+from .target import spans
 from .tree import TokenTree, TreeShape
 
 # Relative root-mean-square error of the logits that rounding may cause; a wrong mask costs far more.
@@ -194,8 +195,9 @@ def _errors(model) -> list[float]:
     width = max(map(len, texts))
     lengths = torch.tensor([len(text) for text in texts], device=device)
     prompt = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
-    slots = SlotModel(model, capacity=width + 3 * len(_SHAPE))
-    slots.prefill(prompt, lengths, chunk=4)
+    slots = SlotModel(model, len(texts), capacity=width + 3 * len(_SHAPE))
+    for span in spans(prompt, lengths, chunk=4):
+        slots.read(span)
     base = lengths - 1
     errors = []
     paths = ((0, 1, 4, 6), (0, 2, 5, 5)), ((0, 1, 3, 3), (0, 1, 4, 6))  # [step][row]
@@ -204,9 +206,10 @@ def _errors(model) -> list[float]:
             [[text[-1], *_some_tokens(config.vocab_size, len(_SHAPE) - 1, 5 + number)] for text in texts],
             device=device,
         )
-        logits = slots.forward_nodes(drafted, base, tree)
+        logits = slots.forward_nodes(drafted, base, tree).logits
         path = torch.tensor(chosen, device=device)
-        slots.cache.compact(base, path)
+        count = torch.tensor([len(set(nodes)) for nodes in chosen], device=device)
+        slots.commit(base, path, count)
         for row, text in enumerate(texts):
             errors += [_error(model, text, drafted[row], path, logits[row]) for path in _leaf_paths()]
             nodes = list(dict.fromkeys(chosen[row][1:]))

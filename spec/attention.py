@@ -3,10 +3,11 @@
 transformers' sdpa repeats keys and values for every query head whenever a mask is given, over the whole
 preallocated buffer. Here the query heads of a group are packed beside their tree nodes instead, so that
 each key is read once: (B, H, n, D) becomes (B, Hkv, H/Hkv * n, D). On a CPU a few queries are attended by code
-of our own, which also looks at no slot beyond those in use. It answers to "sdpa" in transformers' attention
-registry while a slot forward runs, and hands everything else to the stock function. Importing this module puts
-it there.
+of our own, which also looks at no slot beyond those in use. Once installed it answers to "sdpa" in transformers'
+attention registry while a slot forward runs, and hands everything else to the function that stood there.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import native
 from .masks import active_view
 
-_stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
 LONGEST = 128  # query tokens; beyond it a prompt is read, where the stock kernel is as good
 OURS = 64  # query tokens that our own code attends: any tree worth drafting on a CPU
 FEW = 64  # queries of a group of heads that it takes at a time
+_stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # what stood in the registry
 
 
 def packed_attention(
@@ -52,4 +53,9 @@ def packed_attention(
     return out.view(batch, heads, nodes, -1).transpose(1, 2).contiguous(), None
 
 
-ALL_ATTENTION_FUNCTIONS["sdpa"] = packed_attention
+def install() -> None:
+    """Let `packed_attention` stand in transformers' registry; once is as good as often."""
+    global _stock
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not packed_attention:
+        _stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = packed_attention

@@ -24,9 +24,9 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        batch, self.heads, _, _ = key_states.shape
+        self.heads = key_states.shape[1]
         self.keys, self.values = (
-            states.new_zeros(batch * self.cache.capacity, self.heads * states.shape[-1])
+            states.new_zeros(self.cache.batch * self.cache.capacity, self.heads * states.shape[-1])
             for states in (key_states, value_states)
         )
         self.is_initialized = True
@@ -68,8 +68,8 @@ class SlotLayer(CacheLayerMixin):
 class SlotCache(Cache):
     """One `SlotLayer` per decoder layer; the last slot takes padding."""
 
-    def __init__(self, capacity: int, layers: int):
-        self.capacity = capacity
+    def __init__(self, batch: int, capacity: int, layers: int):
+        self.batch, self.capacity = batch, capacity
         self.reach = capacity  # how many slots the next forward looks at
         self.lines: Tensor | None = None  # (B * n,): where the next forward writes
         self.rows: Tensor | None = None  # (R,): the rows that the next forward is of; None is all
@@ -95,7 +95,7 @@ class SlotCache(Cache):
         for layer in self.layers:
             if rows is None:
                 layer.reset()
-            else:
+            elif layer.is_initialized:
                 for buffer in (layer.keys, layer.values):
                     layer.by_row(buffer)[rows] = 0
 
@@ -108,15 +108,15 @@ class SlotCache(Cache):
                 )
                 mine.heads, mine.is_initialized = theirs.heads, True
 
-    def compact(self, base: Tensor, path: Tensor) -> None:
-        """Move the nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.
+    def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
+        """Move the first `count` (B,) nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.
 
-        A constant number of slots; where `path` repeats its last node, that node is copied past the
-        accepted length, where nothing is kept."""
+        A constant number of slots is copied; those that nothing is to be moved to keep what they hold."""
         if path.shape[1] == 1:
             return  # the root is where it belongs
         columns = torch.arange(path.shape[1], device=path.device)
-        source, target = self._lines(base[:, None] + path), self._lines(base[:, None] + columns)
+        source = self._lines(base[:, None] + torch.where(columns < count[:, None], path, columns))
+        target = self._lines(base[:, None] + columns)
         for layer in self.layers:
             if layer.is_initialized:
                 layer.move(source, target)

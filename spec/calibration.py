@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from .executors import Eager
-from .loop import Readout, run_steps
 from .models import end_ids
 from .noise import row_keys
 from .planner import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
+from .request import Request
+from .rows import Rows
 from .runs import open_engine
 from .sampling import Sampler, warpers
+from .slots import SlotModel
 from .trace import Event
 from .tree import TreeShape
 from .verify import draft_sampling
@@ -132,28 +134,23 @@ def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int,
 def follow(model, drafter, prompt: dict, rule: str, temperature: float, new_tokens: int, seed: int) -> list[Event]:
     """Decode `prompt` (input_ids (1, P)) one token a step, up to `new_tokens` or an end of text, drafting the wide
     tree at each."""
-    ids, device = prompt["input_ids"].to(model.device), model.device
-    ends = torch.tensor(end_ids(model), dtype=torch.long, device=device)
+    ids = prompt["input_ids"].to(model.device)
+    ends = tuple(end_ids(model))
     sampler = Sampler(warpers(temperature), temperature > 0, ids, ids.new_zeros(1))
     drawing = draft_sampling(rule, temperature > 0)
     capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
-    engine = open_engine(model, drafter, WIDE, sampler, drawing, rule, batch=1, capacity=capacity, eos=len(ends))
-    state, events = engine.state, []
-    state.load(ids, ids.new_zeros(1), 1, row_keys([seed], 1, device), ends)
-    sampler.load(state)
-
-    def read(readout: Readout) -> bool:
-        (report,) = readout.rows()
+    target = SlotModel(model, 1, capacity, drafter.traits.taps)
+    engine = open_engine(target, drafter, WIDE, sampler, drawing, rule, len(ends))
+    (key,) = row_keys([seed], 1, "cpu").tolist()
+    rows, events = Rows(Eager(engine), 512), []
+    rows.admit({0: Request(ids[0].tolist(), 1, tuple(key), ends, sampler.row_sampling)})
+    while True:
+        arrival = rows.step()
+        report = arrival.reports[0]
         if report.failed:
             raise ValueError("calibration met scores that are NaN; check the model's weights and dtype")
         accepted = report.path[1 : report.accepted + 1]
-        events.append(Event(0, readout.number, report.tokens, report.parents, accepted, report.bonus))
-        if len(events) == new_tokens or bool((state.roots() == ends).any()):
-            return True
-        state.limits += 1
-        state.done.fill_(False)
-        return False
-
-    engine.prefill(512)
-    run_steps(engine, Eager(engine), read)
-    return events
+        events.append(Event(0, arrival.number, report.tokens, report.parents, accepted, report.bonus))
+        if len(events) == new_tokens or rows.text(0)[-1] in ends:
+            return events
+        rows.extend(0, 1)

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from .console import table
 from .generate import generate
-from .loop import Trace
+from .trace import Trace
 
 WAYS = ("transformers", "plain", "drafted")
 

@@ -9,7 +9,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from .planner import interpolate
 from .proposal import DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from .runs import open_engine
 from .sampling import Sampler
+from .slots import SlotModel
 from .state import DecodeState
 from .step import Engine
 from .step_report import unpack_report
@@ -89,21 +90,16 @@ def open_idle(
     sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)
     rule = "residual" if sampling.noise == "own" else "match"
     with torch.no_grad():
-        engine = open_engine(model, drafter, shape, sampler, sampling, rule, batch=batch, capacity=capacity, eos=1)
+        target = SlotModel(model, batch, capacity, drafter.traits.taps)
+        engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)
         engine.state.lengths.fill_(capacity // 2)  # attention looks as far as there is text
-        return EXECUTORS[executor](engine, _forward_alone(engine, shape) if forward_only else None)
+        return EXECUTORS[executor](engine, _forward_alone(engine) if forward_only else None)
 
 
-def _forward_alone(engine: Engine, shape: TreeShape) -> Step:
-    """The target forward of a step and nothing else: tokens, positions and masks are made beforehand."""
-    base, nodes = engine.state.lengths - 1, torch.arange(len(shape), device=engine.state.tokens.device)
-    view = engine.target.view_of_nodes(base, TokenTree.of(shape, nodes.device), nodes)
-    tokens, slots = engine.state.roots().repeat(1, len(shape)), base[:, None] + nodes
-
-    def forward(engine: Engine, mark: Callable[[str], None]) -> torch.Tensor:
-        return engine.target.forward(tokens, slots, view)
-
-    return forward
+def _forward_alone(engine: Engine) -> Step:
+    """The target forward of a step and nothing else; what it sees is drafted beforehand."""
+    base, proposal = engine.state.lengths - 1, engine.session.propose(engine.state)
+    return lambda engine, mark: engine.target.forward(proposal, base).logits
 
 
 def measure(
@@ -157,8 +153,7 @@ def slot_bytes(model) -> int:
     runner = open_idle(model, "eager", NoDrafter(), TreeShape.chain(0), capacity=64)
     with torch.no_grad():
         runner.run(lambda phase: None)
-    layers = runner.engine.target.cache.layers
-    return sum(buffer.nbytes for layer in layers for buffer in (layer.keys, layer.values)) // 64
+    return runner.engine.target.nbytes // 64
 
 
 def wait_for(model) -> None:

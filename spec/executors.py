@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Protocol
 from weakref import WeakSet
 
 import torch
@@ -37,10 +37,20 @@ def _silent(phase: str) -> None:
     """The marks of a step that cannot be interrupted to look at the clock."""
 
 
+class Executor(Protocol):
+    """Runs the steps of one engine."""
+
+    engine: Engine
+    lag: int  # how many steps late the host reads
+
+    def run(self, mark: Callable[[str], None]) -> StepResult:
+        """A step; `mark` hears of its phases, or of the step as a whole, as each ends."""
+
+
 class Eager:
     """The step (or other `work` on an engine) as it is written, timed phase by phase."""
 
-    lag = 0  # how many steps late the host reads
+    lag = 0
 
     def __init__(self, engine: Engine, work: Step | None = None):
         self.engine, self.work = engine, work or step
@@ -57,6 +67,7 @@ class Compiled:
     lag = 0
 
     def __init__(self, engine: Engine, work: Step | None = None):
+        _check_static(engine, "compiled")
         _keep_compiled_code()
         self.engine, work = engine, work or step
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
@@ -109,16 +120,14 @@ class CompiledLater:
         return (self.compiled or self.eager).run(mark)
 
     def _compile(self) -> None:
-        """In the middle of a run: tracing needs steps in which every row is done, and these change what heads read."""
+        """In the middle of a run: tracing needs steps in which every row is done, which change no text."""
         state = self.engine.state
-        done, hidden = state.done.clone(), None if state.hidden is None else state.hidden.clone()
+        done = state.done.clone()
         try:
             self.compiled = Compiled(self.engine)
         except ValueError as error:
             print(f"{error} (which runs now)", file=sys.stderr)
         state.done.copy_(done)
-        if hidden is not None:
-            state.hidden.copy_(hidden)
 
 
 class CudaGraph:
@@ -131,7 +140,9 @@ class CudaGraph:
     living: ClassVar[dict[torch.device, "WeakSet[torch.cuda.CUDAGraph]"]] = {}
 
     def __init__(self, engine: Engine, work: Step | None = None):
-        self.work, self.device, started = work or step, engine.state.tokens.device, time.perf_counter()
+        _check_static(engine, self.name)
+        self.engine, self.work, self.device = engine, work or step, engine.state.tokens.device
+        started = time.perf_counter()
         with torch.cuda.device(self.device):
             try:
                 self._capture(engine)
@@ -182,6 +193,13 @@ def _keep_compiled_code() -> None:
     except OSError:
         return  # torch then uses a temporary folder
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+
+
+def _check_static(engine: Engine, name: str) -> None:
+    if not engine.target.traits.static:
+        raise ValueError(
+            f"executor={name!r} cannot take this step, in which the target waits for the host; use 'eager'"
+        )
 
 
 def _reason(name: str, error: Exception) -> str:

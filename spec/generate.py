@@ -35,6 +35,8 @@ from .loop import decode
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
 from .proposal import NoDrafter, is_drafter
+from .request import Request
+from .rows import Rows
 from .runs import RunSpec, open_run
 from .sampling import Sampler
 from .trace import Trace
@@ -170,8 +172,8 @@ class _Call:
         if self.streamer is not None or _asks_more(stopping_criteria):
             lockstep = Lockstep(prompt, stopping_criteria, self.streamer, pad, scores)
 
-        eos = torch.cat([prompt.new_zeros(0), *(ids.reshape(-1).to(prompt) for ids in ends)])
-        keys = row_keys(self._seeds(len(prompt)), len(prompt), prompt.device)
+        eos = tuple(token for ids in ends for token in ids.reshape(-1).tolist())
+        keys = row_keys(self._seeds(len(prompt)), len(prompt), "cpu").tolist()
         sampler = Sampler(logits_processor, bool(config.do_sample), prompt, pads)
         if self.shape is None:
             self._plan(model, sampler, new_tokens * len(prompt))
@@ -179,19 +181,19 @@ class _Call:
         slots = prompt.shape[1] + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
         what = self.shape, self.rule, self.executor, len(prompt), slots, len(eos), keep_scores, sampler.signature
+        texts = [row[pad:] for row, pad in zip(prompt.tolist(), pads.tolist())]
+        requests = [Request(text, new_tokens, tuple(key), eos, sampler.row_sampling) for text, key in zip(texts, keys)]
         trace, books = Trace(), (scores, logits)
-        with open_run(model, self.drafter, RunSpec(*what), sampler, new_tokens * len(prompt)) as (engine, executor):
-            engine.state.load(prompt, pads, new_tokens, keys, eos)
-            sampler.load(engine.state)
-            how = self.prefill_chunk, lockstep, *books
+        with open_run(model, self.drafter, RunSpec(*what), sampler, new_tokens * len(prompt)) as executor:
             try:
-                counts = decode(engine, executor, prompt, trace, *how, on_step=self.on_step)
+                rows = Rows(executor, self.prefill_chunk)
+                counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step)
             finally:
                 if self.trace_file is not None:
                     trace.append_to(self.trace_file)
             if self.streamer is not None:
                 self.streamer.end()
-            sequences = _assemble(prompt, pads, engine.state.tokens, counts, pad).to(input_ids.device)
+            sequences = _assemble(prompt, pads, executor.engine.state.tokens, counts, pad).to(input_ids.device)
         if not detailed:
             return sequences
         kept = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]

@@ -16,9 +16,9 @@ class ScoreBook:
     def __init__(self, rows: int):
         self.rows: list[list[Tensor]] = [[] for _ in range(rows)]
 
-    def add(self, scores: Tensor, path: Tensor, counts: list[int]) -> None:
+    def add(self, scores: Tensor, path: Tensor, counts: dict[int, int]) -> None:
         """Keep the scores (B, N, V) at the first `counts[row]` nodes of each row's `path` (B, D+1)."""
-        for row, count in enumerate(counts):
+        for row, count in counts.items():
             self.rows[row] += scores[row, path[row, :count]].unbind()
 
     def token(self, index: int) -> Tensor:
@@ -50,6 +50,10 @@ class Lockstep:
     @property
     def stopped(self) -> bool:
         return all(self.finished)
+
+    def stops(self, row: int) -> bool:
+        """Whether a criterion has ended the row."""
+        return self.finished[row] and (self.pad is not None or self.stopped)
 
     def advance(self, texts: list[list[int]]) -> None:
         """Let the clock run as far as the generated `texts` of the rows allow."""

@@ -67,7 +67,14 @@ def _hooked(stock: Callable, additive: bool) -> Callable:
     return mask
 
 
-# sdpa takes a boolean mask; eager attention adds its mask to the scores, where a boolean would be wrong.
-for _name, _additive in (("sdpa", False), ("eager", True)):
-    ALL_MASK_ATTENTION_FUNCTIONS[_name] = _hooked(ALL_MASK_ATTENTION_FUNCTIONS[_name], _additive)
 HOOKED = ("sdpa", "eager")
+_hooks: dict[str, Callable] = {}
+
+
+def install() -> None:
+    """Let the hook stand in transformers' registry, in front of whatever stands there; once is as good as often."""
+    for name in HOOKED:
+        stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
+        if stock is not _hooks.get(name):
+            # sdpa takes a boolean mask; eager attention adds its mask to the scores, where a boolean would be wrong.
+            _hooks[name] = ALL_MASK_ATTENTION_FUNCTIONS[name] = _hooked(stock, additive=name == "eager")

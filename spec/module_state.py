@@ -16,6 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .taps import is_tap
+
 # Of a module, but no part of what its forward computes; some are this package's own.
 _IGNORED = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "generation_config", "_backward_hooks",
@@ -95,7 +97,10 @@ def _plain(value, configs: dict[int, int], depth: int = 0):
     if kind in _PLAIN:
         return value
     if kind in (dict, OrderedDict) and depth < _DEPTH:
-        return tuple((repr(key), _plain(item, configs, depth + 1)) for key, item in value.items()) if value else ()
+        if not value:
+            return ()
+        items = ((key, item) for key, item in value.items() if not is_tap(item))
+        return tuple((repr(key), _plain(item, configs, depth + 1)) for key, item in items)
     if kind in (list, tuple) and depth < _DEPTH:
         return tuple(_plain(item, configs, depth + 1) for item in value)
     if kind in (set, frozenset):

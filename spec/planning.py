@@ -15,12 +15,12 @@ from .commands import encode, load
 from .compare import compare
 from .console import table
 from .executors import choose
-from .loop import Stopwatch
 from .planner import Acceptance, Plan, choose_tree
 from .plans import plan_path
 from .prompts import read_prompts
 from .proposal import NoDrafter, parts_of
 from .provenance import target_fingerprint
+from .rows import Stopwatch
 from .runfile import read_run
 from .tree import TreeShape
 from .verify import draft_sampling

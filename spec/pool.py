@@ -38,7 +38,7 @@ class KeptRun:
 
     @property
     def nbytes(self) -> int:
-        return self.engine.target.cache.nbytes + self.engine.session.nbytes
+        return self.engine.nbytes
 
     def wake(self, model) -> None:
         """Let the engine run its target again, which it does not hold on to at rest."""

@@ -7,17 +7,18 @@ losslessly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from . import noise
-from .tree import TokenTree, TreeShape
+from .taps import Tap
+from .tree import DynamicShape, TokenTree, TreeShape
 
 if TYPE_CHECKING:
     from .state import DecodeState
-    from .verify import Verdict
+    from .target import Span
 
 Law = Literal["deterministic", "iid", "without_replacement"]
 NO_TOKEN = -1  # a node for which the drafter has nothing to propose; no rule accepts it
@@ -62,9 +63,9 @@ class DraftRequest:
     capacity: int  # slots a cache of the text needs, drafted nodes and the padding slot included
     vocab_size: int
     device: torch.device
-    shape: TreeShape
+    shape: TreeShape | DynamicShape
     sampling: DraftSampling
-    target: torch.nn.Module | None = None  # whose hidden states a drafter reads, LM head and embeddings it may share
+    target: nn.Module | None = None  # whose hidden states a drafter reads, LM head and embeddings it may share
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,8 +73,9 @@ class DrafterTraits:
     """What others may know of a drafter; everything but the defaults is said by the drafter itself."""
 
     vocab_size: int | None = None  # None: any vocabulary
-    reads_hidden: bool = False  # finds the target's last hidden state in `state.hidden`
-    stateless: bool = False  # drafts from the state alone, so that it does not matter whose nodes were accepted
+    taps: tuple[Tap, ...] = ()  # the target's hidden states that its sessions are handed as features
+    follows_any_tree: bool = False  # can follow a path whose nodes it did not draft
+    fills_dynamic: bool = False  # can fill dynamic shapes, too
     deepest: int = 8  # levels of a tree planned for it
     modules: tuple[nn.Module, ...] = ()  # what it runs, whose weights make it the drafter that it is
     vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
@@ -93,16 +95,41 @@ class DraftSession(Protocol):
     def nbytes(self) -> int:
         """Bytes of the caches."""
 
-    def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
-        """See a new prompt, `chunk` tokens at a time, before its first step, and forget the last text.
+    def clear(self, rows: Tensor | None = None) -> None:
+        """Forget the texts of all rows, or of `rows` (R,)."""
 
-        With `rows` (R,) only those have a new prompt; the others go on with their texts."""
+    def read(self, span: "Span", features: Tensor | None) -> None:
+        """Absorb a span of committed text behind what its rows hold, with the target's features (R, n, F) of its
+        positions where the drafter has taps."""
 
     def propose(self, state: "DecodeState") -> Proposal:
         """Fill the tree behind the last committed token. Static shapes, no host reads."""
 
-    def commit(self, state: "DecodeState", verdict: "Verdict") -> None:
-        """Follow the accepted path. Called before the state's lengths move on."""
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        """Absorb the first `count` (B,) nodes of each row's `path` (B, D+1), none for a row that is done. The root of
+        the tree is at position `base` (B,); `features` (B, N, F) are the target's of all its nodes."""
+
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
+        """Hold what `rows` (B,) of `other`, a session of the same capacity, hold."""
+
+
+class Unremembering:
+    """What a session has that keeps nothing from step to step: it drafts from the state alone."""
+
+    packable: ClassVar[tuple[nn.Module, ...]] = ()
+    nbytes: ClassVar[int] = 0
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        pass
+
+    def read(self, span: "Span", features: Tensor | None) -> None:
+        pass
+
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        pass
+
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
+        pass
 
 
 class Drafter(Protocol):
@@ -135,26 +162,17 @@ class NoDrafter:
 
     name = "none"
     default_shape = TreeShape.chain(0)
-    traits = DrafterTraits(stateless=True)
+    traits = DrafterTraits(follows_any_tree=True)
 
     def open(self, request: DraftRequest) -> "EmptySession":
         return EmptySession(TokenTree.of(self.default_shape, request.device))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class EmptySession:
+class EmptySession(Unremembering):
     """A tree of nothing but the root."""
 
     tree: TokenTree
 
-    packable: ClassVar[tuple[nn.Module, ...]] = ()
-    nbytes: ClassVar[int] = 0
-
-    def prefill(self, state: "DecodeState", chunk: int, rows: Tensor | None = None) -> None:
-        pass
-
     def propose(self, state: "DecodeState") -> Proposal:
         return Proposal(state.roots(), self.tree, "deterministic", "own")
-
-    def commit(self, state: "DecodeState", verdict: "Verdict") -> None:
-        pass

@@ -13,18 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .arguments import whole_number
 from .attach import attach
 from .executors import Eager
-from .loop import Readout, run_steps
 from .models import context_length, end_ids
 from .noise import row_keys
-from .proposal import NoDrafter
+from .proposal import Drafter, NoDrafter
+from .request import Request
+from .rows import Arrival, Rows
 from .runs import RunSpec, make_engine, open_run
 from .sampling import Sampler, warpers
-from .step import Engine
 from .tree import TreeShape
 
 
@@ -53,7 +52,7 @@ def decode_texts(
     finish: Finish,
     *,
     batch: int,
-    drafter=None,
+    drafter: Drafter | None = None,
     tree: TreeShape | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -79,106 +78,74 @@ def decode_texts(
         if context is not None and text.room > context:
             raise ValueError(f"a text of {text.room} tokens exceeds the model's context of {context}; leave it out")
     drafter = NoDrafter() if drafter is None else drafter
-    shape = tree or drafter.default_shape
-    ends = torch.tensor(end_ids(model), dtype=torch.long, device=model.device)
+    shape, ends = tree or drafter.default_shape, tuple(end_ids(model))
     for group in _by_room(texts, batch):
         if enough():
             break
-        rows = min(batch, len(group))
-        sampler = _sampler(temperature, top_p, rows, model.device)
+        size = min(batch, len(group))
+        sampler = _sampler(temperature, top_p, size, model.device)
         capacity = max(text.room for text in group) + shape.slots + 1
-        what = shape, "match", executor, rows, capacity, len(ends), False, sampler.signature
+        what = shape, "match", executor, size, capacity, len(ends), False, sampler.signature
         asked, new_tokens = RunSpec(*what), sum(text.new_tokens for text in group)
-        with open_run(model, drafter, asked, sampler, new_tokens) as (engine, running):
-            engine.idle_step()  # allocates the caches
-            calls = finish, progress, enough
-            refill = _Refill(engine, deque(group), calls, prefill_chunk, running.lag, sampler, ends)
-            refill.fill()
-            while refill.live:
-                run_steps(refill.engine, running, refill.read)
-                if refill.live:  # too few for this batch
-                    left = refill.live_rows()
-                    running = Eager(_narrowed(model, drafter, asked, sampler, refill.engine, left))
-                    refill.go_on(running.engine, left)
+        refill = _Refill(deque(group), sampler, ends, finish, progress, enough)
+        with open_run(model, drafter, asked, sampler, new_tokens) as running:
+            rows = Rows(running, prefill_chunk)
+            refill.fill(rows)
+            while live := rows.live:
+                if refill.exhausted and 2 * len(live) <= len(rows.tickets):  # too few for this batch
+                    rows = rows.moved(live, _narrower(model, drafter, asked, sampler, rows, len(live)))
+                refill.take(rows, rows.step())
+                refill.fill(rows)
 
 
 class _Refill:
-    """The rows of one engine and the texts that wait for them."""
+    """The texts that wait for a row, and those that have one."""
 
     def __init__(
-        self, engine: Engine, waiting: deque[Text], calls: tuple, chunk: int, lag: int, sampler: Sampler, ends: Tensor
+        self,
+        waiting: deque[Text],
+        sampler: Sampler,
+        ends: tuple[int, ...],
+        finish: Finish,
+        progress: Callable[[int], None],
+        enough: Callable[[], bool],
     ):
-        self.engine, self.waiting = engine, waiting
-        self.sampler, self.ends = sampler, ends
+        self.waiting, self.sampler, self.ends = waiting, sampler, ends
+        self.finish, self.progress, self.enough = finish, progress, enough
         self.following: deque[Text] = deque()
-        self.finish, self.progress, self.enough = calls
-        self.chunk, self.lag = chunk, lag
-        self.texts: list[Text | None] = [None] * len(engine.state.done)  # [row]
-        self.since = [0] * len(self.texts)  # [row]: the first step that saw the text
+        self.texts: dict[int, Text] = {}  # [ticket]
 
     @property
-    def live(self) -> int:
-        return sum(text is not None for text in self.texts)
+    def exhausted(self) -> bool:
+        return not self.following and not self.waiting
 
-    def read(self, readout: Readout) -> bool:
-        """Take what ended, refill its rows; true when no text is left or too few for this batch."""
-        ended = []
-        for row, report in enumerate(readout.rows()):
-            if self.texts[row] is None or readout.number < self.since[row]:
-                continue
+    def take(self, rows: Rows, arrival: Arrival) -> None:
+        """Hand over the texts that have ended."""
+        for report in arrival.reports.values():
             self.progress(report.committed)
-            if report.done:
-                ended.append((row, report.failed))
-        if ended:
-            self._harvest(ended)
-            self.fill(readout.number + self.lag + 1)
-        return self.live == 0 or (not self.waiting and 2 * self.live <= len(self.texts))
-
-    def _harvest(self, ended: list[tuple[int, bool]]) -> None:
-        state = self.engine.state
-        rows = torch.tensor([row for row, _ in ended], device=state.done.device)
-        tokens, lengths = state.tokens[rows].tolist(), state.lengths[rows].tolist()
-        for (row, failed), own, length in zip(ended, tokens, lengths):
-            text, self.texts[row] = self.texts[row], None
-            following = self.finish(text, own[len(text.tokens) : length], failed)
+        for row, report in arrival.ended.items():
+            text = self.texts.pop(report.ticket)
+            following = self.finish(text, rows.text(row)[len(text.tokens) :], report.failed)
             if following is not None:
                 assert following.room <= text.room, "a text that follows goes where the first one went"
                 self.following.append(following)
 
-    def fill(self, step: int = 0) -> None:
-        """Give the free rows the next texts, which are there from `step` on; texts of like length are read
-        together."""
+    def fill(self, rows: Rows) -> None:
+        """Give the free rows the next texts; texts of like length are read together."""
         if self.enough():
             self.waiting.clear()
-        free = [row for row, text in enumerate(self.texts) if text is None]
         pairs = []
-        for row in free:
+        for row in rows.free:
             queue = self.following or self.waiting  # what has begun goes on before anything begins
             if queue:
                 pairs.append((row, queue.popleft()))
         for group in _alike(pairs):
-            self._load([row for row, _ in group], [text for _, text in group])
-        for row, text in pairs:
-            self.texts[row], self.since[row] = text, step
+            rows.admit({row: self._request(text, rows) for row, text in group})
+            self.texts |= {rows.tickets[row]: text for row, text in group}
 
-    def _load(self, rows: list[int], texts: list[Text]) -> None:
-        engine, device = self.engine, self.engine.state.done.device
-        limits = [len(text.tokens) + text.new_tokens for text in texts]
-        keys = row_keys([text.seed for text in texts], len(texts), device)
-        index = torch.tensor(rows, device=device)
-        engine.state.start(index, [text.tokens for text in texts], torch.tensor(limits, device=device), keys, self.ends)
-        self.sampler.load(engine.state, index)
-        engine.prefill(self.chunk, index)
-
-    def live_rows(self) -> Tensor:
-        rows = [row for row, text in enumerate(self.texts) if text is not None]
-        return torch.tensor(rows, device=self.engine.state.done.device)
-
-    def go_on(self, engine: Engine, rows: Tensor) -> None:
-        """Go on in `engine`, an eager one that holds what `rows` (R,) of this one held."""
-        self.engine, self.lag = engine, Eager.lag
-        engine.session.prefill(engine.state, self.chunk)
-        self.texts, self.since = [self.texts[row] for row in rows.tolist()], [0] * len(rows)
+    def _request(self, text: Text, rows: Rows) -> Request:
+        (key,) = row_keys([text.seed], 1, "cpu").tolist()
+        return Request(text.tokens, text.new_tokens, tuple(key), self.ends, self.sampler.row_sampling)
 
 
 def _by_room(texts: list[Text], batch: int) -> list[list[Text]]:
@@ -206,13 +173,11 @@ def _alike(pairs: list[tuple[int, Text]]) -> list[list[tuple[int, Text]]]:
     return groups
 
 
-def _narrowed(model, drafter, asked: RunSpec, sampler: Sampler, engine: Engine, rows: Tensor) -> Engine:
-    """An engine of `rows` (R,) of `engine`, on copies of their buffers."""
-    sizes = {"batch": len(rows), "capacity": engine.target.capacity, "eos": engine.state.eos.shape[1]}
-    own = make_engine(model, drafter, replace(asked, **sizes), sampler)
-    own.state.copy_rows(engine.state, rows)
-    own.target.cache.copy_rows(engine.target.cache, rows)
-    return own
+def _narrower(model, drafter: Drafter, asked: RunSpec, sampler: Sampler, rows: Rows, batch: int) -> Eager:
+    """Eager steps of an engine for `batch` of the `rows`."""
+    state = rows.engine.state
+    sizes = {"batch": batch, "capacity": state.tokens.shape[1], "eos": state.eos.shape[1]}
+    return Eager(make_engine(model, drafter, replace(asked, **sizes), sampler))
 
 
 def _sampler(temperature: float, top_p: float, rows: int, device: torch.device) -> Sampler:

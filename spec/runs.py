@@ -12,16 +12,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from .executors import EXECUTORS, PATIENCE, CompiledLater, choose
-from .hidden import lm_head
+from .executors import EXECUTORS, PATIENCE, CompiledLater, Executor, choose
 from .packing import pack
 from .pool import EnginePool, KeptRun, forget, pool_of, state_of, target_state
-from .proposal import DraftRequest, DraftSampling
+from .proposal import Drafter, DraftRequest, DraftSampling
 from .sampling import Sampler
 from .slots import SlotModel
 from .state import DecodeState
 from .step import Engine
-from .tree import TreeShape
+from .target import Target
+from .tree import DynamicShape, TreeShape
 from .verify import draft_sampling
 
 
@@ -30,7 +30,7 @@ class RunSpec:
     """What an engine is made for, beside target and drafter; equal specs can share one. As asked for, `executor` may be
     "auto" and `capacity` and `eos` what is needed; as kept, they are settled."""
 
-    shape: TreeShape
+    shape: TreeShape | DynamicShape
     rule: str
     executor: str
     batch: int
@@ -55,8 +55,8 @@ _making = threading.RLock()  # one step is compiled or captured at a time
 
 
 @contextlib.contextmanager
-def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) -> Iterator[tuple[Engine, object]]:
-    """An engine and its executor for a run of `new_tokens` tokens in all, for the time of the block.
+def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) -> Iterator[Executor]:
+    """The executor of an engine for a run of `new_tokens` tokens in all, for the time of the block.
 
     Where the kept engine is in use (by another thread, or by the call that this one is inside of), or "auto" chose an
     executor that fails, the run is eager. Raises ValueError for a drafter of another vocabulary or a named executor
@@ -78,10 +78,10 @@ def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) 
     run = None if name == "eager" else _kept_or_made(pool, target, model, drafter, asked, sampler, name)
     if run is None:
         engine = make_engine(model, drafter, asked.settled("eager"), sampler)
-        yield engine, EXECUTORS["eager"](engine)
+        yield EXECUTORS["eager"](engine)
         return
     try:
-        yield run.engine, run.executor
+        yield run.executor
     finally:
         pool.give_back(run)
 
@@ -92,7 +92,7 @@ def _begun_eagerly(pool: EnginePool, model, drafter, spec: RunSpec, sampler: Sam
     engine = make_engine(model, drafter, spec, sampler)
     executor = CompiledLater(engine, PATIENCE)
     try:
-        yield engine, executor
+        yield executor
     finally:
         if executor.compiled is not None:
             run = _kept_run(model, drafter, engine, spec, executor.compiled)
@@ -135,35 +135,36 @@ def _kept_run(model, drafter, engine: Engine, spec: RunSpec, executor) -> KeptRu
     return KeptRun(spec, drafter, engine, executor, target_state(model), state_of(drafter), in_use=True)
 
 
-def make_engine(model, drafter, spec: RunSpec, sampler: Sampler) -> Engine:
+def make_engine(model, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:
     """An engine for `spec` with fresh buffers."""
+    target = SlotModel(model, spec.batch, spec.capacity, drafter.traits.taps)
     drawing = draft_sampling(spec.rule, sampler.do_sample)
-    what = drafter, spec.shape, sampler, drawing, spec.rule
-    return open_engine(model, *what, spec.batch, spec.capacity, spec.eos, spec.keep_scores)
+    return open_engine(target, drafter, spec.shape, sampler, drawing, spec.rule, spec.eos, spec.keep_scores)
 
 
 def open_engine(
-    model,
-    drafter,
-    shape: TreeShape,
+    target: Target,
+    drafter: Drafter,
+    shape: TreeShape | DynamicShape,
     sampler: Sampler,
     drawing: DraftSampling,
     rule: str,
-    batch: int,
-    capacity: int,
     eos: int,
     keep_scores: bool = False,
 ) -> Engine:
-    """The parts of a run with their buffers; every row is done until a text is loaded."""
-    device, hidden = model.device, None
-    reads_hidden = drafter.traits.reads_hidden
-    if reads_hidden:
-        hidden = torch.zeros(batch, lm_head(model).weight.shape[1], dtype=model.dtype, device=device)
-    vocab = model.config.get_text_config().vocab_size
+    """The parts of a run with their buffers, as many rows as the target has; each is done until a text is admitted.
+
+    `eos` is how many end-of-text ids a row may have. Raises ValueError for a shape that the drafter cannot fill."""
+    if isinstance(shape, DynamicShape) and not drafter.traits.fills_dynamic:
+        raise ValueError(
+            f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model as drafter"
+        )
+    traits = target.traits
+    sizes = traits.batch, traits.capacity
     return Engine(
-        state=DecodeState.empty(batch, capacity, eos, device, hidden),
-        target=SlotModel(model, capacity, reads_hidden),
-        session=drafter.open(DraftRequest(batch, capacity, vocab, device, shape, drawing, model)),
+        state=DecodeState.empty(*sizes, eos, traits.device),
+        target=target,
+        session=drafter.open(DraftRequest(*sizes, traits.vocab_size, traits.device, shape, drawing, target.model)),
         sampler=sampler,
         rule=rule,
         keep_scores=keep_scores,

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.generation import logits_process as hf
 
 from .proposal import NO_TOKEN, Proposal
+from .request import RowSampling
 from .state import DecodeState
 
 CAPTURABLE = (
@@ -106,16 +107,16 @@ class Sampler:
             min_p=hf.MinPLogitsWarper in self.numbers,
         )
 
-    def load(self, state: DecodeState, rows: Tensor | slice = slice(None)) -> None:
-        """Write the numbers that are data of the row to `rows` of the state."""
-        state.temperature[rows] = float(self.temperature)
-        for kind, buffer, number in (
-            (hf.TopKLogitsWarper, state.top_k, lambda processor: processor.top_k),
-            (hf.TopPLogitsWarper, state.tail, lambda processor: 1 - processor.top_p),
-            (hf.MinPLogitsWarper, state.min_p, lambda processor: processor.min_p),
-        ):
-            if kind in self.numbers:
-                buffer[rows] = number(self.numbers[kind])
+    @property
+    def row_sampling(self) -> RowSampling:
+        """The numbers that are data of a row."""
+        top_k, top_p, min_p = (self.numbers.get(kind) for kind in BY_ROW[1:])
+        return RowSampling(
+            temperature=float(self.temperature),
+            top_k=1 if top_k is None else int(top_k.top_k),
+            tail=0.0 if top_p is None else 1 - top_p.top_p,
+            min_p=0.0 if min_p is None else float(min_p.min_p),
+        )
 
     @property
     def capturable(self) -> bool:

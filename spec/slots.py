@@ -6,45 +6,67 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import (
-    attention,  # noqa: F401  (answers to "sdpa" while a slot forward runs)
-    native,
-)
+from . import attention, masks, native
 from .cache import SlotCache
-from .hidden import last_heard, listen, listening
 from .masks import SlotView, showing
+from .proposal import Proposal
+from .taps import Tap, feature_sizes, joined, listening, put_taps
+from .target import Seen, Span, TargetTraits
 from .tree import TokenTree
 
 
 class SlotModel:
-    """`model` with a cache of `capacity` slots a row, allocated once.
+    """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once."""
 
-    With `keep_hidden`, `hidden` is the last hidden state of the tokens whose logits the last forward gave."""
-
-    def __init__(self, model, capacity: int, keep_hidden: bool = False):
+    def __init__(self, model, batch: int, capacity: int, taps: tuple[Tap, ...] = ()):
+        masks.install()
+        attention.install()
         config = model.config.get_text_config()
-        self.model = model
+        self.model: nn.Module | None = model
         self.capacity = capacity
-        self.cache = SlotCache(capacity, config.num_hidden_layers)
+        self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
         # A drafted node may stand beyond the context, where it can never be committed.
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
-        self.keep_hidden = keep_hidden
-        self.hidden: Tensor | None = None  # (B, n, H)
         self.twice: Tensor | None = None  # (2,): node 0 and node 0, where it is not forwarded alone
-        if keep_hidden:
-            listen(model)
+        put_taps(model, taps)
+        sizes = batch, capacity, model.device, config.vocab_size
+        self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
         if model.device.type == "cpu" and native.prepare() and model.dtype == torch.bfloat16:
             self.twice = torch.zeros(2, dtype=torch.long)
 
-    def forward(
-        self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int | Tensor = 0
-    ) -> Tensor:  # (B, n) -> (B, n, V)
-        """Logits in float32 of `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`."""
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+    @property
+    def packable(self) -> list[nn.Module]:
+        return [self.model]
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        self.cache.clear(rows)
+
+    def read(self, span: Span) -> Tensor | None:
+        self.cache.rows = span.rows
+        features = self.forward_text(span.tokens, span.positions, reach=span.reach, logits=False).features
+        self.cache.rows = None
+        return features
+
+    def forward(self, proposal: Proposal, base: Tensor) -> Seen:
+        return self.forward_nodes(proposal.tokens, base, proposal.tree)
+
+    def commit(self, base: Tensor, path: Tensor, count: Tensor) -> None:
+        self.cache.compact(base, path, count)
+
+    def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
+        self.cache.copy_rows(other.cache, rows)
+
+    def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
+        """Forward `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`, none with `idle_head`."""
         self.cache.aim(slots, view.visible.shape[2])
-        with showing(view), listening() as heard:
+        with showing(view), listening(idle_head) as heard:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
                 position_ids=view.query_positions.clamp(0, self.last_position),
@@ -52,24 +74,26 @@ class SlotModel:
                 use_cache=True,
                 logits_to_keep=keep,
             )
-        if self.keep_hidden:
-            self.hidden = last_heard(heard)
-        return out.logits.float()
+        features = joined(heard, self.traits.taps)[:, -keep:] if self.traits.taps else None
+        return Seen(out.logits.float(), features)
 
-    def forward_text(self, tokens: Tensor, slots: Tensor, keep: int | Tensor = 0, reach: int | None = None) -> Tensor:
-        """Committed text: each token stands at the slot of its position and sees all slots up to its own, none
+    def forward_text(self, tokens: Tensor, slots: Tensor, reach: int | None = None, logits: bool = True) -> Seen:
+        """Committed text (B, n): each token stands at the slot of its position and sees all slots up to its own, none
         of which is at `reach` or beyond it.
 
-        Slots below 0 mean padding and go to the last slot."""
+        Slots below 0 mean padding and go to the last slot. Logits are those of the last column, and features those of
+        all where no `logits` are wanted."""
         padding = slots < 0
         positions = slots.clamp(min=0)
         seen = self.slot_index[:reach]
         visible = seen <= positions[:, :, None]  # (B, n, reach)
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
-        return self.forward(tokens, torch.where(padding, self.capacity - 1, slots), view, keep)
+        whole = not logits and bool(self.traits.taps)
+        where = torch.where(padding, self.capacity - 1, slots)
+        return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=whole)
 
-    def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Tensor:
-        """Logits of tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
+    def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Seen:
+        """See tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
 
         On a CPU, sums over a single row may be taken in another order than over each of several, and a bfloat16 result
         is now and then rounded otherwise. A tree that is one node of one row is therefore forwarded twice, up to the
@@ -77,10 +101,10 @@ class SlotModel:
         which is reading weights."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
         if nodes is not None or tokens.numel() > 1 or self.twice is None:
-            return self.forward(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
+            return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
         index = self.twice  # data to a compiler, which would else make one row of the two
         view = self.view_of_nodes(base, tree, index)
-        return self.forward(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
+        return self._run(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
 
     def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
         """What the nodes `index` (n,) may see: the committed text, their ancestors and themselves."""
@@ -96,28 +120,3 @@ class SlotModel:
             key_positions=torch.where(is_node, base[:, None] + key_depths, self.slot_index),
             visible=torch.where(is_node[:, None], related, (self.slot_index < base[:, None])[:, None]),
         )
-
-    def prefill(self, tokens: Tensor, lengths: Tensor, chunk: int, rows: Tensor | None = None) -> Tensor | None:
-        """Write the texts `tokens` (B, T) of `lengths` (B,), all but the last token of each, `chunk` tokens
-        at a time, so that memory does not grow with the prompt. Forgets what the cache held.
-
-        With `rows` (R,) only those are read and written: the others' texts go on where they are. Returns the
-        hidden state of the last token written of each row read, (R, H), where hidden states are kept: zeros for a
-        text of one token, and None where all texts are."""
-        if rows is not None:
-            tokens, lengths = tokens[rows], lengths[rows]
-        self.cache.clear(rows)
-        self.cache.rows = rows
-        width, hidden = int(lengths.max()) - 1, None
-        for start in range(0, width, chunk):
-            columns = self.slot_index[start : min(start + chunk, width)]
-            slots = torch.where(columns < lengths[:, None] - 1, columns, -1)  # (B, n)
-            last = lengths[:, None] - 2 - start  # (B, 1): its place in this chunk
-            keep = last.clamp(0, len(columns) - 1) if self.keep_hidden else 1
-            self.forward_text(tokens[:, columns], slots, keep, reach=start + len(columns))
-            if self.keep_hidden:
-                here = (last >= 0) & (last < len(columns))
-                earlier = torch.zeros_like(self.hidden[:, 0]) if hidden is None else hidden
-                hidden = torch.where(here, self.hidden[:, 0], earlier)
-        self.cache.rows = None
-        return hidden

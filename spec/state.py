@@ -4,12 +4,16 @@ Every buffer has the batch row as its first axis and a fixed address for the who
 cache slot of a committed token are the same number: rows hold no padding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
+from .request import Request
+
 NO_END = -2  # no token, and not what an empty node holds
+NO_TICKET = 0  # of a row without a request
 
 
 @dataclass(slots=True, eq=False)
@@ -21,6 +25,7 @@ class DecodeState:
     limits: Tensor  # (B,): the length at which a row is full
     done: Tensor  # (B,) bool
     failed: Tensor  # (B,) bool: the scores held a NaN, or forbade every token
+    ticket: Tensor  # (B,): which request the row is of
     keys: Tensor  # (B, 2): the row's noise stream
     eos: Tensor  # (B, E): token ids that end the row, NO_END where there are fewer
     temperature: Tensor  # (B,): at which the row is drawn, and drafted for; 1 where it is greedy
@@ -28,15 +33,10 @@ class DecodeState:
     tail: Tensor  # (B,): 1 - top_p, the probability that is cut off
     min_p: Tensor  # (B,): the least probability, as a share of the likeliest token's
     committed: Tensor  # (B,): tokens committed by the last step
-    hidden: Tensor | None  # (B, H): the target's last hidden state that gave the root, for drafters that read it
 
     @classmethod
-    def empty(
-        cls, batch: int, capacity: int, eos: int, device: torch.device, hidden: Tensor | None = None
-    ) -> "DecodeState":
-        """Buffers for `batch` rows of at most `eos` end-of-text ids; every row is done until a text is loaded.
-
-        `hidden` is the buffer (B, H) for hidden states, where the drafter reads them."""
+    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device) -> "DecodeState":
+        """Buffers for `batch` rows of at most `eos` end-of-text ids; every row is done until a text is admitted."""
 
         def numbers(*shape: int) -> Tensor:
             return torch.ones(shape, dtype=torch.int64, device=device)
@@ -48,6 +48,7 @@ class DecodeState:
             limits=numbers(batch),
             done=flags,
             failed=~flags,
+            ticket=numbers(batch) * NO_TICKET,
             keys=numbers(batch, 2),
             eos=numbers(batch, eos) * NO_END,
             temperature=torch.ones(batch, device=device),
@@ -55,49 +56,37 @@ class DecodeState:
             tail=torch.zeros(batch, device=device),
             min_p=torch.zeros(batch, device=device),
             committed=numbers(batch),
-            hidden=hidden,
         )
 
-    def load(self, input_ids: Tensor, pads: Tensor, new_tokens: int, keys: Tensor, eos: Tensor) -> None:
-        """Start on the rows of `input_ids` (B, P) without their `pads` (B,) left-padding tokens, all of which end at
-        the ids `eos` (at most E)."""
-        width, trash = input_ids.shape[1], self.tokens.shape[1] - 1
-        columns = torch.arange(width, device=input_ids.device) - pads[:, None]  # (B, P)
-        self.tokens.zero_()
-        self.tokens.scatter_(1, torch.where(columns >= 0, columns, trash), input_ids)
-        self.lengths.copy_(width - pads)
-        self.limits.copy_(width - pads + new_tokens)
-        self.keys.copy_(keys)
-        self.eos.fill_(NO_END)
-        self.eos[:, : len(eos)] = eos
-        self.done.fill_(False)
-        self.failed.fill_(False)
-        self.committed.zero_()
-        if self.hidden is not None:
-            self.hidden.zero_()
-
-    def start(self, rows: Tensor, texts: list[list[int]], limits: Tensor, keys: Tensor, eos: Tensor) -> None:
-        """Replace the texts of `rows` (R,), which then end at lengths `limits` (R,) or at the ids `eos`, and draw from
-        `keys` (R, 2)."""
-        padded = [text + [0] * (self.tokens.shape[1] - len(text)) for text in texts]
-        self.tokens[rows] = torch.tensor(padded, device=rows.device)
-        self.lengths[rows] = torch.tensor([len(text) for text in texts], device=rows.device)
-        self.limits[rows] = limits
-        self.keys[rows] = keys
-        self.eos[rows] = NO_END
-        self.eos[rows[:, None], torch.arange(len(eos), device=rows.device)] = eos
-        self.done[rows] = False
-        self.failed[rows] = False
-        self.committed[rows] = 0
-        if self.hidden is not None:
-            self.hidden[rows] = 0
+    def admit(self, rows: Tensor, requests: Sequence[Request], tickets: Sequence[int]) -> None:
+        """Put the texts of R `requests` into `rows` (R,), with whatever is data of a row."""
+        device, texts = rows.device, [request.tokens for request in requests]
+        width = max(map(len, texts))
+        self.tokens[rows] = 0
+        padded = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)  # (R, width)
+        self.tokens[rows[:, None], torch.arange(width, device=device)] = padded
+        ends = [[*request.ends, *[NO_END] * (self.eos.shape[1] - len(request.ends))] for request in requests]
+        lengths = torch.tensor([len(text) for text in texts], device=device)
+        for buffer, values in (
+            (self.lengths, lengths),
+            (self.limits, lengths + torch.tensor([request.new_tokens for request in requests], device=device)),
+            (self.ticket, torch.tensor(tickets, device=device)),
+            (self.keys, torch.tensor([request.key for request in requests], device=device)),
+            (self.eos, torch.tensor(ends, dtype=torch.int64, device=device)),
+        ):
+            buffer[rows] = values
+        for name in ("temperature", "top_k", "tail", "min_p"):
+            buffer = getattr(self, name)
+            values = [getattr(request.sampling, name) for request in requests]
+            buffer[rows] = torch.tensor(values, dtype=buffer.dtype, device=device)
+        for buffer in (self.done, self.failed, self.committed):
+            buffer[rows] = 0
 
     def copy_rows(self, other: "DecodeState", rows: Tensor) -> None:
         """Hold what `rows` (B,) of `other`, a state of the same capacity, hold."""
         for field in fields(self):
             mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            if mine is not None:
-                mine.copy_(theirs[rows])
+            mine.copy_(theirs[rows])
 
     def roots(self) -> Tensor:
         """The last committed token of each row, (B, 1)."""

@@ -1,4 +1,4 @@
-"""The decode step: propose, target forward, verify, cut, write, compact. One for every drafter and rule.
+"""The decode step: propose, target forward, verify, cut, write, commit. One for every drafter and rule.
 
 A function over persistent buffers: static shapes, nothing read on the host, no branch on data, so that
 it can be compiled or captured as it is (unless a logits processor looks at the history).
@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .proposal import DraftSession
 from .sampling import Sampler
-from .slots import SlotModel
 from .state import DecodeState
 from .step_report import pack_report
+from .target import Target, spans
 from .verify import Verdict, verify
 
 
@@ -22,7 +22,7 @@ from .verify import Verdict, verify
 class StepResult:
     """What a step did, for the host; the texts are in the state."""
 
-    report: Tensor  # (B, 2N + D + 6): see step_report.py
+    report: Tensor  # (B, 2N + D + 7): see step_report.py
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
     logits: Tensor | None  # (B, N, V) float32, where asked for
     scores: Tensor | None  # (B, N, V), processed, where asked for
@@ -33,25 +33,35 @@ class Engine:
     """The parts of one decoding run, with all its buffers."""
 
     state: DecodeState
-    target: SlotModel
+    target: Target
     session: DraftSession
     sampler: Sampler
     rule: str
     keep_scores: bool = False
 
-    def prefill(self, chunk: int, rows: Tensor | None = None) -> None:
-        """Read the prompts in the state, or those of `rows` (R,), all but the last token of each, `chunk` tokens
-        at a time."""
-        state = self.state
-        hidden = self.target.prefill(state.tokens, state.lengths, chunk, rows)
-        if hidden is not None:
-            state.hidden[slice(None) if rows is None else rows] = hidden
-        self.session.prefill(state, chunk, rows)
+    def read(self, chunk: int, rows: Tensor | None = None) -> None:
+        """Read the texts in the state, or those of `rows` (R,), all but the last token of each, `chunk` tokens
+        at a time; what these rows held before is forgotten."""
+        self.target.clear(rows)
+        self.session.clear(rows)
+        for span in spans(self.state.tokens, self.state.lengths, chunk, rows):
+            self.session.read(span, self.target.read(span))
+
+    def copy_rows(self, other: "Engine", rows: Tensor) -> None:
+        """Go on with `rows` (B,) of `other`, an engine of the same capacity for the same drafter."""
+        self.state.copy_rows(other.state, rows)
+        self.target.copy_rows(other.target, rows)
+        self.session.copy_rows(other.session, rows)
 
     @property
     def packable(self) -> list[torch.nn.Module]:
         """The models that the step runs, and layers beside them, whose linear layers can be packed."""
-        return [self.target.model, *self.session.packable]
+        return [*self.target.packable, *self.session.packable]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what target and drafter keep of the texts."""
+        return self.target.nbytes + self.session.nbytes
 
     def idle_step(self) -> None:
         """A step in which every row is done: it changes no text, and allocates what is made on first use."""
@@ -65,20 +75,16 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
     base = state.lengths - 1  # (B,): slot and position of the root
     proposal = engine.session.propose(state)
     mark("draft")
-    logits = engine.target.forward_nodes(proposal.tokens, base, proposal.tree)
-    scores = engine.sampler.scores(logits, proposal, state)
+    seen = engine.target.forward(proposal, base)
+    scores = engine.sampler.scores(seen.logits, proposal, state)
     verdict = verify(engine.rule, scores, proposal, state.keys, base, engine.sampler.do_sample)
     mark("verify")
-    engine.target.cache.compact(base, verdict.path)
-    engine.session.commit(state, verdict)
     write(state, verdict)
-    if state.hidden is not None:
-        last = verdict.path.gather(1, (state.committed - 1).clamp(min=0)[:, None])  # the node that gave the new root
-        last = last[..., None].expand(-1, 1, state.hidden.shape[1])
-        state.hidden.copy_(engine.target.hidden.gather(1, last)[:, 0])
+    engine.target.commit(base, verdict.path, state.committed)
+    engine.session.follow(base, verdict.path, state.committed, seen.features)
     report = pack_report(state, proposal, verdict)
     mark("commit")
-    kept = (logits, scores) if engine.keep_scores else (None, None)
+    kept = (seen.logits, scores) if engine.keep_scores else (None, None)
     return StepResult(report, verdict.path, *kept)
 
 

@@ -49,13 +49,13 @@ def noisy_copy(model, noise=0.02, seed=1):
 
 def target_view(model, input_ids):
     """What the frozen target sees on rows (B, T) of one document each."""
-    from paceline.spec.hidden import last_heard, listen, listening
+    from paceline.spec.taps import HEAD, listening, put_taps
     from paceline.training.objective import TargetView
 
-    listen(model)
+    put_taps(model, (HEAD,))
     with torch.no_grad(), listening() as heard:
         model(input_ids=input_ids, use_cache=False)
-    return TargetView(last_heard(heard), model.get_output_embeddings())
+    return TargetView(heard, model.get_output_embeddings())
 
 
 def whole_rows(input_ids):

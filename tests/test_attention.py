@@ -59,15 +59,15 @@ def test_it_equals_the_stock_attention(batch, kv_heads, groups, nodes, slots, wi
 def test_short_blocks_never_reach_the_stock_attention(monkeypatch, nodes, stock_calls):
     model = tiny_llama()
     assert model.config.num_key_value_heads < model.config.num_attention_heads
-    calls = []
-    stock = attention._stock
+    attention.install()
+    calls, stock = [], attention._stock
 
     def counting(*args, **kwargs):
         calls.append(args)
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(attention, "_stock", counting)
-    slots = SlotModel(model, capacity=256)
+    slots = SlotModel(model, 1, capacity=256)
     tree = TokenTree.of(TreeShape.chain(nodes - 1), model.device)
     with torch.no_grad():
         slots.forward_nodes(torch.ones(1, nodes, dtype=torch.long), torch.tensor([3]), tree)
@@ -192,7 +192,7 @@ def test_a_short_block_is_attended_by_our_own_code_and_a_long_one_is_not(compile
     model = tiny_llama().bfloat16()
     calls, real = [], native.can_attend
     monkeypatch.setattr(native, "can_attend", lambda *tensors: calls.append(real(*tensors)) or calls[-1])
-    slots, tree = SlotModel(model, 200), TokenTree.of(TreeShape.chain(4), torch.device("cpu"))
+    slots, tree = SlotModel(model, 1, 200), TokenTree.of(TreeShape.chain(4), torch.device("cpu"))
     slots.forward_nodes(torch.ones(1, 5, dtype=torch.long), torch.tensor([0]), tree)
     assert calls == [True] * model.config.num_hidden_layers
     slots.forward_text(torch.ones(1, 100, dtype=torch.long), torch.arange(100)[None])

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -235,10 +236,11 @@ def noise_on_many_nodes(monkeypatch):
     forward_nodes = SlotModel.forward_nodes
 
     def noisy(self, tokens, base, tree, nodes=None):
-        logits = forward_nodes(self, tokens, base, tree, nodes)
+        seen = forward_nodes(self, tokens, base, tree, nodes)
         if tokens.shape[1] == 1:
-            return logits
-        return logits + 0.2 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1))
+            return seen
+        noise = 0.2 * torch.randn(seen.logits.shape, generator=torch.Generator().manual_seed(1))
+        return replace(seen, logits=seen.logits + noise)
 
     monkeypatch.setattr(SlotModel, "forward_nodes", noisy)
 

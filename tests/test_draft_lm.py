@@ -104,9 +104,9 @@ def test_only_the_targets_own_tokens_of_the_same_document_count(batch):
 @pytest.mark.parametrize("losses", [{"cross_entropy": 1.0}, {"forward_kl": 1.0, "jsd": 0.5}])
 def test_the_loss_is_the_obvious_one(model, batch, losses):
     objective = build(model, sizes=SIZES, losses=losses, chunk=4)
-    assert objective.needs == ("nothing" if "cross_entropy" in losses else "logits")
+    assert objective.taps == (() if "cross_entropy" in losses else ("head",))
     seen = OnlineTarget(model).view(batch, "train", [0, 1, 2])
-    given = objective(batch, seen if objective.needs == "logits" else None)
+    given = objective(batch, seen if objective.taps else None)
     labels, counted = next_tokens(batch)
     inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"], "use_cache": False}
     q = objective.model(**inputs).logits[:, :-1][counted].double().log_softmax(-1)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from paceline.spec.attach import attach
 from paceline.spec.slots import SlotModel
+from paceline.spec.target import spans
 from paceline.spec.tree import TokenTree, TreeShape
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -96,13 +97,14 @@ def test_tree_steps_equal_cacheless_forwards(name):
     tree = TokenTree.of(shape, "cpu")
     torch.manual_seed(3)
     texts = [torch.randint(3, 64, (length,)).tolist() for length in (11, 8)]
-    slots = SlotModel(model, capacity=64)
-    slots.prefill(torch.tensor([texts[0], [*texts[1], 0, 0, 0]]), torch.tensor([11, 8]), chunk=4)
+    slots = SlotModel(model, 2, capacity=64)
+    for span in spans(torch.tensor([texts[0], [*texts[1], 0, 0, 0]]), torch.tensor([11, 8]), chunk=4):
+        slots.read(span)
     for step in range(3):
         base = torch.tensor([len(text) - 1 for text in texts])
         tokens = torch.randint(3, 64, (2, tree.size))
         tokens[:, 0] = torch.tensor([text[-1] for text in texts])
-        logits = slots.forward_nodes(tokens, base, tree)
+        logits = slots.forward_nodes(tokens, base, tree).logits
         for row, text in enumerate(texts):
             for node in range(tree.size):
                 nodes = tree.paths[0, node, : tree.depths[0, node] + 1]
@@ -110,7 +112,7 @@ def test_tree_steps_equal_cacheless_forwards(name):
                 truth = model(input_ids=ids, use_cache=False).logits[0, -1]
                 assert (logits[row, node] - truth).abs().max() <= 1e-5 * max(1, truth.abs().max())
         chosen = [tree.size - 1 - step, 2 + step]
-        slots.cache.compact(base, torch.stack([tree.paths[0, node] for node in chosen]))
+        slots.commit(base, tree.paths[0, chosen], tree.depths[0, chosen] + 1)
         for row, node in enumerate(chosen):
             path = tree.paths[0, node, 1 : tree.depths[0, node] + 1]
             texts[row] += [*tokens[row, path].tolist(), 5 + step]
@@ -147,8 +149,9 @@ def test_the_hook_leaves_other_forwards_alone(target, ragged):
 
     ids, mask = ragged
     before = target(input_ids=ids, attention_mask=mask).logits
-    slots = SlotModel(target, capacity=64)
-    slots.prefill(ids, mask.sum(1), chunk=512)
+    slots = SlotModel(target, len(ids), capacity=64)
+    for span in spans(ids, mask.sum(1), chunk=512):
+        slots.read(span)
     seen = []
     thread = threading.Thread(target=lambda: seen.append(target(input_ids=ids, attention_mask=mask).logits))
     thread.start()

@@ -7,6 +7,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from paceline.spec.taps import HEAD
 from paceline.spec.tree import TreeShape
 from paceline.training import medusa
 from paceline.training.known_tokens import frequent_tokens
@@ -136,7 +137,7 @@ def test_nothing_but_labels_and_the_text_before_them_matters(target, mode):
         used[row, place + 1 : place + 3 + depth] = True
     assert (~used).sum() > 6
     batch["input_ids"] = torch.where(used, batch["input_ids"], 60)
-    seen.hidden = torch.where(judged.any(-1)[..., None], seen.hidden, 1e3)
+    seen.tapped[HEAD] = torch.where(judged.any(-1)[..., None], seen.hidden, 1e3)
     after = objective(batch, seen)
     assert torch.equal(before.total, after.total) and torch.equal(before.hits, after.hits)
 
@@ -146,7 +147,8 @@ def test_no_label_is_off_by_one(target, mode):
     """Text that counts 1 2 3 ...: heads trained on it guess two, three, four further than their state's token."""
     text = (torch.arange(40)[None] + torch.arange(8)[:, None]) % 59 + 1
     batch, seen = whole_rows(text), target_view(target, text)
-    seen.hidden = torch.nn.functional.one_hot(text % 32, 32).float() * 5 + torch.nn.functional.one_hot(text // 32, 32)
+    states = torch.nn.functional.one_hot(text % 32, 32).float() * 5 + torch.nn.functional.one_hot(text // 32, 32)
+    seen.tapped[HEAD] = states
     objective = MedusaObjective(MedusaHeads.make(HeadSettings(mode, heads=3, blocks=2, rank=32), target))
     train(objective, batch, seen, steps=150)
     for token in (7, 20, 30):

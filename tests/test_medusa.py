@@ -11,6 +11,7 @@ from paceline.spec import noise
 from paceline.spec.noise import row_keys
 from paceline.spec.packing import is_x86, pack
 from paceline.spec.proposal import DraftRequest, DraftSampling
+from paceline.spec.request import Request, RowSampling
 from paceline.spec.state import DecodeState
 from paceline.spec.tree import TreeShape
 
@@ -68,12 +69,15 @@ def open_session(target, heads, shape, sampling, lengths=(9, 4)):
     torch.manual_seed(11)
     rows, width = len(lengths), max(lengths)
     request = DraftRequest(rows, 64, 61, torch.device("cpu"), shape, sampling, target)
-    state = DecodeState.empty(rows, 64, 0, torch.device("cpu"), torch.zeros(rows, heads.hidden_size))
-    pads = width - torch.tensor(lengths)
-    state.load(torch.randint(1, 61, (rows, width)), pads, 20, row_keys(3, rows, "cpu"), pads.new_zeros(0))
-    state.temperature.fill_(TEMPERATURES[sampling.noise])
-    state.hidden.copy_(3 * torch.randn(rows, heads.hidden_size))
-    return MedusaDrafter(heads).open(request), state
+    state = DecodeState.empty(rows, 64, 0, torch.device("cpu"))
+    texts = [text[-length:] for text, length in zip(torch.randint(1, 61, (rows, width)).tolist(), lengths)]
+    warp = RowSampling(temperature=TEMPERATURES[sampling.noise])
+    keys = row_keys(3, rows, "cpu").tolist()
+    requests = [Request(text, 20, tuple(key), sampling=warp) for text, key in zip(texts, keys)]
+    state.admit(torch.arange(rows), requests, [1] * rows)
+    session = MedusaDrafter(heads).open(request)
+    session.hidden.copy_(3 * torch.randn(rows, heads.hidden_size))
+    return session, state
 
 
 SHAPES = ["chain:3", "4x2x1", (-1, 0, 0, 0, 1, 1, 3, 4, 4, 4, 6)]
@@ -96,12 +100,12 @@ def test_proposals_equal_heads_evaluated_path_by_path(target, heads, kind):
                 path = [tokens[above] for above in path]
                 position = int(state.lengths[row]) + shape.depths[node]
                 key = state.keys[row]
-                truth = slow_children(mine, state.hidden[row], path, len(children), sampling, key, position)
+                truth = slow_children(mine, session.hidden[row], path, len(children), sampling, key, position)
                 assert [tokens[child] for child in children] == truth
                 if sampling.noise == "own":
                     law = proposal.draft_logits[row, node]
                     assert law.isfinite().nonzero()[:, 0].tolist() == mine.vocabulary.tolist()
-                    slow = slow_logits(mine, state.hidden[row], path) / TEMPERATURES[sampling.noise]
+                    slow = slow_logits(mine, session.hidden[row], path) / TEMPERATURES[sampling.noise]
                     assert torch.allclose(law[mine.vocabulary].double(), slow, atol=1e-4)
 
 

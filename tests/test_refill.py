@@ -7,9 +7,10 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import executors, refill, runs
+from paceline.spec import executors, runs
 from paceline.spec.attach import attach
 from paceline.spec.refill import Text, decode_texts
+from paceline.spec.rows import Rows
 from paceline.spec.tree import TreeShape
 from tape import tape_executor
 
@@ -111,19 +112,19 @@ def test_a_row_goes_on_with_the_text_that_follows(model, texts):
         assert got[text.name, 1] == alone(model, follow, 0.0)
 
 
-def test_prefill_of_a_row_leaves_the_others_alone(model, texts, monkeypatch):
-    """Reading a prompt runs its own rows only."""
+def test_reading_a_prompt_leaves_the_others_alone(model, texts, monkeypatch):
+    """It runs the rows that are admitted only."""
     shapes = []
-    forward = refill._Refill._load
+    admit = Rows.admit
 
-    def load(self, rows, own):
+    def watched(self, requests):
         seen = []
         handle = model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape), with_kwargs=True)
-        forward(self, rows, own)
+        admit(self, requests)
         handle.remove()
-        shapes.append((len(rows), {shape[0] for shape in seen}))
+        shapes.append((len(requests), {shape[0] for shape in seen}))
 
-    monkeypatch.setattr(refill._Refill, "_load", load)
+    monkeypatch.setattr(Rows, "admit", watched)
     collect(model, texts, batch=3)
     assert len(shapes) > 4 and all(seen <= {rows} for rows, seen in shapes)
 

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from paceline.spec.taps import HEAD, hidden_states
 from paceline.training.rows import open_data
 from paceline.training.target import (
     ROWS_PER_FILE,
     OfflineTarget,
     OnlineTarget,
     hidden_bytes,
-    last_hidden_state,
     lm_head,
     write_hidden_states,
 )
@@ -16,6 +16,8 @@ from training_runs import pack, random_rows, write_data
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from conftest import tiny_llama
+
+TAPS = (1, HEAD, 0)
 
 
 def tiny(family, **options):
@@ -35,7 +37,7 @@ def test_documents_of_a_pack_do_not_see_each_other(attention):
     row = pack([(text, [1] * len(text)) for text in texts], 24)
     ids, positions = (torch.tensor([row[name]]) for name in ("input_ids", "position_ids"))
     with torch.no_grad():
-        hidden = last_hidden_state(model, ids, positions)
+        hidden = hidden_states(model, (HEAD,), ids, positions)[HEAD]
         alone = [model.model(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts]
     torch.testing.assert_close(hidden[0, :17], torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert hidden.isfinite().all(), "padding too"
@@ -46,7 +48,7 @@ def test_no_logits_are_computed():
     rows = []
     handle = model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
     ids = torch.arange(6)[None]
-    hidden = last_hidden_state(model, ids, ids)
+    hidden = hidden_states(model, (HEAD,), ids, ids)[HEAD]
     assert rows == [0] and hidden.shape == (1, 6, 32)
     handle.remove()
     assert model(input_ids=ids).logits.shape == (1, 6, 61), "and the model is as before"
@@ -93,18 +95,19 @@ def test_hidden_states_on_disk_are_those_of_the_model_and_survive_a_kill(tmp_pat
     splits, _ = open_data(data)
     rows = splits["train"]
     folder = tmp_path / "hidden"
-    write_hidden_states(model, "train", rows, folder, rank=0, ranks=2)
+    write_hidden_states(model, "train", rows, folder, rank=0, ranks=2, taps=TAPS)
     assert [path.name for path in folder.iterdir()] == ["train-000000.safetensors"]
     first = (folder / "train-000000.safetensors").stat().st_mtime_ns
     (folder / "train-000001.99.unfinished").write_bytes(b"half")
-    write_hidden_states(model, "train", rows, folder, rank=0, ranks=1)
+    write_hidden_states(model, "train", rows, folder, rank=0, ranks=1, taps=TAPS)
     assert (folder / "train-000000.safetensors").stat().st_mtime_ns == first, "what is there is kept"
+    need = hidden_bytes(model, TAPS, len(rows), rows.length)
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    assert hidden_bytes(model, len(rows), rows.length) <= size < 1.01 * hidden_bytes(model, len(rows), rows.length)
+    assert need <= size < 1.01 * need
     chosen = [ROWS_PER_FILE + 6, 0, ROWS_PER_FILE - 1]
     batch = rows.batch(chosen)
-    online, offline = OnlineTarget(model), OfflineTarget(folder, lm_head(model))
-    theirs, mine = (source.view(batch, "train", chosen).hidden for source in (online, offline))
+    sources = OnlineTarget(model, TAPS), OfflineTarget(folder, lm_head(model), TAPS)
+    theirs, mine = (torch.cat([*source.view(batch, "train", chosen).tapped.values()], -1) for source in sources)
     real = batch["document"] >= 0
     assert len(batch["document"][real].unique()) > 1 and not real.all(), "several documents, and padding"
     torch.testing.assert_close(mine[real], theirs[real], rtol=1e-5, atol=1e-5)

@@ -19,12 +19,13 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from ..drafters.folder import FORMAT, target_identity
 from ..drafters.known_tokens import places, trimmed_head, write_known
+from ..spec.taps import HEAD, hidden_states
 from .config import read
 from .draft_network import Sizes, make_network, share, target_weights
 from .known_tokens import frequent_tokens
 from .losses import check_mixture, mixed_loss
 from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, windows
-from .target import ScaledHead, last_hidden_state
+from .target import ScaledHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class DraftObjective(Objective):
         self.known = None if vocabulary is None else Known(model, vocabulary)
         self.depths = settings.depths
         self.losses = check_mixture(settings.losses)
-        self.needs = "nothing" if set(self.losses) == {"cross_entropy"} else "logits"
+        self.taps = () if set(self.losses) == {"cross_entropy"} else (HEAD,)
         self.chunk = settings.chunk
         self.settings = settings
         self.saved_dtype = target.dtype if settings.save.dtype == "auto" else getattr(torch, settings.save.dtype)
@@ -104,7 +105,7 @@ class DraftObjective(Objective):
         if self.known is not None:
             head, labels = self.known.head, self.known.place[labels]
             judged = counted & (labels < len(self.known.ids))
-        hidden = last_hidden_state(self.model, batch["input_ids"], batch["position_ids"])[:, :-1][judged]  # (N, H)
+        hidden = last_hidden_states(self.model, batch)[judged]  # (N, H)
         theirs = (None, None)
         if seen is not None:
             law = seen.lm_head if self.known is None else self.known.law(seen.lm_head)
@@ -145,6 +146,11 @@ class DraftObjective(Objective):
             self.tokenizer.save_pretrained(folder)
 
 
+def last_hidden_states(model, batch: Batch) -> Tensor:
+    """What goes into the LM head at each token but the last, (B, T-1, H)."""
+    return hidden_states(model, (HEAD,), batch["input_ids"], batch["position_ids"])[HEAD][:, :-1]
+
+
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
     """The token after each but the last, (B, T-1), and where it counts: the target's own, of the same document."""
     same = batch["document"][:, 1:] == batch["document"][:, :-1]
@@ -178,7 +184,7 @@ def draft_ranks(
 
     `head` (the model's own if None) gives the logits of the tokens `known` (V',), or of all."""
     labels, counted = next_tokens(batch)  # (B, T-1)
-    hidden = last_hidden_state(model, batch["input_ids"], batch["position_ids"])[:, :-1][counted]  # (N, H)
+    hidden = last_hidden_states(model, batch)[counted]  # (N, H)
     vocab_size = model.config.get_text_config().vocab_size
     place = None if known is None else places(known, vocab_size)
     head, ranks = head or model.get_output_embeddings(), []

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ..drafters.complete import complete
+from ..spec.taps import layer_stacks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +81,7 @@ def from_layers(target, layers: list[int]) -> nn.Module:
     Works for every architecture whose decoder layers are one nn.ModuleList; raises ValueError for others."""
     name, config = type(target).__name__, copy.deepcopy(target.config)
     count = config.get_text_config().num_hidden_layers
-    lists = [path for path, module in target.named_modules() if isinstance(module, nn.ModuleList)]
-    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
-    stacks = [f"{path}." for path in outer if len(target.get_submodule(path)) == count]
+    stacks = layer_stacks(target)
     if len(stacks) != 1 or config.get_text_config() is not config or getattr(config, "quantization_config", None):
         raise ValueError(f"{name} is not one plain stack of {count} layers; give objective.sizes instead")
     if not layers or not all(0 <= layer < count for layer in layers):
@@ -94,13 +93,13 @@ def from_layers(target, layers: list[int]) -> nn.Module:
     config.num_hidden_layers = len(layers)
     state = {}
     for key, tensor in target.state_dict().items():
-        if not key.startswith(stacks[0]):
+        if not key.startswith(f"{stacks[0]}."):
             state[key] = tensor
             continue
-        number, rest = key.removeprefix(stacks[0]).split(".", 1)
+        number, rest = key.removeprefix(f"{stacks[0]}.").split(".", 1)
         for place, layer in enumerate(layers):
             if layer == int(number):
-                state[f"{stacks[0]}{place}.{rest}"] = tensor
+                state[f"{stacks[0]}.{place}.{rest}"] = tensor
     model = type(target)._from_config(
         config, dtype=torch.float32, attn_implementation=target.config._attn_implementation
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..drafters.medusa import HeadSettings, MedusaHeads
+from ..spec.taps import HEAD
 from .config import read
 from .known_tokens import frequent_tokens
 from .losses import Summed
@@ -43,7 +44,7 @@ class MedusaObjective(Objective):
     Labels that the heads do not know count as misses and have no cross-entropy. Raises ValueError for weights that
     are negative or all zero."""
 
-    needs = "hidden"
+    taps = (HEAD,)
 
     def __init__(self, heads: MedusaHeads, label_weight: float = 1.0, target_weight: float = 0.0, decay: float = 0.8):
         super().__init__()

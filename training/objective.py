@@ -8,12 +8,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..spec.planner import Acceptance
+from ..spec.taps import HEAD, Tap
 
 Batch = dict[str, Tensor]
 NO_LABEL = -1
@@ -37,15 +38,20 @@ class Losses(NamedTuple):
 class TargetView:
     """What the frozen target saw on a batch, without gradient."""
 
-    hidden: Tensor  # (B, T, H): the LM head's input
+    tapped: dict[Tap, Tensor]  # (B, T, H) for each tap of the objective
     lm_head: nn.Module  # linear, to get logits chunk by chunk
+
+    @property
+    def hidden(self) -> Tensor:
+        """The LM head's input, (B, T, H)."""
+        return self.tapped[HEAD]
 
 
 class Objective(nn.Module, ABC):
     """A drafter's network with its loss; what the trainer wraps, calls and saves."""
 
     depths: int  # how many per-depth statistics it gives
-    needs: Literal["hidden", "logits", "nothing"]  # what it reads of the target
+    taps: tuple[Tap, ...]  # the hidden states that it reads of the target
 
     @abstractmethod
     def forward(self, batch: Batch, seen: TargetView | None) -> Losses:

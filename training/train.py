@@ -36,7 +36,7 @@ from .decoding import Settings, counted, decode
 from .documents import tokenizer_fingerprint
 from .metrics import check_trackers
 from .rows import Rows, check_tokenizer, fingerprint, open_data
-from .target import OfflineTarget, OnlineTarget, hidden_bytes, lm_head, write_hidden_states
+from .target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, lm_head, write_hidden_states
 from .trainer import Trainer
 from .versions import versions
 
@@ -75,7 +75,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
         accelerator.print(make_plan(config, objective, vocabulary, splits["train"], need).show())
         if plan_only:  # the time could be measured only after writing them
             return None
-    seen = None if objective.needs == "nothing" else _target(config, model, splits, accelerator)
+    seen = _target(config, objective, model, splits, accelerator) if objective.taps else None
     identity = {
         "target": target_fingerprint(model),
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -172,21 +172,23 @@ def _shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
 
 
 def _hidden_bytes(config: Config, objective, model, splits: dict[str, Rows]) -> int:
-    if config.target.hidden == "online" or objective.needs == "nothing":
-        return 0
-    return sum(hidden_bytes(model, len(rows), rows.length) for rows in splits.values())
-
-
-def _target(config: Config, model, splits: dict[str, Rows], accelerator: Accelerator):
-    """The target as the objective sees it; for hidden states on disk, after writing those that are not there."""
     if config.target.hidden == "online":
-        return OnlineTarget(model)
-    name = f"hidden-{target_fingerprint(model)[:12]}-{str(model.dtype).removeprefix('torch.')}"
+        return 0
+    return sum(hidden_bytes(model, objective.taps, len(rows), rows.length) for rows in splits.values())
+
+
+def _target(config: Config, objective, model, splits: dict[str, Rows], accelerator: Accelerator):
+    """The target as the objective sees it; for hidden states on disk, after writing those that are not there."""
+    taps = objective.taps
+    if config.target.hidden == "online":
+        return OnlineTarget(model, taps)
+    name = hidden_folder(target_fingerprint(model), model.dtype, taps)
     folder = Path(config.target.hidden_folder or config.data.folder) / name
+    ranks = accelerator.process_index, accelerator.num_processes
     for split, rows in splits.items():
-        write_hidden_states(model, split, rows, folder, accelerator.process_index, accelerator.num_processes)
+        write_hidden_states(model, split, rows, folder, *ranks, taps=taps)
     accelerator.wait_for_everyone()
-    return OfflineTarget(folder, lm_head(model))
+    return OfflineTarget(folder, lm_head(model), taps)
 
 
 def _decoding(config: Config, model, tokenizer):

@@ -163,7 +163,7 @@ class Trainer:
         if counting is not None:
             batch["loss_mask"][counting:] = 0
             batch["document"][counting:] = -1
-        seen = None if self.objective.needs == "nothing" else self.target.view(batch, split, rows)
+        seen = self.target.view(batch, split, rows) if self.objective.taps else None
         return batch, seen
 
     def _forward(self, batch: Batch, seen: TargetView | None) -> tuple[Losses, Tensor]:

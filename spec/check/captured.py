@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import torch
 
 from ..generate import generate
-from ..loop import run_steps
 from ..pool import pool_of
+from ..rows import Rows
 from ..step import step
 from .budget import NotHere, Task
 from .record import FAILS, Finding
@@ -89,9 +89,12 @@ def _never_waits(subject: Subject, what: dict, new_tokens: int) -> Finding:
 def _memory_is_flat(subject: Subject, what: dict, new_tokens: int) -> Finding:
     engine, executor = _runner(subject, what["executor"])
     engine.idle_step()
-    run_steps(engine, executor, lambda readout: readout.number == 10)  # allocates what reading takes
+    rows = Rows(executor, chunk=1)
+    for _ in range(10):  # allocates what reading takes
+        rows.step()
     before = torch.cuda.memory_allocated(subject.device)
-    run_steps(engine, executor, lambda readout: len(readout.rows()) > 0 and readout.number == STEPS)
+    for _ in range(STEPS):
+        rows.step()
     torch.cuda.synchronize(subject.device)
     grown = torch.cuda.memory_allocated(subject.device) - before
     if grown > 0:

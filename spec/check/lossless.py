@@ -23,6 +23,7 @@ from ..proposal import NoDrafter
 from ..runs import keep
 from ..sampling import warpers
 from ..slots import SlotModel
+from ..target import spans
 from ..tree import TokenTree, TreeShape
 from .budget import Clock, Task, absent
 from .captured import captured_tasks
@@ -223,12 +224,13 @@ def _rounding(model, text: Tensor) -> tuple[float, float, float]:
     ids, base = text[None], torch.tensor([len(text) - PROBED], device=text.device)
     truth = model(input_ids=ids, use_cache=False).logits[0, -PROBED:].float()
     beside = model(input_ids=torch.cat([ids, ids.flip(1)]), use_cache=False).logits[0, -PROBED:].float()
-    slots = SlotModel(model, capacity=-(-(len(text) + 2) // 64) * 64)
-    slots.prefill(ids, base + 1, CHUNK)
+    slots = SlotModel(model, 1, capacity=-(-(len(text) + 2) // 64) * 64)
+    for span in spans(ids, base + 1, CHUNK):
+        slots.read(span)
     rounding = 0.0
     for nodes in (PROBED, 1):
         tree = TokenTree.of(TreeShape.chain(nodes - 1), text.device)
-        logits = slots.forward_nodes(ids[:, -PROBED:][:, :nodes], base, tree)[0]
+        logits = slots.forward_nodes(ids[:, -PROBED:][:, :nodes], base, tree).logits[0]
         if not logits.isfinite().all():
             rounding = float("nan")
         rounding = max(rounding, float((logits - truth[:nodes]).abs().max()))
@@ -244,4 +246,3 @@ def _prompts(rows: int, subject: Subject) -> tuple[Tensor, Tensor]:
     mask = (torch.arange(PROMPT_TOKENS) >= padding).long()
     ids = torch.cat([half, half], dim=1) * mask
     return ids.to(subject.device), mask.to(subject.device)
-

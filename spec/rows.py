@@ -1,0 +1,160 @@
+"""The rows of an engine and the requests in them: the host's side of every decode loop.
+
+A request is admitted to a free row, steps advance all rows together, and a row whose text has ended is free again.
+Where the executor runs ahead of the host, a step is read while the next one runs; each row's report carries the ticket
+of its request, and one with another ticket than the row's is dropped. Does no arithmetic on logits, and knows no
+drafter and no rule.
+"""
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .executors import Executor
+from .request import Request
+from .state import NO_TICKET
+from .step import StepResult
+from .step_report import RowReport, unpack_report
+
+
+class Stopwatch:
+    """Seconds of each phase of a step; on CUDA by events, so that timing never waits inside a step."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.cuda = device, device.type == "cuda"
+        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+
+    def _now(self) -> float | torch.cuda.Event:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))  # which need not be the current device
+        return event
+
+    def mark(self, phase: str) -> None:
+        self.marks.append((phase, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """To be asked once the step's results have been read."""
+        pairs = zip(self.marks, self.marks[1:])
+        if self.cuda:
+            self.marks[-1][1].synchronize()
+            return {phase: before.elapsed_time(after) / 1000 for (_, before), (phase, after) in pairs}
+        return {phase: after - before for (_, before), (phase, after) in pairs}
+
+
+class Readout:
+    """A step's report on its way to the host: on CUDA an asynchronous copy to pinned memory."""
+
+    def __init__(self, result: StepResult, watch: Stopwatch, number: int, lag: int):
+        self.number, self.watch = number, watch
+        self.path, self.logits, self.scores = result.path, result.logits, result.scores
+        if lag and result.scores is not None:  # the next step writes over them
+            self.path, self.logits, self.scores = (t.clone() for t in (self.path, self.logits, self.scores))
+        self.report, self.arrived = result.report, None
+        if result.report.is_cuda:
+            self.report = torch.empty(result.report.shape, dtype=torch.int64, pin_memory=True)
+            self.report.copy_(result.report, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record(torch.cuda.current_stream(result.report.device))
+        elif lag:
+            self.report = result.report.clone()
+
+    def reports(self) -> list[RowReport]:
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return unpack_report(self.report, self.path.shape[1])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Arrival:
+    """A step as it reaches the host."""
+
+    number: int
+    reports: dict[int, RowReport]  # [row]: of the rows whose requests the step was for
+    seconds: dict[str, float]  # of each phase
+    path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
+    logits: Tensor | None  # (B, N, V), where asked for
+    scores: Tensor | None  # (B, N, V), where asked for
+
+    @property
+    def ended(self) -> dict[int, RowReport]:
+        """Those whose texts have ended; their rows are free."""
+        return {row: report for row, report in self.reports.items() if report.done}
+
+
+class Rows:
+    """The rows of an engine, stepped by `executor`; prompts are read `chunk` tokens at a time."""
+
+    def __init__(self, executor: Executor, chunk: int):
+        self.engine, self.executor, self.chunk = executor.engine, executor, chunk
+        self.tickets = [NO_TICKET] * len(self.engine.state.done)  # [row]
+        self._numbers, self._next = itertools.count(), itertools.count(NO_TICKET + 1)
+        self._waiting: deque[Readout] = deque()  # steps that the host has not read
+        self.engine.state.done.fill_(True)
+
+    @property
+    def free(self) -> list[int]:
+        return [row for row, ticket in enumerate(self.tickets) if ticket == NO_TICKET]
+
+    @property
+    def live(self) -> list[int]:
+        return [row for row, ticket in enumerate(self.tickets) if ticket != NO_TICKET]
+
+    def admit(self, requests: Mapping[int, Request]) -> None:
+        """Put each request into the free row that it stands for, and read the prompts, together."""
+        for row in requests:
+            assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
+            self.tickets[row] = next(self._next)
+        index = self._index(list(requests))
+        self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
+        self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index)
+
+    def step(self) -> Arrival:
+        """Advance all rows, and read the oldest step that the executor does not let the host wait for."""
+        while len(self._waiting) <= self.executor.lag:
+            watch = Stopwatch(self.engine.state.tokens.device)
+            result = self.executor.run(watch.mark)
+            self._waiting.append(Readout(result, watch, next(self._numbers), self.executor.lag))
+        readout = self._waiting.popleft()
+        every = enumerate(readout.reports())
+        reports = {row: report for row, report in every if report.ticket == self.tickets[row] != NO_TICKET}
+        for row, report in reports.items():
+            if report.done:
+                self.tickets[row] = NO_TICKET
+        return Arrival(readout.number, reports, readout.watch.seconds(), readout.path, readout.logits, readout.scores)
+
+    def evict(self, rows: list[int]) -> None:
+        """End the texts of `rows` where they are."""
+        for row in rows:
+            self.tickets[row] = NO_TICKET
+        if rows:
+            self.engine.state.done[self._index(rows)] = True
+
+    def extend(self, row: int, new_tokens: int) -> None:
+        """Let a text that has ended go on behind its end, by at most `new_tokens` tokens."""
+        state = self.engine.state
+        self.tickets[row] = next(self._next)
+        state.ticket[row] = self.tickets[row]
+        state.limits[row] = state.lengths[row] + new_tokens
+        state.done[row] = False
+
+    def text(self, row: int) -> list[int]:
+        """All tokens of a row that has ended, the prompt's too."""
+        state = self.engine.state
+        return state.tokens[row, : int(state.lengths[row])].tolist()
+
+    def moved(self, rows: list[int], executor: Executor) -> "Rows":
+        """The requests of `rows` in the rows of another executor's engine, whose drafter and capacity are the same."""
+        moved = Rows(executor, self.chunk)
+        moved.engine.copy_rows(self.engine, self._index(rows))
+        moved.tickets, moved._next = [self.tickets[row] for row in rows], self._next
+        return moved
+
+    def _index(self, rows: list[int]) -> Tensor:
+        return torch.tensor(rows, device=self.engine.state.done.device)

@@ -1,0 +1,120 @@
+"""Hidden states of a model, heard where they pass: at the LM head's door, or behind a decoder layer.
+
+What goes into the LM head is right for every family: after the final norm and any projection, and before what some do
+to the logits (Gemma 2 caps them, Cohere scales them; both keep their order). The hooks are put on a module once, for
+those who ask, and are deaf outside of `listening`; decoding and training use the same ones. Knows nothing of what the
+states are for.
+"""
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+HEAD: Literal["head"] = "head"
+Tap = int | Literal["head"]  # what comes out of the decoder layer of that number, from 0; or the LM head's input
+
+_active = threading.local()
+
+
+def lm_head(model) -> nn.Module:
+    """The LM head, a linear map from the last hidden state to the logits. Raises ValueError where there is none."""
+    head = model.get_output_embeddings()
+    if getattr(head, "weight", None) is None or head.weight.ndim != 2:
+        raise ValueError(
+            f"{type(model).__name__} has no linear LM head to take the last hidden state from; use a draft model or "
+            "'ngram' as drafter"
+        )
+    return head
+
+
+def layer_stacks(model) -> list[str]:
+    """The paths of the module lists of `model` that may be its decoder layers, by their length; one, as a rule."""
+    count = model.config.get_text_config().num_hidden_layers
+    lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    return [path for path in outer if len(lists[path]) == count]
+
+
+def _layer(model, number: int) -> nn.Module:
+    stacks = layer_stacks(model)
+    if len(stacks) != 1:
+        raise ValueError(f"{type(model).__name__} is no plain stack of layers that could be tapped; use 'ngram'")
+    layers = model.get_submodule(stacks[0])
+    if not 0 <= number < len(layers):
+        raise ValueError(f"{type(model).__name__} has no layer {number} to tap; it has layers 0 to {len(layers) - 1}")
+    return layers[number]
+
+
+def feature_sizes(model, taps: Iterable[Tap]) -> list[int]:
+    """How many numbers each tap gives for a token."""
+    hidden = model.config.get_text_config().hidden_size
+    return [lm_head(model).weight.shape[1] if tap == HEAD else hidden for tap in taps]
+
+
+def put_taps(model, taps: Iterable[Tap]) -> None:
+    """Make `model` tell what passes at its taps while `listening`. Raises ValueError where it has no such place."""
+    for tap in taps:
+        if tap == HEAD:
+            head = lm_head(model)
+            if not any(map(is_tap, head._forward_pre_hooks.values())):
+                head.register_forward_pre_hook(_tell_input)
+            continue
+        layer = _layer(model, tap)
+        if not any(map(is_tap, layer._forward_hooks.values())):
+            layer.register_forward_hook(partial(_tell_output, tap))
+
+
+def is_tap(hook) -> bool:
+    """Whether a hook of a module is one of these, which change nothing of what the module computes."""
+    return hook is _tell_input or (isinstance(hook, partial) and hook.func is _tell_output)
+
+
+def _tell_input(head: nn.Module, inputs: tuple) -> tuple | None:
+    heard = getattr(_active, "heard", None)
+    if heard is None:
+        return None
+    heard[HEAD] = inputs[0]
+    return (inputs[0][:, :0],) if _active.idle_head else None
+
+
+def _tell_output(layer: int, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
+    heard = getattr(_active, "heard", None)
+    if heard is not None:
+        heard[layer] = output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def listening(idle_head: bool = False) -> Iterator[dict[Tap, Tensor]]:
+    """Collects what passes at the taps of the models that this thread runs, (B, n, H) each; with `idle_head` an LM
+    head that is tapped is left nothing to do."""
+    _active.heard, _active.idle_head = {}, idle_head
+    try:
+        yield _active.heard
+    finally:
+        _active.heard = None
+
+
+def joined(heard: dict[Tap, Tensor], taps: tuple[Tap, ...]) -> Tensor:
+    """The features (B, n, F) of some taps. Raises ValueError where the model went past one of them."""
+    for tap in taps:
+        if tap not in heard:
+            what = "its LM head" if tap == HEAD else f"its layer {tap}"
+            raise ValueError(f"the model does not call {what}, so its hidden states cannot be read; use 'ngram'")
+    return heard[taps[0]] if len(taps) == 1 else torch.cat([heard[tap] for tap in taps], dim=-1)
+
+
+def hidden_states(model, taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor) -> dict[Tap, Tensor]:
+    """What passes at the taps, (B, T, H) each, for packed rows (B, T), without computing any logits.
+
+    Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
+    ids that restart."""
+    put_taps(model, (*taps, HEAD))
+    with listening(idle_head=True) as heard:
+        model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
+    joined(heard, taps)  # are all there
+    return {tap: heard[tap] for tap in taps}
