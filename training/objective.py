@@ -5,7 +5,7 @@ A batch is rows of packed documents (B, T): `input_ids`, `loss_mask` (1 where th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from ..spec.planner import Acceptance
 
 Batch = dict[str, Tensor]
+# A batch to the label ranks (n, D) of the true places of a mask (B, T), and that mask.
+Judge = Callable[[Batch], tuple[Tensor, Tensor]]
 NO_LABEL = -1
 
 
@@ -46,6 +48,18 @@ class Objective(nn.Module, ABC):
 
     depths: int  # how many per-depth statistics it gives
     needs: Literal["hidden", "logits", "nothing"]  # what it reads of the target
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: dict, target, rows: Iterable[dict] = ()) -> "Objective":
+        """The objective that the `objective` section of a configuration describes, on the target's device; `rows` of
+        training data say which tokens are common. Raises ValueError for settings that make none."""
+
+    @classmethod
+    def judge(cls, drafter, model, depths: int) -> Judge | None:
+        """What ranks the tokens of a text by `drafter`, one of this kind, for the target `model`, in the arithmetic
+        of decoding, to `depths` or as many as it has. None where nothing but decoding can judge it."""
+        return None
 
     @abstractmethod
     def forward(self, batch: Batch, seen: TargetView | None) -> Losses:
