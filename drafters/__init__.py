@@ -6,6 +6,8 @@ They know the decode core's protocol (`paceline.spec.proposal`) and nothing of v
 from pathlib import Path
 from typing import Any
 
+from .kinds import KINDS, MODEL
+
 
 def load_drafter(name_or_path: Any, target):
     """The drafter called `name_or_path` for the model `target`.
@@ -25,10 +27,8 @@ def load_drafter(name_or_path: Any, target):
     name = str(name_or_path)
     if name == "auto":
         return _best(target)
-    if name == "ngram":
-        from .ngram import NgramDrafter
-
-        return NgramDrafter()
+    if name in KINDS and not KINDS[name].weights:
+        return KINDS[name].drafter_class().load(name, None, target)
     first, plus, second = name.rpartition("+")
     if plus and not Path(name).exists():
         from .beside import Beside
@@ -52,18 +52,9 @@ def _around(model, target):
             "smaller model or 'ngram'"
         )
     drafter = ModelDrafter.around(model)
-    _check_vocabulary(drafter, target)
+    drafter.check_vocabulary(target)
     drafter.check_device(target.device)
     return drafter
-
-
-def _check_vocabulary(drafter, target) -> None:
-    vocab = target.config.get_text_config().vocab_size
-    if drafter.traits.vocab_size != vocab:
-        raise ValueError(
-            f"drafter {drafter.name} has a vocabulary of {drafter.traits.vocab_size} tokens and the target one of "
-            f"{vocab}; use a drafter made for this target's tokenizer"
-        )
 
 
 def _best(target):
@@ -82,25 +73,12 @@ def _best(target):
 def _trained(name_or_path: str | Path, target):
     """Heads or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.models import NAMED
-    from .complete import complete
-    from .draft_model import ModelDrafter
     from .folder import read_folder
-    from .known_tokens import read_known
     from .shipped import shipped_folder
 
-    name_or_path = shipped_folder(name_or_path) or name_or_path
-    name = Path(str(name_or_path)).name
-    folder = None if str(name_or_path) in NAMED else read_folder(name_or_path)
+    source = shipped_folder(name_or_path) or name_or_path
+    folder = None if str(source) in NAMED else read_folder(source)
     if folder is not None:
         folder.check_target(target)
-        if folder.kind == "medusa":
-            from .medusa import MedusaDrafter, MedusaHeads
-
-            return MedusaDrafter(MedusaHeads.load(folder, target), name, folder.rates())
-    vocab = target.config.get_text_config().vocab_size
-    rates = known = None
-    if folder is not None:
-        rates, known = folder.rates(), read_known(folder.path, folder.config.get("known_tokens"), vocab)
-    drafter = ModelDrafter(complete(name_or_path, target), name, rates, known)
-    _check_vocabulary(drafter, target)
-    return drafter
+    kind = KINDS[MODEL if folder is None else folder.kind]
+    return kind.drafter_class().load(source, folder, target)

@@ -17,7 +17,9 @@ from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
 from ..spec.target import Span
 from ..spec.tree import DynamicShape, TreeShape
-from .known_tokens import WidenedHead, trimmed_head
+from .complete import complete
+from .folder import DrafterFolder
+from .known_tokens import WidenedHead, read_known, trimmed_head
 from .static_tree import StaticTree, check_children
 
 DEEPEST = 4  # levels of the default tree: each costs a forward
@@ -40,8 +42,21 @@ class ModelDrafter:
         self.default_shape = default_tree(rates, DEEPEST, on_cpu) if rates else TreeShape.chain(DEEPEST)
         self.traits = DrafterTraits(
             model.config.get_text_config().vocab_size, fills_dynamic=True, deepest=DEEPEST, modules=(model,),
-            vocabulary=self.vocabulary, causal_lm=self._whole_model(),
+            vocabulary=self.vocabulary, causal_lm=self._whole_model(), kind="draft_lm",
         )  # fmt: skip
+
+    @classmethod
+    def load(cls, source: str | Path, folder: DrafterFolder | None, target) -> "ModelDrafter":
+        """The draft model of a folder, a hub id or a short name; `folder` where it was trained here.
+
+        Raises ValueError where it cannot be loaded or has another vocabulary than `target`."""
+        rates = known = None
+        if folder is not None:
+            vocab = target.config.get_text_config().vocab_size
+            rates, known = folder.rates(), read_known(folder.path, folder.config.get("known_tokens"), vocab)
+        drafter = cls(complete(source, target), Path(str(source)).name, rates, known)
+        drafter.check_vocabulary(target)
+        return drafter
 
     @classmethod
     def around(cls, model) -> "ModelDrafter":
@@ -63,6 +78,15 @@ class ModelDrafter:
         vocab_size = self.model.config.get_text_config().vocab_size
         whole.set_output_embeddings(WidenedHead(self.model.get_output_embeddings(), self.vocabulary, vocab_size))
         return whole
+
+    def check_vocabulary(self, target) -> None:
+        """Raise ValueError unless the draft's vocabulary is as large as the target's."""
+        vocab = target.config.get_text_config().vocab_size
+        if self.traits.vocab_size != vocab:
+            raise ValueError(
+                f"drafter {self.name} has a vocabulary of {self.traits.vocab_size} tokens and the target one of "
+                f"{vocab}; use a drafter made for this target's tokenizer"
+            )
 
     def check_device(self, device: torch.device) -> None:
         """Raise ValueError unless the draft is on `device`, the target's."""

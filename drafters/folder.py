@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..spec.planner import Rates
 from ..spec.provenance import target_fingerprint
+from .kinds import KINDS
 
 FORMAT = 1
-KINDS = ("medusa", "draft_lm")  # the latter is an ordinary model folder that was trained here
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -119,10 +119,11 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
         raise ValueError(
             f"drafter {name_or_path} has format {config['paceline_format']} and this version knows {FORMAT}; upgrade"
         )
-    if config["paceline_drafter"] not in KINDS:
+    known = [name for name, kind in KINDS.items() if kind.weights]
+    if config["paceline_drafter"] not in known:
         raise ValueError(
             f"drafter {name_or_path} is of a kind {config['paceline_drafter']!r} and this version knows "
-            f"{' and '.join(KINDS)}; upgrade"
+            f"{' and '.join(known)}; upgrade"
         )
     if not path.is_dir():
         from huggingface_hub import snapshot_download

@@ -211,10 +211,16 @@ class MedusaDrafter:
         self.heads = heads
         self.name = name
         self.traits = DrafterTraits(
-            heads.vocab_size, taps=(HEAD,), follows_any_tree=True, deepest=heads.settings.heads, modules=(heads,)
-        )
+            heads.vocab_size, taps=(HEAD,), follows_any_tree=True, deepest=heads.settings.heads, modules=(heads,),
+            kind="medusa",
+        )  # fmt: skip
         self.rates = rates or _PRIOR
         self.default_shape = default_tree(self.rates, self.traits.deepest, heads.weight.device.type == "cpu")
+
+    @classmethod
+    def load(cls, source: str | Path, folder: DrafterFolder, target) -> "MedusaDrafter":
+        """The drafter of a folder. Raises ValueError for one that is damaged."""
+        return cls(MedusaHeads.load(folder, target), Path(str(source)).name, folder.rates())
 
     def open(self, request: DraftRequest) -> "MedusaSession":
         mine = self.heads.weight

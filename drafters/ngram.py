@@ -26,13 +26,17 @@ class NgramDrafter:
     matches: int = 8
 
     name: ClassVar[str] = "ngram"
-    traits: ClassVar[DrafterTraits] = DrafterTraits(follows_any_tree=True)
+    traits: ClassVar[DrafterTraits] = DrafterTraits(follows_any_tree=True, kind="ngram")
     # Two continuations, the better one longer.
     default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))
 
     def __post_init__(self):
         if self.longest < 1 or self.matches < 1:
             raise ValueError(f"ngram: longest={self.longest} and matches={self.matches} must be at least 1")
+
+    @classmethod
+    def load(cls, source, folder, target) -> "NgramDrafter":
+        return cls()  # for any target
 
     def open(self, request: DraftRequest) -> "NgramSession":
         return NgramSession(self, request)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..spec.console import table
 from .folder import target_fingerprint
+from .kinds import KINDS
 
 NAMES = ("smollm2-135m-medusa", "smollm2-135m-hydra", "smollm2-135m-draft")
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -32,10 +33,11 @@ def shipped_folder(name: str | Path) -> Path | None:
 def best_shipped(target) -> Path | None:
     """The shipped drafter of `target` that commits the most tokens per step; None where there is none.
 
-    Heads come before draft models: their steps are cheaper, and prompt lookup goes beside them."""
-    mine = target_fingerprint(target)
+    Those that follow any tree, heads, come before draft models: their steps are cheaper, and prompt lookup goes beside
+    them."""
+    mine, beside = target_fingerprint(target), [name for name, kind in KINDS.items() if kind.follows_any_tree]
     measured = [
-        (config.get("paceline_drafter") == "medusa", _measured(about), folder)
+        (config.get("paceline_drafter") in beside, _measured(about), folder)
         for folder, config, about in _shipped()
         if _fingerprint(config) == mine and _measured(about) is not None
     ]

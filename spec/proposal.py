@@ -81,6 +81,7 @@ class DrafterTraits:
     vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
     causal_lm: nn.Module | None = None  # what other code can run as a draft model, of the whole vocabulary
     parts: tuple["Drafter", ...] = ()  # of a drafter that is several side by side
+    kind: str = ""  # what files and configurations call it, so that its objective is found; "": nothing
 
 
 class DraftSession(Protocol):

@@ -8,7 +8,7 @@ from paceline.training.budget import make_plan
 from paceline.training.draft_lm import DraftObjective
 from paceline.training.optimisation import adamw
 from paceline.training.rows import open_data
-from paceline.training.train import _kind
+from paceline.training.train import objective_of
 from training_runs import random_rows, settings, write_data, write_target
 
 from conftest import tiny_llama
@@ -71,5 +71,5 @@ def test_shipped_recipes_make_an_objective(recipe):
     config = configuration.load(f"smollm2-135m-{recipe}")
     assert config.target.model == "smollm2-135m"
     target = tiny_llama(vocab=9000, num_hidden_layers=30)
-    made = _kind(config.objective).build(config.objective, target, [{"input_ids": [5, 6], "loss_mask": [1, 1]}])
+    made = objective_of(config.objective).build(config.objective, target, [{"input_ids": [5, 6], "loss_mask": [1, 1]}])
     assert made.depths == 4 and adamw(made, config.optimisation).param_groups

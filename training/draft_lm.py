@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
+from ..drafters.draft_model import ModelDrafter
 from ..drafters.folder import FORMAT, target_identity
 from ..drafters.known_tokens import places, trimmed_head, write_known
 from ..spec.taps import HEAD, hidden_states
@@ -24,7 +25,7 @@ from .config import read
 from .draft_network import Sizes, make_network, share, target_weights
 from .known_tokens import frequent_tokens
 from .losses import check_mixture, mixed_loss
-from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, windows
+from .objective import NO_LABEL, Batch, Judge, Losses, Objective, TargetView, windows
 from .target import ScaledHead
 
 
@@ -97,6 +98,13 @@ class DraftObjective(Objective):
             size = target.config.get_text_config().vocab_size
             vocabulary = frequent_tokens(rows, read_.known_tokens, size).to(target.device)
         return cls(model, read_, target, vocabulary)
+
+    @classmethod
+    def judge(cls, drafter: ModelDrafter, model, depths: int) -> Judge:
+        return lambda batch: (
+            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary),
+            next_tokens(batch)[1],
+        )
 
     def forward(self, batch: Batch, seen: TargetView | None) -> Losses:
         """Labels that the draft does not know count as misses and have no loss."""

@@ -6,6 +6,7 @@ text's. Works in chunks of positions whose gradients are taken at once, so that 
 ever whole. Knows no trainer.
 """
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..drafters.medusa import HeadSettings, MedusaHeads
+from ..drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from ..spec.taps import HEAD
 from .config import read
 from .known_tokens import frequent_tokens
 from .losses import Summed
-from .objective import NO_LABEL, Batch, Losses, Objective, TargetView, labelled, windows
-from .target import ScaledHead
+from .objective import NO_LABEL, Batch, Judge, Losses, Objective, TargetView, labelled, windows
+from .target import OnlineTarget, ScaledHead
 
 _CHUNK = 1 << 23  # logits at a time, in numbers; twice as many no longer stay in the cache of a CPU
 
@@ -69,6 +70,16 @@ class MedusaObjective(Objective):
         heads = HeadSettings(**{name: getattr(given, name) for name in HeadSettings.__dataclass_fields__})
         made = MedusaHeads.make(heads, target, vocabulary)
         return cls(made, given.label_weight, given.target_weight, given.decay)
+
+    @classmethod
+    def judge(cls, drafter: MedusaDrafter, model, depths: int) -> Judge:
+        heads, target = drafter.heads, OnlineTarget(model)
+        objective = cls(copy.deepcopy(heads)).to(heads.dtype).eval()  # which makes them float32 first
+
+        def ranks(batch: Batch) -> tuple[Tensor, Tensor]:
+            return objective.label_ranks(batch, target.view(batch, "", [])), labelled(batch, 1)[..., 0]
+
+        return ranks
 
     def forward(self, batch: Batch, seen: TargetView) -> Losses:
         """Needs `seen.hidden` (B, T, H) of the whole batch."""

@@ -5,7 +5,7 @@ A batch is rows of packed documents (B, T): `input_ids`, `loss_mask` (1 where th
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +17,8 @@ from ..spec.planner import Acceptance
 from ..spec.taps import HEAD, Tap
 
 Batch = dict[str, Tensor]
+# A batch to the label ranks (n, D) of the true places of a mask (B, T), and that mask.
+Judge = Callable[[Batch], tuple[Tensor, Tensor]]
 NO_LABEL = -1
 
 
@@ -52,6 +54,18 @@ class Objective(nn.Module, ABC):
 
     depths: int  # how many per-depth statistics it gives
     taps: tuple[Tap, ...]  # the hidden states that it reads of the target
+
+    @classmethod
+    @abstractmethod
+    def build(cls, settings: dict, target, rows: Iterable[dict] = ()) -> "Objective":
+        """The objective that the `objective` section of a configuration describes, on the target's device; `rows` of
+        training data say which tokens are common. Raises ValueError for settings that make none."""
+
+    @classmethod
+    def judge(cls, drafter, model, depths: int) -> Judge | None:
+        """What ranks the tokens of a text by `drafter`, one of this kind, for the target `model`, in the arithmetic
+        of decoding, to `depths` or as many as it has. None where nothing but decoding can judge it."""
+        return None
 
     @abstractmethod
     def forward(self, batch: Batch, seen: TargetView | None) -> Losses:

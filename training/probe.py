@@ -43,16 +43,16 @@ def heads_speed(model, steps: int) -> tuple[float, float]:
     device = model.device
     rows, length = SIZES["cpu" if device.type == "cpu" else "cuda"]
     vocabulary = model.config.get_text_config().vocab_size
+    known = min(KNOWN_TOKENS, vocabulary)
     with tempfile.TemporaryDirectory() as folder:
         settings = {
-            "objective": {"kind": "medusa"}, "data": {"folder": folder}, "run": {"folder": folder},
+            "objective": {"known_tokens": known}, "data": {"folder": folder}, "run": {"folder": folder},
             "optimisation": {"batch": rows, "micro_batch": rows},
         }  # fmt: skip
         config = configuration.read(configuration.Config, settings)
         splits = {"train": RandomRows(vocabulary, length)}
-        known = {"known_tokens": min(KNOWN_TOKENS, vocabulary)}
-        common = [{"input_ids": list(range(known["known_tokens"])), "loss_mask": [1] * known["known_tokens"]}]
-        objective = MedusaObjective.build({"kind": "medusa", **known}, model, common)
+        common = [{"input_ids": list(range(known)), "loss_mask": [1] * known}]
+        objective = MedusaObjective.build(config.objective, model, common)
         accelerator = Accelerator(cpu=device.type == "cpu")
         trainer = Trainer(config, accelerator, objective, OnlineTarget(model), splits, {}, {})
         speed, loss = trainer.measure(steps, learn=True)

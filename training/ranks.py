@@ -5,42 +5,22 @@ than the next, given the text before. From them come p[depth][rank], the accurac
 of greedy decoding with any tree: where the text is the target's own greedy text, the same steps. Knows no files.
 """
 
-import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from ..drafters.draft_model import ModelDrafter
-from ..drafters.medusa import MedusaDrafter
+from ..drafters.kinds import KINDS
 from ..spec.planner import depth_within
 from ..spec.tree import TreeShape
-from .draft_lm import draft_ranks, next_tokens
-from .medusa import MedusaObjective
-from .objective import NO_LABEL, Batch, labelled
-from .target import OnlineTarget
-
-# A batch to the label ranks (n, D) of the true places of a mask (B, T), and that mask.
-Judge = Callable[[Batch], tuple[Tensor, Tensor]]
+from .objective import NO_LABEL, Judge
 
 
 def judge_of(drafter, model, depths: int) -> Judge | None:
-    """What ranks the tokens of a text by `drafter` for the target `model`, in the arithmetic of decoding; heads give
-    as many depths as they are. None for a drafter that nothing but decoding can judge."""
-    if isinstance(drafter, ModelDrafter):
-        return lambda batch: (
-            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary),
-            next_tokens(batch)[1],
-        )
-    if not isinstance(drafter, MedusaDrafter):
-        return None
-    heads, target = drafter.heads, OnlineTarget(model)
-    objective = MedusaObjective(copy.deepcopy(heads)).to(heads.dtype).eval()  # which makes them float32 first
-
-    def ranks(batch: Batch) -> tuple[Tensor, Tensor]:
-        return objective.label_ranks(batch, target.view(batch, "", [])), labelled(batch, 1)[..., 0]
-
-    return ranks
+    """What ranks the tokens of a text by `drafter` for the target `model`, as the objective of its kind does it; heads
+    give as many depths as they are. None for a drafter that nothing but decoding can judge."""
+    kind = KINDS.get(drafter.traits.kind)
+    return kind.objective_class().judge(drafter, model, depths) if kind and kind.objective else None
 
 
 def spans(ranks: Tensor, judged: Tensor) -> list[Tensor]:

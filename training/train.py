@@ -8,7 +8,6 @@ import os
 import signal
 import sys
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -24,6 +23,7 @@ from accelerate.utils import (
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .. import load_drafter
+from ..drafters.kinds import KINDS
 from ..spec.models import load_target
 from ..spec.packing import emulates_bfloat16, has_bfloat16
 from ..spec.planning import first_turns
@@ -35,6 +35,7 @@ from .config import Config, suggest
 from .decoding import Settings, counted, decode
 from .documents import tokenizer_fingerprint
 from .metrics import check_trackers
+from .objective import Objective
 from .rows import Rows, check_tokenizer, fingerprint, open_data
 from .target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, lm_head, write_hidden_states
 from .trainer import Trainer
@@ -42,7 +43,6 @@ from .versions import versions
 
 DECODED_TOKENS = 64  # per prompt of run.decode_prompts
 _WAYS = "use DDP (the default) or FSDP2 (configs/fsdp2.yaml)"
-KINDS = {"draft_lm": (".draft_lm", "DraftObjective"), "medusa": (".medusa", "MedusaObjective")}
 
 
 def train(args) -> None:
@@ -57,7 +57,7 @@ def train(args) -> None:
 def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | None:
     """Train; the number of the signal that stopped it, if one did. Raises ValueError for what a user can mend."""
     config = _with_precision(config)
-    kind = _kind(config.objective)
+    kind = objective_of(config.objective)
     check_trackers(config.run.trackers)
     folder = Path(config.run.folder)
     accelerator = _accelerator(config)
@@ -128,12 +128,12 @@ def _with_precision(config: Config) -> Config:
     return replace(config, optimisation=replace(config.optimisation, mixed_precision="bf16" if able else "no"))
 
 
-def _kind(settings: dict):
-    name = settings.get("kind")
-    if name not in KINDS:
-        raise ValueError(f"config: objective.kind is {name!r}{suggest(str(name), KINDS)}")
-    module, attribute = KINDS[name]
-    return getattr(import_module(module, __package__), attribute)
+def objective_of(settings: dict) -> type[Objective]:
+    """The class that trains what the section `objective` of a configuration names."""
+    name, trained = settings.get("kind"), sorted(name for name, kind in KINDS.items() if kind.objective)
+    if name not in trained:
+        raise ValueError(f"config: objective.kind is {name!r}{suggest(str(name), trained)}")
+    return KINDS[name].objective_class()
 
 
 def _accelerator(config: Config) -> Accelerator:
