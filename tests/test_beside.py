@@ -211,7 +211,7 @@ def test_where_drafts_are_drawn_the_first_drafts_alone(target, heads):
 def test_they_are_loaded_by_their_names(target, heads, ragged, tmp_path):
     heads.save(tmp_path / "heads", torch.float32)
     both = paceline.load_drafter(f"{tmp_path / 'heads'}+ngram", target)
-    assert both.name == "heads+ngram" and both.traits.reads_hidden and both.traits.vocab_size == 61
+    assert both.name == "heads+ngram" and both.traits.taps == ("head",) and both.traits.vocab_size == 61
     assert both.default_shape == both.parts[0].default_shape.beside(TreeShape.chain(COPIED))
     truth = paceline.generate(target, *ragged, do_sample=False, max_new_tokens=12)
     found = paceline.generate(target, *ragged, drafter=both, do_sample=False, max_new_tokens=12)

@@ -195,13 +195,13 @@ def test_a_captured_step_is_checked_and_a_stale_buffer_is_named(monkeypatch):
         assert (f"one capture for {captured.PROMPTS} prompts, read one step late", HOLDS) in verdicts
         assert ("a replayed step never waits", NOT_HERE) in verdicts and FAILS not in {v for _, v in verdicts}
         assert sum(f.what["promise"] == "same text" for f in sound) == 4 * (len(DRAFTS) + 1)
-        load = DecodeState.load
+        admit = DecodeState.admit
 
         def rebinding(self, *args):
-            load(self, *args)
+            admit(self, *args)
             self.lengths = self.lengths.clone()
 
-        monkeypatch.setattr(DecodeState, "load", rebinding)
+        monkeypatch.setattr(DecodeState, "admit", rebinding)
         stale = lossless()
         failing = [f for f in stale if f.verdict == FAILS]
         assert failing and {f.what["executor"] for f in failing} == {"tape"}

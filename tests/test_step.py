@@ -197,7 +197,7 @@ def test_every_step_is_one_graph(model, drafters, prompts, which, rule, way):
     counter = CompileCounter()
     runs.reset(model)
     decode(model, drafters[which], rule, way, prompts[0], "eager")
-    engine, _ = _open(model, drafters[which], rule, way, prompts[0])
+    engine = _open(model, drafters[which], rule, way, prompts[0])
     engine.idle_step()
     traced = torch.compile(lambda: step(engine, lambda phase: None), backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
@@ -206,13 +206,13 @@ def test_every_step_is_one_graph(model, drafters, prompts, which, rule, way):
 
 
 def _open(model, drafter, rule, way, batch):
-    """The engine that generate() makes for these arguments, and its executor."""
+    """The engine that generate() makes for these arguments."""
     opened = []
 
     @contextmanager
     def noted(*args):
         with runs.open_run(*args) as run:
-            opened.append(run)
+            opened.append(run.engine)
             yield run
 
     with pytest.MonkeyPatch.context() as patch:
