@@ -30,17 +30,14 @@ def decode(
     while rows.live:
         arrival = rows.step()
         _check(arrival, rows)
-        events = [
-            report.event(row, arrival.number, arrival.seconds)
-            for row, report in arrival.reports.items()
-            if report.committed
-        ]
+        seconds, reports = arrival.seconds, arrival.reports.items()
+        events = [report.event(row, arrival.number, seconds) for row, report in reports if report.committed]
         trace.events += events
         for event in events:
             texts[event.row] += event.committed
         for book, scores in ((score_book, arrival.scores), (logit_book, arrival.logits)):
             if book is not None:
-                book.add(scores, arrival.path, {row: report.committed for row, report in arrival.reports.items()})
+                book.add(scores, arrival.path, {row: report.committed for row, report in reports})
         if on_step is not None and events:
             on_step(events)
         if lockstep is not None:

@@ -94,8 +94,8 @@ def decode_texts(
             while live := rows.live:
                 if refill.exhausted and 2 * len(live) <= len(rows.tickets):  # too few for this batch
                     rows = rows.moved(live, _narrower(model, drafter, asked, sampler, rows, len(live)))
-                refill.take(rows, rows.step())
-                refill.fill(rows)
+                if refill.take(rows, rows.step()):
+                    refill.fill(rows)
 
 
 class _Refill:
@@ -119,8 +119,8 @@ class _Refill:
     def exhausted(self) -> bool:
         return not self.following and not self.waiting
 
-    def take(self, rows: Rows, arrival: Arrival) -> None:
-        """Hand over the texts that have ended."""
+    def take(self, rows: Rows, arrival: Arrival) -> bool:
+        """Hand over the texts that have ended; whether there were any."""
         for report in arrival.reports.values():
             self.progress(report.committed)
         for row, report in arrival.ended.items():
@@ -129,6 +129,7 @@ class _Refill:
             if following is not None:
                 assert following.room <= text.room, "a text that follows goes where the first one went"
                 self.following.append(following)
+        return bool(arrival.ended)
 
     def fill(self, rows: Rows) -> None:
         """Give the free rows the next texts; texts of like length are read together."""

@@ -77,10 +77,15 @@ class Arrival:
 
     number: int
     reports: dict[int, RowReport]  # [row]: of the rows whose requests the step was for
-    seconds: dict[str, float]  # of each phase
+    watch: Stopwatch
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
     logits: Tensor | None  # (B, N, V), where asked for
     scores: Tensor | None  # (B, N, V), where asked for
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of each phase of the step."""
+        return self.watch.seconds()
 
     @property
     def ended(self) -> dict[int, RowReport]:
@@ -127,7 +132,7 @@ class Rows:
         for row, report in reports.items():
             if report.done:
                 self.tickets[row] = NO_TICKET
-        return Arrival(readout.number, reports, readout.watch.seconds(), readout.path, readout.logits, readout.scores)
+        return Arrival(readout.number, reports, readout.watch, readout.path, readout.logits, readout.scores)
 
     def evict(self, rows: list[int]) -> None:
         """End the texts of `rows` where they are."""

@@ -82,6 +82,15 @@ def test_another_value_compiles_nothing():
     runs.reset(model)
 
 
+def test_a_drafter_that_taps_the_model_costs_no_other_step(tapes):
+    """Heads put hooks on the model, which are deaf in the steps of others."""
+    model = tiny_llama()
+    drafters = [NoDrafter(), MedusaDrafter(fitted_heads(tiny_llama(), "hydra", steps=2)), NgramDrafter()]
+    for drafter in (drafters[0], drafters[2], *drafters):
+        assert_eager_text(model, drafter=drafter)
+    assert len(tapes) == 3
+
+
 def test_a_second_data_run_makes_no_other_step(tapes):
     model = tiny_llama()
     for temperature in (0.9, 0.4):
