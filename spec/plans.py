@@ -46,10 +46,11 @@ def automatic_shape(
 
 
 def read_shape(
-    tree: str | Path | Sequence[int] | TreeShape | DynamicShape | None, drafter: Drafter
+    tree: str | Path | Sequence[int] | TreeShape | DynamicShape | None, drafter: Drafter | None
 ) -> TreeShape | DynamicShape:
-    """The shape that `tree=` means, "auto" excepted; None is the drafter's own."""
+    """The shape that `tree=` means, "auto" excepted; None is the drafter's own, which only then has to be given."""
     if tree is None:
+        assert drafter is not None
         return drafter.default_shape
     if isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json")):
         return Plan.load(tree).shape
