@@ -105,7 +105,7 @@ def row(name: str, records: list[Record], baselines: dict[str, list[Record]]) ->
     sums = unit_sums(records)
     figures = metrics.summary([event for record in records for event in record.events])
     seconds, tokens, steps = (sum(own[i] for own in sums.values()) for i in range(3))
-    per_step = ratio_interval(*zip(*[(t, s) for _, t, s in sums.values()])) if steps else None
+    per_step = ratio_interval([own[1] for own in sums.values()], [own[2] for own in sums.values()]) if steps else None
     out = {
         "name": name,
         "prompts": len({record.prompt for record in records}),

@@ -7,10 +7,12 @@ same text. Figures and pages are computed from the file afterwards.
 
 import hashlib
 import sys
+from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -26,14 +28,18 @@ from .noise import row_keys
 from .plans import automatic_shape, read_shape
 from .pool import modules_of
 from .prompts import BenchPrompt, conversation_ids, left_padded, read_prompts
+from .proposal import Drafter
 from .runfile import VERSION, Difference, Record, RunWriter
 from .runs import keep
-from .tree import TreeShape
+from .tree import DynamicShape, TreeShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 SHOWN = 3  # prompts whose tokens are kept as text, for the report's token trace
 
 
-def bench(args) -> None:
+def bench(args: Namespace) -> None:
     """The command: measure, or go on measuring, into `args.output`."""
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -53,8 +59,9 @@ def bench(args) -> None:
         writer.close()
 
 
-def _decoder(method: Method, model, tokenizer) -> Decoder:
-    drafter = shape = None
+def _decoder(method: Method, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Decoder:
+    drafter: Drafter | None = None
+    shape: TreeShape | DynamicShape | None = None
     if method.drafter is not None:
         from .. import load_drafter
 
@@ -62,13 +69,11 @@ def _decoder(method: Method, model, tokenizer) -> Decoder:
         if method.executor is None and drafter.traits.causal_lm is None:
             raise ValueError(f"method {method.name!r}: {method.drafter} is no draft model that transformers can run")
     if method.kind == "drafted":
-        planned = method.rule, method.temperature
-        automatic = method.tree == "auto"
-        shape = (
-            automatic_shape(model, drafter, method.executor, *planned)
-            if automatic
-            else read_shape(method.tree, drafter)
-        )
+        assert drafter is not None and method.executor is not None
+        if method.tree == "auto":
+            shape = automatic_shape(model, drafter, method.executor, method.rule, method.temperature)
+        else:
+            shape = read_shape(method.tree, drafter)
         if len(shape) == 1:
             drafter = None
     elif method.kind == "ar":
@@ -81,9 +86,9 @@ def _decoder(method: Method, model, tokenizer) -> Decoder:
 class Bench:
     """One run of the bench over a file that may hold part of it already."""
 
-    args: object
-    model: object
-    tokenizer: object
+    args: Namespace
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
     decoders: dict[str, Decoder]
     writer: RunWriter
     records: dict[tuple, Record] = field(default_factory=dict)
@@ -99,16 +104,14 @@ class Bench:
         with tqdm(total=rounds, unit="turn", desc="bench", file=sys.stderr, dynamic_ncols=True) as bar:
             for number, batch in enumerate(batches):
                 for turn in range(max(len(prompt.turns) for prompt in batch)):
-                    rows = [prompt for prompt in batch if len(prompt.turns) > turn]
-                    ids = [self._context(prompt, turn) for prompt in rows]
-                    fitting = [own is not None and self._fits(own) for own in ids]
-                    left_out += fitting.count(False)
-                    rows = [prompt for prompt, fits in zip(rows, fitting) if fits]
-                    ids = [own for own, fits in zip(ids, fitting) if fits]
+                    asked = [(prompt, self._context(prompt, turn)) for prompt in batch if len(prompt.turns) > turn]
+                    fitting = [(prompt, own) for prompt, own in asked if own is not None and self._fits(own)]
+                    left_out += len(asked) - len(fitting)
+                    rows, ids = [prompt for prompt, _ in fitting], [own for _, own in fitting]
                     for repeat in range(self.args.repeats):
                         if rows:
                             self._round(number, turn, repeat, rows, ids)
-                        bar.update(len(fitting))
+                        bar.update(len(asked))
                         bar.set_postfix_str(self._postfix())
         if left_out:
             print(f"left out {left_out} turns that do not fit into the model's context", file=sys.stderr)
@@ -148,7 +151,9 @@ class Bench:
             self.writer.append(records)
             self._count(records)
 
-    def _decode(self, number, turn, repeat, rows, ids, name) -> list[Record]:
+    def _decode(
+        self, number: int, turn: int, repeat: int, rows: list[BenchPrompt], ids: list[list[int]], name: str
+    ) -> list[Record]:
         decoder, new_tokens = self.decoders[name], self.args.max_new_tokens
         batch = left_padded(ids, decoder.pad, self.model.device)
         seeds = [self._seed(prompt.id, repeat) for prompt in rows]
@@ -217,7 +222,7 @@ class Bench:
         return ", ".join(shown[:3])
 
 
-def _header(args, model, decoders: dict[str, Decoder]) -> dict:
+def _header(args: Namespace, model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
     setup = {
         "model": Path(args.model).name,
         "fingerprint": provenance.target_fingerprint(model)[:16],
@@ -248,7 +253,7 @@ def _header(args, model, decoders: dict[str, Decoder]) -> dict:
     }
 
 
-def _memory(model, decoders: dict[str, Decoder]) -> dict:
+def _memory(model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
     """Bytes of the target, of one slot of a row in its cache, and of each drafter's own weights and slots."""
     mine = {parameter.data_ptr() for parameter in model.parameters()}
     drafters = {}

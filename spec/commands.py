@@ -3,22 +3,29 @@
 import json
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .console import Streamer, colours, summary_line, table
+from .generate import SpeculativeOutput
 from .generate import generate as generate_tokens
 from .models import NAMED, cache_folder, load_target
+from .proposal import Drafter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-def load_model(args):
+def load_model(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The model and tokenizer that the options name."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return load_target(args.model, args.dtype, device, args.trust_remote_code)
 
 
-def load(args):
+def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Drafter | None]:
     """The model, tokenizer and drafter that the options name."""
     model, tokenizer = load_model(args)
     drafter = None
@@ -29,7 +36,7 @@ def load(args):
     return model, tokenizer, drafter
 
 
-def encode(tokenizer, text: str, chat: bool, device) -> dict:
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool, device: torch.device) -> dict:
     """Token ids and mask of a prompt, through the chat template where `chat`."""
     if not chat:
         batch = tokenizer(text, return_tensors="pt")
@@ -41,7 +48,7 @@ def encode(tokenizer, text: str, chat: bool, device) -> dict:
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
-def generate(args) -> None:
+def generate(args: Namespace) -> None:
     text = args.prompt if args.prompt is not None else args.chat if args.chat is not None else _read(args.prompt_file)
     if not text:
         raise ValueError("the prompt is empty; give it at least one character")
@@ -50,7 +57,7 @@ def generate(args) -> None:
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p} is not above 0 and at most 1")
     model, tokenizer, drafter = load(args)
-    sampling = {"do_sample": False}
+    sampling: dict = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
     prompt = encode(tokenizer, text, args.chat is not None, model.device)
@@ -71,6 +78,7 @@ def generate(args) -> None:
         **sampling,
     )
     seconds = time.perf_counter() - started
+    assert isinstance(out, SpeculativeOutput) and out.trace is not None
     tokens = out.sequences[0, prompt["input_ids"].shape[1] :].tolist()
     summary = out.trace.summary()
     if args.json:
@@ -89,7 +97,7 @@ def _read(path: str) -> str:
         raise ValueError(f"--prompt-file {path} cannot be read ({error})") from error
 
 
-def models(args) -> None:
+def models(args: Namespace) -> None:
     rows = []
     for name, model in NAMED.items():
         cached = cache_folder() / name

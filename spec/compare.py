@@ -9,23 +9,36 @@ import statistics
 import sys
 import time
 from collections import defaultdict
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 from .console import table
-from .generate import generate
+from .generate import SpeculativeOutput, generate
+from .proposal import Drafter
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 WAYS = ("transformers", "plain", "drafted")
 
 
-def compare(model, prompts: list[tuple[str, dict]], drafter, tree, executor: str, new_tokens: int) -> None:
+def compare(
+    model: "PreTrainedModel",
+    prompts: list[tuple[str, dict]],
+    drafter: Drafter,
+    tree: str | None,
+    executor: str,
+    new_tokens: int,
+) -> None:
     """Decode `prompts` (category, encoded) in all ways and print a table by category.
 
     The first prompts of every shape are decoded twice, the first time to warm up (and compile) unmeasured."""
     seconds: dict[str, list[dict[str, tuple[float, float]]]] = defaultdict(list)
-    traces, differing = defaultdict(Trace), 0
+    traces: dict[str, Trace] = defaultdict(Trace)
+    differing = 0
     for _, prompt in prompts:  # whatever has to be compiled or allocated
         for way in WAYS[1:]:
             _decode(model, prompt, way, drafter, tree, executor, 2, new_tokens)
@@ -33,7 +46,7 @@ def compare(model, prompts: list[tuple[str, dict]], drafter, tree, executor: str
         times, texts = {}, {}
         for way in [*WAYS[number % 3 :], *WAYS[: number % 3]]:
             texts[way], times[way], trace = _decode(model, prompt, way, drafter, tree, executor, new_tokens, new_tokens)
-            if way == "drafted":
+            if trace is not None and way == "drafted":
                 traces[category].events += trace.events
         seconds[category].append(times)
         differing += not torch.equal(texts["plain"], texts["drafted"])
@@ -53,7 +66,7 @@ class _Clock:
     def __init__(self):
         self.prompt, self.first, self.tokens = True, 0.0, 0
 
-    def put(self, tokens) -> None:
+    def put(self, tokens: torch.Tensor) -> None:
         if self.prompt:
             self.prompt = False
         else:
@@ -67,7 +80,16 @@ class _Clock:
             self.first, self.tokens = time.perf_counter(), tokens
 
 
-def _decode(model, prompt, way: str, drafter, tree, executor: str, tokens: int, room: int):
+def _decode(
+    model: "PreTrainedModel",
+    prompt: dict,
+    way: str,
+    drafter: Drafter,
+    tree: str | None,
+    executor: str,
+    tokens: int,
+    room: int,
+) -> tuple[torch.Tensor, tuple[float, float], Trace | None]:
     """Decode up to `tokens` in a run that has room for `room`, so that all runs of a prompt share a shape.
 
     Returns the text, seconds per token of the whole call and after the first tokens, and the trace."""
@@ -75,12 +97,13 @@ def _decode(model, prompt, way: str, drafter, tree, executor: str, tokens: int, 
     if way == "transformers":
         text, trace = model.generate(**prompt, do_sample=False, max_new_tokens=tokens, streamer=clock), None
     else:
-        drafting = {"drafter": drafter, "tree": tree} if way == "drafted" else {}
-        stop = {"stopping_criteria": [After(prompt["input_ids"].shape[1] + tokens)]} if tokens < room else {}
+        drafting: dict = {"drafter": drafter, "tree": tree} if way == "drafted" else {}
+        stop: dict = {"stopping_criteria": [After(prompt["input_ids"].shape[1] + tokens)]} if tokens < room else {}
         out = generate(
             model, **prompt, **drafting, **stop, executor=executor, do_sample=False, max_new_tokens=room,
             return_dict_in_generate=True, on_step=lambda events: clock.note(len(events[0].committed)),
         )  # fmt: skip
+        assert isinstance(out, SpeculativeOutput)
         text, trace = out.sequences, out.trace
     ended, count = time.perf_counter(), text.shape[1] - prompt["input_ids"].shape[1]
     return text, ((ended - started) / count, (ended - clock.first) / max(count - clock.tokens, 1)), trace
@@ -92,7 +115,7 @@ class After:
     def __init__(self, length: int):
         self.length = length
 
-    def __call__(self, input_ids, scores, **kwargs):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
         return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)
 
 

@@ -2,13 +2,17 @@
 
 import os
 import sys
+from typing import TYPE_CHECKING, TextIO
 
 from .trace import Event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
 
 
-def colours(stream=None) -> bool:
+def colours(stream: TextIO | None = None) -> bool:
     """Whether to colour: a terminal, and NO_COLOR (no-color.org) not set."""
     return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR")
 
@@ -19,7 +23,7 @@ class Streamer:
     Text that may still change with the next token (half a character) waits.
     """
 
-    def __init__(self, tokenizer, coloured: bool):
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", coloured: bool):
         self.tokenizer = tokenizer
         self.coloured = coloured
         self.tokens: list[int] = []

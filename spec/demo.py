@@ -2,6 +2,9 @@
 
 import sys
 import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -9,8 +12,13 @@ from .commands import encode, load
 from .compare import After
 from .console import BOLD, GREEN, PLAIN, Streamer, colours, table
 from .executors import LONG_RUN, choose
-from .generate import generate
+from .generate import SpeculativeOutput, generate
 from .margin import margin, parting
+from .proposal import Drafter
+from .trace import Event
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPTS = {
     "rewrite code": (
@@ -27,7 +35,7 @@ PROMPTS = {
 }
 
 
-def demo(args) -> None:
+def demo(args: Namespace) -> None:
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to show; choose a drafter, for instance ngram")
@@ -55,6 +63,7 @@ def demo(args) -> None:
         if not same:
             notes.append(f"{title}: {_difference(model, plain.sequences[0], fast.sequences[0], width)}")
         counts = plain.sequences.shape[1] - width, fast.sequences.shape[1] - width
+        assert fast.trace is not None
         summary = fast.trace.summary()
         rates = counts[0] / plain_seconds, counts[1] / seconds
         rows.append([title, *_figures(*rates, summary["tokens_per_step"]), "yes" if same else "no"])
@@ -78,21 +87,32 @@ def _figures(plain: float, fast: float, per_step: float) -> list[str]:
     return [f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}x", f"{per_step:.2f}"]
 
 
-def _generate(args, model, prompt, drafter, **options):
+def _generate(
+    args: Namespace, model: "PreTrainedModel", prompt: dict, drafter: Drafter | None, **options
+) -> SpeculativeOutput:
     options |= {"do_sample": False, "max_new_tokens": args.max_new_tokens, "return_dict_in_generate": True}
     tree = args.tree if drafter is not None else None
-    return generate(model, **prompt, drafter=drafter, tree=tree, executor=args.executor, **options)
+    out = generate(model, **prompt, drafter=drafter, tree=tree, executor=args.executor, **options)
+    assert isinstance(out, SpeculativeOutput)
+    return out
 
 
-def _timed(args, model, prompt, drafter, on_step=None):
+def _timed(
+    args: Namespace,
+    model: "PreTrainedModel",
+    prompt: dict,
+    drafter: Drafter | None,
+    on_step: Callable[[list[Event]], None] | None = None,
+) -> tuple[SpeculativeOutput, float]:
     started = time.perf_counter()
     out = _generate(args, model, prompt, drafter, on_step=on_step)
     return out, time.perf_counter() - started
 
 
-def _difference(model, plain: torch.Tensor, fast: torch.Tensor, width: int) -> str:
+def _difference(model: "PreTrainedModel", plain: torch.Tensor, fast: torch.Tensor, width: int) -> str:
     """Where two greedy texts part, and how close the two best logits are there."""
     place = parting(plain.tolist(), fast.tolist())
+    assert place is not None
     apart, spacing = margin(model, plain[:place].tolist())
     name = str(model.dtype).removeprefix("torch.")
     return (

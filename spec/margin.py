@@ -5,11 +5,15 @@ The margin shows whether it was one.
 """
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import noise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def parting(one: list[int], other: list[int]) -> int | None:
@@ -20,7 +24,9 @@ def parting(one: list[int], other: list[int]) -> int | None:
 
 
 @torch.no_grad()
-def margin(model, text: list[int], temperature: float = 0.0, key: Tensor | None = None) -> tuple[float, float]:
+def margin(
+    model: "PreTrainedModel", text: list[int], temperature: float = 0.0, key: Tensor | None = None
+) -> tuple[float, float]:
     """How far apart the scores of the two best tokens after `text` are, and the spacing of the dtype's numbers there.
 
     Scores are logits, or at a temperature logits / temperature + the noise of the row's stream `key` (2,)."""
@@ -28,6 +34,7 @@ def margin(model, text: list[int], temperature: float = 0.0, key: Tensor | None 
     scores = model(input_ids=ids, use_cache=False).logits[0, -1].float()
     spacing = torch.finfo(model.dtype).eps * float(scores.max().abs()) / (temperature or 1.0)
     if temperature:
+        assert key is not None
         vocab = torch.arange(len(scores), device=scores.device)
         position = torch.tensor([[len(text)]], device=scores.device)
         scores = scores / temperature + noise.gumbel(key[None], position, noise.TARGET, vocab)[0, 0]

@@ -11,16 +11,21 @@ A method is `NAME:key=value,...`, such as `ngram:tree=4x2x1,executor=compiled`.
 
 import time
 from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch
 
 from .curves import wait_for
 from .executors import EXECUTORS, choose
-from .generate import generate
-from .proposal import NoDrafter
+from .generate import SpeculativeOutput, generate
+from .proposal import Drafter, NoDrafter
 from .runs import settled_capacity
 from .trace import Trace
+from .tree import DynamicShape, TreeShape
 from .verify import RULES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEYS = ("tree", "rule", "executor", "temperature", "drafter", "name")
 THEIRS = ("transformers", "transformers-lookup", "transformers-assisted")
@@ -125,9 +130,9 @@ class Decoder:
     """A method with its drafter and tree loaded, ready to decode on `model`."""
 
     method: Method
-    model: object
-    drafter: object | None
-    shape: object | None
+    model: "PreTrainedModel"
+    drafter: Drafter | None
+    shape: TreeShape | DynamicShape | None
     pad: int
 
     def capacity(self, prompt: int, new_tokens: int) -> int:
@@ -138,7 +143,7 @@ class Decoder:
     def decode(self, batch: dict, seeds: list[int], new_tokens: int) -> tuple[torch.Tensor, Trace | None, float]:
         """Texts (B, P + new), the trace where there is one, and seconds."""
         method, heat = self.method, self.method.temperature
-        options = {"max_new_tokens": new_tokens, "pad_token_id": self.pad, "do_sample": heat > 0}
+        options: dict = {"max_new_tokens": new_tokens, "pad_token_id": self.pad, "do_sample": heat > 0}
         if heat > 0:
             options |= {"temperature": heat, "top_k": 0, "top_p": 1.0}
         wait_for(self.model)
@@ -147,9 +152,10 @@ class Decoder:
             torch.manual_seed(seeds[0])
             texts, trace = self.model.generate(**batch, **options, **self._their_options()), None
         else:
-            drafting = {"drafter": self.drafter or NoDrafter(), "tree": self.shape, "verify": method.rule}
+            drafting: dict = {"drafter": self.drafter or NoDrafter(), "tree": self.shape, "verify": method.rule}
             options |= {"executor": method.executor, "seed": seeds, "return_dict_in_generate": True}
             out = generate(self.model, **batch, **drafting, **options)
+            assert isinstance(out, SpeculativeOutput)
             texts, trace = out.sequences, out.trace
         wait_for(self.model)
         return texts, trace, time.perf_counter() - started
@@ -157,7 +163,7 @@ class Decoder:
     def _their_options(self) -> dict:
         if self.method.kind == "transformers-lookup":
             return {"prompt_lookup_num_tokens": LOOKUP_TOKENS}
-        return {"assistant_model": self.drafter.traits.causal_lm} if self.method.kind == "transformers-assisted" else {}
+        return {} if self.drafter is None else {"assistant_model": self.drafter.traits.causal_lm}
 
     def about(self) -> dict:
         """The method as the header of a run file has it."""

@@ -5,6 +5,8 @@ A plan is kept in the cache for (target, drafter, device, dtype, executor, rule,
 """
 
 import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
@@ -15,18 +17,23 @@ from .commands import encode, load
 from .compare import compare
 from .console import table
 from .executors import choose
-from .planner import Acceptance, Plan, choose_tree
+from .planner import Acceptance, Plan, Rates, choose_tree
 from .plans import plan_path
 from .prompts import read_prompts
-from .proposal import NoDrafter, parts_of
+from .proposal import Drafter, NoDrafter, parts_of
 from .provenance import target_fingerprint
 from .rows import Stopwatch
 from .runfile import read_run
 from .tree import TreeShape
 from .verify import draft_sampling
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-def calibrate(model, drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int) -> Replay:
+
+def calibrate(
+    model: "PreTrainedModel", drafter: Drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int
+) -> Replay:
     """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
 
     Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
@@ -36,7 +43,7 @@ def calibrate(model, drafter, prompts: list[dict], rule: str, temperature: float
     )
 
 
-def plan(args) -> None:
+def plan(args: Namespace) -> None:
     """The command `paceline plan`."""
     model, tokenizer, drafter = load(args)
     if drafter is None:
@@ -55,13 +62,13 @@ def plan(args) -> None:
     else:
         prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
         how = args.verify, args.temperature, args.max_new_tokens
-        replays = tuple(calibrate(model, part, prompts, *how) for part in parts)
+        replays = [calibrate(model, part, prompts, *how) for part in parts]
         alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
         if len(parts) == 1:
             planned = alone[0]
             rates = [replays[0].rates(planned.shape)]
         else:
-            planned = plan_side_by_side(replays, measured.target, measured.drafts)
+            planned = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
             rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
     _show([part.name for part in parts], rates, measured, planned)
     if len(parts) > 1:
@@ -74,7 +81,7 @@ def plan(args) -> None:
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
 
 
-def measured_acceptance(args, model) -> Acceptance:
+def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance:
     """Counts over a run file: the methods of the drafter, rule and temperature that are planned for. What their trees
     did not try is not known, so a run with a wide tree tells most. Raises ValueError where there is no such method."""
     run = read_run(args.run)
@@ -95,7 +102,7 @@ def measured_acceptance(args, model) -> Acceptance:
     return Acceptance.of(events)
 
 
-def profile(args) -> None:
+def profile(args: Namespace) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
     model, tokenizer, drafter = load(args)
     if args.compare:
@@ -123,7 +130,7 @@ def profile(args) -> None:
         watch_phases(model, drafter, shape)
 
 
-def watch_phases(model, drafter, shape: TreeShape, repeats: int = 20) -> None:
+def watch_phases(model: "PreTrainedModel", drafter: Drafter, shape: TreeShape, repeats: int = 20) -> None:
     """Print the shares of an eager step."""
     runner = curves.open_idle(model, "eager", drafter, shape)
     phases: dict[str, list[float]] = {}
@@ -139,7 +146,9 @@ def watch_phases(model, drafter, shape: TreeShape, repeats: int = 20) -> None:
     print(f"\nan eager step of {len(shape)} nodes\n" + table(["phase", "ms", "share"], rows))
 
 
-def first_turns(path: str, tokenizer, model, most: int | None = None) -> list[tuple[str, dict]]:
+def first_turns(
+    path: str, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", most: int | None = None
+) -> list[tuple[str, dict]]:
     """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, or `most` of them, spread over it."""
     chat = bool(tokenizer.chat_template)
     prompts = read_prompts(path, most)
@@ -158,7 +167,7 @@ def _show_draft(name: str, measured: curves.Curves, costs: dict[int, float]) -> 
     print(f"\n{name}\n" + table(["draft levels", "ms", "of plain"], rows))
 
 
-def _show(names: list[str], rates: list, measured: curves.Curves, planned: Plan) -> None:
+def _show(names: list[str], rates: list[Rates], measured: curves.Curves, planned: Plan) -> None:
     _show_target(measured)
     for name, own, costs in zip(names, rates, measured.drafts):
         _show_draft(name, measured, costs)

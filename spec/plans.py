@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .models import cache_folder
 from .module_state import fingerprint
 from .planner import Plan
-from .proposal import parts_of
-from .tree import TreeShape
+from .proposal import Drafter, parts_of
+from .tree import DynamicShape, TreeShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
-def plan_path(model, drafter, executor: str, rule: str, temperature: float) -> Path:
+def plan_path(model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float) -> Path:
     """The file of the plan for a target and drafter on this device, with this executor, rule and temperature."""
     cuda = model.device.type == "cuda"
     device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
@@ -26,7 +31,9 @@ def plan_path(model, drafter, executor: str, rule: str, temperature: float) -> P
     return cache_folder() / "plans" / f"{digest}.json"
 
 
-def automatic_shape(model, drafter, executor: str, rule: str, temperature: float) -> TreeShape:
+def automatic_shape(
+    model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float
+) -> TreeShape:
     """The shape of the kept plan; a root alone where not to speculate is best. Raises ValueError where no
     plan has been made."""
     path = plan_path(model, drafter, executor, rule, temperature)
@@ -38,9 +45,13 @@ def automatic_shape(model, drafter, executor: str, rule: str, temperature: float
     return Plan.load(path).shape
 
 
-def read_shape(tree, drafter) -> TreeShape:
-    """The shape that `tree=` means, "auto" excepted; None is the drafter's own."""
+def read_shape(
+    tree: str | Path | Sequence[int] | TreeShape | DynamicShape | None, drafter: Drafter | None
+) -> TreeShape | DynamicShape:
+    """The shape that `tree=` means, "auto" excepted; None is the drafter's own, which only then has to be given."""
     if tree is None:
+        assert drafter is not None
         return drafter.default_shape
-    planned = isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json"))
-    return Plan.load(tree).shape if planned else TreeShape.parse(tree)
+    if isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json")):
+        return Plan.load(tree).shape
+    return TreeShape.parse(tree)

@@ -3,8 +3,12 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,7 @@ def _prompt(number: int, line: dict) -> BenchPrompt:
     return BenchPrompt(str(line.get("id", number)), str(line.get("category", "all")), tuple(turns))
 
 
-def conversation_ids(tokenizer, turns: list[str]) -> list[int]:
+def conversation_ids(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> list[int]:
     """Token ids of a conversation, user and assistant in turns, that ends with the user; without a chat template
     the turns stand one after the other."""
     if not tokenizer.chat_template:
@@ -47,7 +51,7 @@ def conversation_ids(tokenizer, turns: list[str]) -> list[int]:
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
-def left_padded(rows: list[list[int]], pad: int, device) -> dict[str, torch.Tensor]:
+def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (B, P)."""
     width = max(map(len, rows))
     ids = [[pad] * (width - len(row)) + row for row in rows]

@@ -9,10 +9,14 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from .. import __version__
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ESSENTIALS = ("model_type", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
 
@@ -48,15 +52,19 @@ def git_commit() -> str | None:
     if not (root / ".git").exists():
         return None
     try:
-        options = dict(cwd=root, capture_output=True, text=True, check=True)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], **options).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], **options).stdout.strip()
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")
 
 
-def target_fingerprint(model) -> str:
+def _git(root: Path, *arguments: str) -> str:
+    run = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    return run.stdout.strip()
+
+
+def target_fingerprint(model: "PreTrainedModel") -> str:
     """SHA-256 of what makes a target the one that a drafter or a run was made for: its essential sizes, and a few rows
     of its embeddings and LM head, rounded to bfloat16 so that a float32 and a bfloat16 load of a model agree."""
     config = model.config.get_text_config()

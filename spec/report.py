@@ -5,6 +5,7 @@ One HTML file that needs nothing else: pictures inline, no script, no network.
 
 import json
 import sys
+from argparse import Namespace
 from dataclasses import asdict
 from importlib.resources import files
 from pathlib import Path
@@ -28,7 +29,7 @@ HEADER = [
 ]  # fmt: skip
 
 
-def report(args) -> None:
+def report(args: Namespace) -> None:
     """The command `paceline report`."""
     runs = [_read(path) for path in args.runs]
     figures = analyse(runs)
@@ -174,7 +175,7 @@ def _texts(figures: dict, runs: list[Run]) -> list[tuple[str, list]]:
     return [(f"{record.prompt} ({record.category})", chips(record)) for record in kept[:3]]
 
 
-def compare(args) -> int:
+def compare(args: Namespace) -> int:
     """The command `paceline compare A B`: exit code 1 where a method of B is worse than in A beyond noise. Two files of
     `paceline check` are put side by side: exit code 1 where what holds in A fails in B.
 
@@ -191,7 +192,7 @@ def compare(args) -> int:
         raise ValueError(f"{args.runs[0]} and {args.runs[1]} have no method of the same name; measure the same methods")
     rows, worse = [], []
     for name in names:
-        for what, change in changes(*runs, name).items():
+        for what, change in changes(runs[0], runs[1], name).items():
             bad = change.high is not None and change.high < 1
             worse += [name] * bad
             word = "worse" if bad else "better" if change.low is not None and change.low > 1 else "no difference seen"

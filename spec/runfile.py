@@ -5,6 +5,7 @@ other line is one `Record`: one turn of one prompt by one method. Lines of a bat
 a file that was cut, mixed or written by two is read, and what was left out is counted. Knows nothing of models.
 """
 
+import contextlib
 import io
 import json
 from collections import Counter
@@ -142,24 +143,19 @@ def _read(path: str | Path) -> tuple[Run, int]:
     for line in lines[1:]:
         place += len(line)
         entry = _parsed(line) if line.endswith(b"\n") else None
+        reason = "cut or damaged"
         if entry is not None and "kind" in entry:
-            foreign = entry != header
-        reason = None if entry is None or "kind" not in entry else "further headers"
-        record = None
-        if entry is None:
-            reason = "cut or damaged"
-        elif reason is None and foreign:
+            foreign, reason = entry != header, "further headers"
+        elif entry is not None and foreign:
             reason = "of another run or version"
-        elif reason is None:
-            try:
+        elif entry is not None:
+            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
                 record = Record.parse(entry)
-                reason = "written twice" if record.key in records else None
-            except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-                reason = "cut or damaged"
-        if reason is not None:
-            left_out[reason] += 1
-            continue
-        records[record.key], ends[record.group] = record, place
+                if record.key not in records:
+                    ends[record.group], records[record.key] = place, record
+                    continue
+                reason = "written twice"
+        left_out[reason] += 1
     seen = Counter(record.group for record in records.values())
     whole = [record for record in records.values() if seen[record.group] == record.rows]
     if len(whole) < len(records):
@@ -220,7 +216,7 @@ class RunWriter:
         self.file.close()
 
 
-def check_equal(path, name: str, mine, theirs) -> None:
+def check_equal(path: str | Path, name: str, mine, theirs) -> None:
     """Raise ValueError that names the first setting in which a run file differs from what is asked for now."""
     if mine == theirs:
         return
@@ -239,7 +235,7 @@ def _short(value) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _lock(file: io.FileIO, path) -> None:
+def _lock(file: io.FileIO, path: str | Path) -> None:
     try:
         import fcntl
     except ImportError:  # Windows: two writers are then found by the reader

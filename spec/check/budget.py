@@ -115,6 +115,11 @@ def _stop_compiling(before: set[psutil.Process]) -> None:
             process.kill()
 
 
+def single(find: Callable[..., Finding], *arguments) -> Callable[[], list[Finding]]:
+    """The work of a task that finds one thing."""
+    return lambda: [find(*arguments)]
+
+
 def absent(what: dict, reason: str) -> Task:
     """A task that finds nothing but the reason why."""
 

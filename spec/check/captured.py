@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ..generate import generate
+from ..executors import Executor
+from ..generate import SpeculativeOutput, generate
 from ..pool import pool_of
 from ..rows import Rows
-from ..step import step
-from .budget import NotHere, Task
+from ..step import Engine, step
+from ..trace import Event
+from .budget import NotHere, Task, single
 from .record import FAILS, Finding
 from .subject import Subject
 
@@ -26,28 +28,34 @@ def captured_tasks(subject: Subject, executor: str, new_tokens: int) -> Iterator
     }
     for promise, show in promises.items():
         what = {"promise": promise, "executor": executor}
-        yield Task(what, lambda what=what, show=show: [show(subject, what, new_tokens)])
+        yield Task(what, single(show, subject, what, new_tokens))
 
 
-def _decode(subject: Subject, executor: str, seed: int, new_tokens: int):
+def _decode(subject: Subject, executor: str, seed: int, new_tokens: int) -> tuple[torch.Tensor, list[Event]]:
+    """The text and the events."""
     generator = torch.Generator().manual_seed(seed)
     half = torch.randint(subject.vocabulary // 8, subject.vocabulary, (1, 4 + seed), generator=generator)
     ids = torch.cat([half, half], dim=1).to(subject.device)
-    options = dict(do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, return_dict_in_generate=True)
-    return generate(subject.model, ids, drafter=subject.drafter("ngram"), tree="2x1x1", executor=executor, **options)
+    out = generate(
+        subject.model, ids, drafter=subject.drafter("ngram"), tree="2x1x1", executor=executor, do_sample=False,
+        max_new_tokens=new_tokens, pad_token_id=0, return_dict_in_generate=True,
+    )  # fmt: skip
+    assert isinstance(out, SpeculativeOutput) and out.trace is not None
+    return out.sequences, out.trace.events
 
 
 def _serves_other_prompts(subject: Subject, what: dict, new_tokens: int) -> Finding:
     """Equal events, step by step, show that each report was read before the next step wrote over it."""
     executor, made, parted = what["executor"], [], 0
     for seed in range(PROMPTS):
-        plain, before = _decode(subject, "eager", seed, new_tokens), len(pool_of(subject.model).runs)
-        replayed = _decode(subject, executor, seed, new_tokens)
+        plain, plain_events = _decode(subject, "eager", seed, new_tokens)
+        before = len(pool_of(subject.model).runs)
+        replayed, events = _decode(subject, executor, seed, new_tokens)
         made.append(len(pool_of(subject.model).runs) - before)
-        if not torch.equal(plain.sequences, replayed.sequences):  # which the texts' own check judges
+        if not torch.equal(plain, replayed):  # which the texts' own check judges
             parted += 1
             continue
-        steps = [[(e.tokens, e.accepted, e.bonus) for e in out.trace.events] for out in (plain, replayed)]
+        steps = [[(e.tokens, e.accepted, e.bonus) for e in own] for own in (plain_events, events)]
         if steps[0] != steps[1]:
             number = next((i for i, pair in enumerate(zip(*steps)) if pair[0] != pair[1]), min(map(len, steps)))
             return Finding(what, FAILS, f"step {number} on prompt {seed} is not what the eager step does")
@@ -60,7 +68,7 @@ def _serves_other_prompts(subject: Subject, what: dict, new_tokens: int) -> Find
     return Finding(what, figures={"texts": PROMPTS, "parted": parted})
 
 
-def _runner(subject: Subject, executor: str):
+def _runner(subject: Subject, executor: str) -> tuple[Engine, Executor]:
     """The engine kept for `executor` last, and its executor."""
     if subject.device.type != "cuda":
         raise NotHere("needs CUDA")

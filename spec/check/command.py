@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import warnings
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -43,7 +44,7 @@ class Plan:
     share: float
 
 
-def check(args) -> int:
+def check(args: Namespace) -> int:
     """Check what `args` name; 1 where a promise of losslessness does not hold, or no text could be compared."""
     output, markdown = (Path(path) if path and path != "-" else None for path in (args.output, args.markdown))
     _check_outputs(args, [path for path in (output, markdown) if path])
@@ -129,7 +130,7 @@ def _training_tasks(subject: Subject) -> Iterator[Task]:
     yield Task(what, train)
 
 
-def _subject(args, executors: list[str]) -> Subject:
+def _subject(args: Namespace, executors: list[str]) -> Subject:
     """The model that the options name. Says first what memory it needs."""
     device, label = _device(args.device), args.shape
     if args.model is not None or args.config is not None:
@@ -166,7 +167,7 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
-def _about(args, subject: Subject) -> dict:
+def _about(args: Namespace, subject: Subject) -> dict:
     weights = "its own" if args.model is not None else "random"
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -183,7 +184,7 @@ def _about(args, subject: Subject) -> dict:
     }  # fmt: skip
 
 
-def _check_outputs(args, outputs: list[Path]) -> None:
+def _check_outputs(args: Namespace, outputs: list[Path]) -> None:
     """Refuse, before any work, an output that is no file, cannot be written, or is another output or an input."""
     if args.output == "-":
         raise ValueError("-o - is no file and the tables go to standard output; give a file for the JSON")

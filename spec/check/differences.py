@@ -30,12 +30,14 @@ def compare_checks(paths: list[str], checks: list[dict | None]) -> int:
     """Print A and B side by side; 1 where something that holds in A fails in B.
 
     Raises ValueError where one of the two files is no check."""
+    known: list[dict] = []
     for path, check in zip(paths, checks):
         if check is None:
             raise ValueError(f"{path} is no file of paceline check and the other one is; compare two of a kind")
-    for name, check in zip("AB", checks):
+        known.append(check)
+    for name, check in zip("AB", known):
         print(f"{name}: {_heading(check)}")
-    (a, b), rows, broken = map(_findings, checks), [], 0
+    (a, b), rows, broken = map(_findings, known), [], 0
     for key in [*a, *(key for key in b if key not in a)]:
         mine, theirs = (side.get(key, {"verdict": "-", "figures": {}}) for side in (a, b))
         part, what = key

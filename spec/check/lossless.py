@@ -9,6 +9,7 @@ model, and a parting that it cannot explain is a failure.
 import time
 from collections import Counter
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,10 +26,13 @@ from ..sampling import warpers
 from ..slots import SlotModel
 from ..target import spans
 from ..tree import TokenTree, TreeShape
-from .budget import Clock, Task, absent
+from .budget import Clock, Task, absent, single
 from .captured import captured_tasks
 from .record import FAILS, Finding
 from .subject import COMPILED, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PROMPT_TOKENS, CHUNK = 24, 16  # so that prompts are read in two chunks
 TEMPERATURE, TOP_P = 0.8, 0.9
@@ -101,7 +105,7 @@ class Lossless:
                 return
             self.checked[executor] += 1
             what = {"promise": "same text", "executor": executor, "drafter": kind, "rows": rows, "way": way}
-            yield Task(what, lambda what=what: [self._same_text(what)])
+            yield Task(what, single(self._same_text, what))
 
     def _seconds(self, executor: str, rows: int) -> float:
         """What a text takes, roughly."""
@@ -153,14 +157,16 @@ class Lossless:
     def _decode(self, executor: str, kind: str, rows: int, way: str, new_tokens: int) -> SpeculativeOutput:
         name, shape = DRAFTS.get(kind, ("none", TreeShape.chain(0)))
         drafter = NoDrafter() if name == "none" else self.subject.drafter(name)
-        sampling = {"do_sample": False}
+        sampling: dict = {"do_sample": False}
         if way == "seeded":
             sampling = {"do_sample": True, "temperature": TEMPERATURE, "top_p": TOP_P, "top_k": 0}
-        return generate(
+        out = generate(
             self.subject.model, *self.prompts[rows], drafter=drafter, tree=shape, executor=executor,
             seed=list(SEEDS[:rows]), prefill_chunk=CHUNK, max_new_tokens=new_tokens, pad_token_id=0,
             return_dict_in_generate=True, **sampling,
         )  # fmt: skip
+        assert isinstance(out, SpeculativeOutput)
+        return out
 
     def _truth(self, rows: int, way: str) -> Tensor:
         if (rows, way) not in self.plain:
@@ -171,6 +177,7 @@ class Lossless:
         executor, rows, way = what["executor"], what["rows"], what["way"]
         truth, known = self._truth(rows, way), set(map(id, pool_of(self.subject.model).runs))
         out = self._decode(executor, what["drafter"], rows, way, self.new_tokens)
+        assert out.trace is not None
         figures = {"texts": rows, "parted": 0, "tokens_per_step": out.trace.summary()["tokens_per_step"]}
         for run in pool_of(self.subject.model).runs:
             if id(run) not in known:
@@ -179,10 +186,10 @@ class Lossless:
                     self.subject.compile_seconds = run.executor.making_seconds
         finding = Finding(what, figures=figures)
         for row in range(rows):
-            self._judge(finding, row, truth[row].tolist(), out.sequences[row].tolist())
+            self._judge(finding, rows, row, way, truth[row].tolist(), out.sequences[row].tolist())
         return finding
 
-    def _judge(self, finding: Finding, row: int, plain: list[int], drafted: list[int]) -> None:
+    def _judge(self, finding: Finding, rows: int, row: int, way: str, plain: list[int], drafted: list[int]) -> None:
         """Note where two texts of a row part, and whether rounding explains it."""
         place = parting(plain, drafted)
         if place is None:
@@ -193,9 +200,9 @@ class Lossless:
         if place >= min(len(plain), len(drafted)):
             finding.verdict, finding.reason = FAILS, f"{said}, where one of them ends"
             return
-        _, mask = self.prompts[finding.what["rows"]]
+        _, mask = self.prompts[rows]
         text = plain[PROMPT_TOKENS - int(mask[row].sum()) : place]
-        explained, gap = self._explained(text, plain[place], drafted[place], row, finding.what["way"])
+        explained, gap = self._explained(text, plain[place], drafted[place], row, way)
         figures["margin"] = max(gap, figures.get("margin", 0.0))
         figures["rounding"] = self.rounding
         apart = f"{said}, where the two tokens' logits are {gap:.2g} apart and rounding is {self.rounding:.2g}"
@@ -206,6 +213,7 @@ class Lossless:
 
     @torch.no_grad()
     def _explained(self, text: list[int], one: int, other: int, row: int, way: str) -> tuple[bool, float]:
+        assert self.rounding is not None  # measured before any text is compared
         model, device = self.subject.model, self.subject.device
         logits = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0, -1].float()
         if way == "greedy":
@@ -217,7 +225,7 @@ class Lossless:
 
 
 @torch.no_grad()
-def _rounding(model, text: Tensor) -> tuple[float, float, float]:
+def _rounding(model: "PreTrainedModel", text: Tensor) -> tuple[float, float, float]:
     """The largest difference of a logit between a cache-less forward of `text` (T,) and the forward of a chain of its
     last tokens over slots, as drafted decoding runs it, and of one of them, as plain decoding does; between two
     cache-less forwards of different shapes; and the largest logit."""

@@ -12,7 +12,7 @@ import torch
 
 from .. import provenance
 from ..curves import wait_for
-from .budget import NotHere, Task
+from .budget import NotHere, Task, single
 from .record import Finding
 from .subject import Subject
 
@@ -30,10 +30,13 @@ def machine_tasks(subject: Subject) -> Iterator[Task]:
         "compiler": _compiler,
     }
     for name, read in facts.items():
-        what = {"figure": name}
-        yield Task(what, lambda what=what, read=read: [Finding(what, figures={"value": read()})])
-    yield Task({"figure": "memory read"}, lambda: [_bandwidth(subject)])
-    yield Task({"figure": f"matrix product in {subject.dtype_name}"}, lambda: [_matmul(subject)])
+        yield Task({"figure": name}, single(_fact, name, read))
+    yield Task({"figure": "memory read"}, single(_bandwidth, subject))
+    yield Task({"figure": f"matrix product in {subject.dtype_name}"}, single(_matmul, subject))
+
+
+def _fact(name: str, read: Callable[[], str]) -> Finding:
+    return Finding({"figure": name}, figures={"value": read()})
 
 
 def _features() -> str:

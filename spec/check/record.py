@@ -7,7 +7,7 @@ round them. Knows nothing of models or of how anything is measured.
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -57,7 +57,7 @@ FIGURES: dict[str, tuple[str, str, Callable]] = {
 class Finding:
     """`what` names the thing, label by label; `figures` are of `FIGURES`, or raw lists that tables leave out."""
 
-    what: dict[str, str | int]
+    what: Mapping[str, str | int]
     verdict: Verdict = HOLDS
     reason: str = ""
     figures: dict = field(default_factory=dict)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..models import load_target, resolve
@@ -126,7 +126,9 @@ def check_memory(name: str, needed: int, dtype: torch.dtype, device: torch.devic
     )
 
 
-def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False):
+def random_model(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+) -> PreTrainedModel:
     """A model of this configuration with random weights, made on the device."""
     model = _empty(config, dtype, device, trust_remote_code)
     block = torch.randn(_BLOCK, generator=torch.Generator(device).manual_seed(0), device=device)
@@ -147,14 +149,16 @@ def random_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     return model.eval()
 
 
-def named_model(name: str, dtype: str, device: torch.device, trust_remote_code: bool = False):
+def named_model(name: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
     """A model as `load_target` loads it, whose texts have no end."""
     model, _ = load_target(name, dtype, device, trust_remote_code, with_tokenizer=False)
     model.generation_config = GenerationConfig()
     return model
 
 
-def _empty(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool):
+def _empty(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool
+) -> PreTrainedModel:
     attention = ATTENTION.get(config._name_or_path)
     options = {"attn_implementation": attention} if attention else {}
     if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:

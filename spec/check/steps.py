@@ -10,16 +10,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..curves import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
+from ..executors import Executor
 from ..pool import pool_of
 from ..proposal import NoDrafter
 from ..tree import TreeShape
 from .budget import Clock, Task, absent
 from .record import NOT_HERE, Finding
 from .subject import COMPILED, Subject
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Rows and nodes, the most telling first, in case time runs out.
 SIZES = ((1, 1), (1, 8), (1, 4), (1, 16), (1, 2), (1, 32), (1, 64), (8, 1), (8, 4), (8, 8))
@@ -33,7 +39,7 @@ COMPARED_TOKENS = 16  # of transformers' generate()
 class Timed:
     """A runner to time, and what making it took; `drafts` says that its steps draft by prompt lookup."""
 
-    runner: object
+    runner: Executor
     making_seconds: float
     text: int = IDLE_CAPACITY // 2  # tokens in its cache
     drafts: bool = False
@@ -56,14 +62,11 @@ class Steps:
         cheap = [name for name in running if name not in COMPILED]
         for number, executor in enumerate(cheap):
             seconds = 0.6 * self.clock.left / (len(running) - number)
-            what = {"executor": executor}
-            yield Task(what, lambda executor=executor, seconds=seconds: self._time_cheap(executor, seconds))
-        what = {"executor": "transformers"}
-        yield Task(what, self._transformers)
+            yield Task({"executor": executor}, partial(self._time_cheap, executor, seconds))
+        yield Task({"executor": "transformers"}, self._transformers)
         for executor in cheap:
             for kind in KINDS:
-                what = {"executor": executor, "drafter": kind}
-                yield Task(what, lambda what=what: self._time_drafting(what["executor"], what["drafter"]))
+                yield Task({"executor": executor, "drafter": kind}, partial(self._time_drafting, executor, kind))
         for executor in (name for name in running if name in COMPILED):
             yield from self._compiled(executor)
         for executor in self.subject.executors:
@@ -80,7 +83,7 @@ class Steps:
             if known or self.clock.left < seconds:
                 continue
             what = {"executor": executor, "rows": rows, "nodes": nodes}
-            yield Task(what, lambda what=what: self._compile(what["executor"], what["rows"], what["nodes"]))
+            yield Task(what, partial(self._compile, executor, rows, nodes))
         yield Task({"executor": executor}, lambda: self._time_compiled(executor), short=True)
 
     def _take_kept(self, executor: str) -> None:
@@ -88,7 +91,7 @@ class Steps:
             spec, engine = run.spec, run.engine
             if spec.executor == executor and run.drafter.name in ("none", "ngram") and not spec.sampling[0]:
                 run.wake(self.subject.model)
-                text = engine.target.capacity // 2
+                text = engine.target.traits.capacity // 2
                 engine.state.done.fill_(True)
                 engine.state.lengths.fill_(text)
                 key, drafts = (spec.batch, len(spec.shape), "whole"), run.drafter.name == "ngram"
@@ -98,8 +101,8 @@ class Steps:
     def _open(self, executor: str, rows: int, nodes: int, part: str) -> Timed:
         drafter = Blank() if nodes > 1 else NoDrafter()
         started = time.perf_counter()
-        options = {"forward_only": part == "forward", "batch": rows}
-        runner = open_idle(self.subject.model, executor, drafter, TreeShape.chain(nodes - 1), **options)
+        model, shape = self.subject.model, TreeShape.chain(nodes - 1)
+        runner = open_idle(model, executor, drafter, shape, forward_only=part == "forward", batch=rows)
         return Timed(runner, time.perf_counter() - started)
 
     def _compile(self, executor: str, rows: int, nodes: int) -> list[Finding]:
@@ -196,10 +199,9 @@ class Steps:
         return [Finding({**what, "levels": levels}, figures={"draft_seconds": s}) for levels, s in costs.items()]
 
 
-def weights_read(model) -> int:
+def weights_read(model: "PreTrainedModel") -> int:
     """Bytes of weights that a step reads: all but the input embeddings, of which a step looks up a few rows, unless
     they are the LM head too."""
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total if embeddings is head else total - embeddings.nbytes
-

@@ -5,12 +5,17 @@ One object that the parts share; what an earlier part has measured stands in it 
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..executors import EXECUTORS, choose
+from ..proposal import Drafter
 from .budget import NotHere
 from .shapes import free_bytes
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 COMPILED = ("compiled", "cuda_graph_compiled")  # executors that take tens of seconds to make a step
@@ -21,12 +26,12 @@ class Subject:
     """`make_drafter(kind, model)` makes a drafter that needs no training; `executors` are those to check, in order."""
 
     name: str
-    model: torch.nn.Module
+    model: "PreTrainedModel"
     executors: list[str]
-    make_drafter: Callable
+    make_drafter: Callable[[str, "PreTrainedModel"], Drafter]
     bandwidth: float | None = None  # bytes a second, once probed
     compile_seconds: float | None = None  # of the last step that was compiled
-    drafters: dict = field(default_factory=dict)
+    drafters: dict[str, Drafter] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -71,7 +76,7 @@ class Subject:
         """The executors that can run here."""
         return [name for name in self.executors if self.why_not(name) is None]
 
-    def drafter(self, kind: str):
+    def drafter(self, kind: str) -> Drafter:
         """The drafter of a kind, made once. Raises NotHere where memory is too small for it."""
         if kind not in self.drafters:
             weights = sum(parameter.nbytes for parameter in self.model.parameters())

@@ -8,7 +8,7 @@ Not to speculate is one of its choices.
 from collections.abc import Iterator
 
 from ..planner import choose_tree
-from .budget import Task, absent
+from .budget import Task, absent, single
 from .record import Finding
 from .steps import Steps
 
@@ -29,8 +29,7 @@ def worth_tasks(steps: Steps) -> Iterator[Task]:
         for kind, costs in drafts.items():
             for accepted in ACCEPTED:
                 what = {"executor": executor, "drafter": kind, "accepted": f"{accepted:.0%}"}
-                arguments = what, accepted, _rising(curve), costs
-                yield Task(what, lambda arguments=arguments: [_best(*arguments)], short=True)
+                yield Task(what, single(_best, what, accepted, _rising(curve), costs), short=True)
 
 
 def _best(what: dict, accepted: float, curve: dict[int, float], costs: dict[int, float]) -> Finding:
