@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .executors import EXECUTORS, Compiled, CudaGraph, Eager, Executor, Step
+from .executors import EXECUTORS, Executor, Step
 from .planner import interpolate
 from .proposal import Drafter, DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from .runs import open_engine
@@ -91,7 +91,7 @@ def open_idle(
     sampling: DraftSampling | None = None,
     forward_only: bool = False,
     batch: int = 1,
-) -> Eager | Compiled | CudaGraph:
+) -> Executor:
     """An executor over an engine of `batch` rows without a text, of whole steps or of their target forwards."""
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)

@@ -48,6 +48,10 @@ class Executor(Protocol):
     def lag(self) -> int:
         """How many steps late the host reads."""
 
+    @property
+    def making_seconds(self) -> float:
+        """What compiling and capturing took."""
+
     def run(self, mark: Callable[[str], None]) -> StepResult:
         """A step; `mark` hears of its phases, or of the step as a whole, as each ends."""
 
@@ -56,6 +60,7 @@ class Eager:
     """The step (or other `work` on an engine) as it is written, timed phase by phase."""
 
     lag = 0
+    making_seconds = 0.0
 
     def __init__(self, engine: Engine, work: Step | None = None):
         self.engine, self.work = engine, work or step
@@ -112,6 +117,7 @@ class CompiledLater:
     becomes. `compiled` is the executor of these, once it is there."""
 
     lag = 0
+    making_seconds = 0.0  # of the steps that it begins with
 
     def __init__(self, engine: Engine, patience: float):
         self.engine, self.patience = engine, patience

@@ -27,7 +27,7 @@ from .executors import NAMES
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plans import read_shape
-from .proposal import Drafter, is_drafter
+from .proposal import Drafter, NoDrafter, is_drafter
 from .trace import Event
 from .verify import RULES
 
@@ -218,7 +218,7 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
     if drafter is not None and not is_drafter(drafter):
         raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
     if (tree := settings.get("tree")) not in (None, "auto"):
-        read_shape(tree, drafter)
+        read_shape(tree, drafter or NoDrafter())
     return drafter
 
 
