@@ -4,12 +4,17 @@ They know the decode core's protocol (`paceline.spec.proposal`) and nothing of v
 """
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .kinds import KINDS, MODEL
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def load_drafter(name_or_path: Any, target):
+    from ..spec.proposal import Drafter
+
+
+def load_drafter(name_or_path: "str | Path | Drafter | PreTrainedModel", target: "PreTrainedModel") -> "Drafter":
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
@@ -37,7 +42,7 @@ def load_drafter(name_or_path: Any, target):
     return _trained(name_or_path, target)
 
 
-def _around(model, target):
+def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
     """The draft model that wraps `model`, a causal LM, the same one every time."""
     from ..spec.arguments import check_model
     from ..spec.proposal import is_drafter
@@ -57,7 +62,7 @@ def _around(model, target):
     return drafter
 
 
-def _best(target):
+def _best(target: "PreTrainedModel") -> "Drafter":
     """The best drafter that ships for `target`, prompt lookup beside it where it can stand there, or that alone."""
     from .beside import Beside
     from .ngram import NgramDrafter
@@ -70,7 +75,7 @@ def _best(target):
     return Beside(drafter, NgramDrafter()) if drafter.traits.follows_any_tree else drafter
 
 
-def _trained(name_or_path: str | Path, target):
+def _trained(name_or_path: str | Path, target: "PreTrainedModel") -> "Drafter":
     """Heads or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.models import NAMED
     from .folder import read_folder

@@ -8,11 +8,12 @@ probabilities, the first drafts alone. Knows nothing of verification.
 """
 
 from dataclasses import replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, EmptySession, Proposal
+from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal
 from ..spec.state import DecodeState
 from ..spec.target import Span
 from ..spec.tree import TokenTree, TreeShape
@@ -25,7 +26,7 @@ class Beside:
 
     Raises ValueError for another."""
 
-    def __init__(self, first, second):
+    def __init__(self, first: Drafter, second: Drafter):
         for part in (first, second):
             if part.traits.parts:
                 raise ValueError(f"drafter {part.name!r} is two drafters already; no more than two draft side by side")
@@ -49,7 +50,7 @@ class Beside:
         self.default_shape = first.default_shape.beside(TreeShape.chain(COPIED))
 
     def open(self, request: DraftRequest) -> "BesideSession | EmptySession":
-        shape = request.shape
+        shape = request.fixed_shape
         if len(shape) == 1:
             return EmptySession(TokenTree.of(shape, request.device))
         first, second = divided(shape)
@@ -64,12 +65,14 @@ class Beside:
 class BesideSession:
     """One run of both."""
 
-    def __init__(self, parts: tuple, request: DraftRequest):
-        self.tree = TokenTree.of(request.shape, request.device)
-        self.nodes, self.sessions = [], []
-        for drafter, nodes in zip(parts, divided(request.shape)):
+    def __init__(self, parts: tuple[Drafter, Drafter], request: DraftRequest):
+        shape = request.fixed_shape
+        self.tree = TokenTree.of(shape, request.device)
+        self.nodes: list[Tensor] = []
+        self.sessions: list[DraftSession] = []
+        for drafter, nodes in zip(parts, divided(shape)):
             self.nodes.append(torch.tensor(nodes, device=request.device))
-            self.sessions.append(drafter.open(replace(request, shape=request.shape.part(nodes))))
+            self.sessions.append(drafter.open(replace(request, shape=shape.part(nodes))))
         self.first_alone = request.sampling.noise == "own"
 
     @property
@@ -105,7 +108,7 @@ class BesideSession:
         for session in self.sessions:
             session.follow(base, path, count, features)
 
-    def copy_rows(self, other: "BesideSession", rows: Tensor) -> None:
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
         for mine, theirs in zip(self.sessions, other.sessions):
             mine.copy_rows(theirs, rows)
 

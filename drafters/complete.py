@@ -5,14 +5,20 @@ by anything but Paceline it would lack its embeddings. Knows nothing of drafting
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from ..spec.models import NAMED, load_target
 from .folder import read_folder
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
-def complete(name_or_path: str | Path, target, dtype: torch.dtype | None = None):
+
+def complete(
+    name_or_path: str | Path, target: "PreTrainedModel", dtype: torch.dtype | None = None
+) -> "PreTrainedModel":
     """The draft model of a folder, hub id or short name, in the target's dtype (or `dtype`) on the target's device,
     with the target's own tensors where it leaves them out.
 
@@ -20,14 +26,13 @@ def complete(name_or_path: str | Path, target, dtype: torch.dtype | None = None)
     folder = None if str(name_or_path) in NAMED else read_folder(name_or_path)
     if folder is not None:
         folder.check_target(target)
-    left_out = folder.config.get("paceline_left_out") if folder is not None else None
-    if not left_out:
+    if folder is None or not folder.config.get("paceline_left_out"):
         return load_target(name_or_path, dtype or target.dtype, target.device, with_tokenizer=False)[0]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder.path), dtype=dtype or target.dtype)
     tensors = folder.tensors()
-    for name, place in left_out.items():
+    for name, place in folder.config["paceline_left_out"].items():
         module, key = place.split(".")
         tensors[name] = getattr(getattr(target, f"get_{module}")(), key).detach().cpu()
     folder.check_tensors(tensors, model.state_dict())

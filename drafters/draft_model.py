@@ -6,13 +6,15 @@ forwarded), so each step starts with the last two committed tokens. Knows nothin
 
 import copy
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..spec.attach import attach
 from ..spec.planner import Rates, default_tree
-from ..spec.proposal import DrafterTraits, DraftRequest, Proposal
+from ..spec.proposal import DrafterTraits, DraftRequest, DraftSession, Proposal
 from ..spec.slots import SlotModel
 from ..spec.state import DecodeState
 from ..spec.target import Span
@@ -31,11 +33,17 @@ class ModelDrafter:
     `vocabulary` (V',), ascending ids, it drafts these tokens only, and its LM head is replaced by one that gives
     their logits."""
 
-    def __init__(self, model, name: str = "draft model", rates: Rates | None = None, vocabulary: Tensor | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str = "draft model",
+        rates: Rates | None = None,
+        vocabulary: Tensor | None = None,
+    ):
         attach(model)
         self.model = model
         self.vocabulary = None if vocabulary is None else vocabulary.to(model.device)
-        if vocabulary is not None:
+        if self.vocabulary is not None:
             model.set_output_embeddings(trimmed_head(model.get_output_embeddings(), self.vocabulary))
         self.name = name
         on_cpu = model.device.type == "cpu"
@@ -46,7 +54,7 @@ class ModelDrafter:
         )  # fmt: skip
 
     @classmethod
-    def load(cls, source: str | Path, folder: DrafterFolder | None, target) -> "ModelDrafter":
+    def load(cls, source: str | Path, folder: DrafterFolder | None, target: PreTrainedModel) -> "ModelDrafter":
         """The draft model of a folder, a hub id or a short name; `folder` where it was trained here.
 
         Raises ValueError where it cannot be loaded or has another vocabulary than `target`."""
@@ -59,7 +67,7 @@ class ModelDrafter:
         return drafter
 
     @classmethod
-    def around(cls, model) -> "ModelDrafter":
+    def around(cls, model: PreTrainedModel) -> "ModelDrafter":
         """The drafter of a loaded model, which is kept with the model, so that what is made for it serves again."""
         drafter = model.__dict__.get("_paceline_drafter")
         vocab = model.config.get_text_config().vocab_size
@@ -69,7 +77,7 @@ class ModelDrafter:
         attach(model)  # which may have changed
         return drafter
 
-    def _whole_model(self):
+    def _whole_model(self) -> PreTrainedModel:
         """The draft as an ordinary causal LM with logits of the whole vocabulary, on the same weights."""
         if self.vocabulary is None:
             return self.model
@@ -79,7 +87,7 @@ class ModelDrafter:
         whole.set_output_embeddings(WidenedHead(self.model.get_output_embeddings(), self.vocabulary, vocab_size))
         return whole
 
-    def check_vocabulary(self, target) -> None:
+    def check_vocabulary(self, target: PreTrainedModel) -> None:
         """Raise ValueError unless the draft's vocabulary is as large as the target's."""
         vocab = target.config.get_text_config().vocab_size
         if self.traits.vocab_size != vocab:
@@ -93,7 +101,7 @@ class ModelDrafter:
         if self.model.device != device:
             raise ValueError(f"drafter {self.name} is on {self.model.device} and the target on {device}; move it")
 
-    def open(self, request: DraftRequest) -> "ModelDraftSession":
+    def open(self, request: DraftRequest) -> DraftSession:
         self.check_device(request.device)
         check_children(request.shape, request.vocab_size if self.vocabulary is None else len(self.vocabulary))
         if isinstance(request.shape, DynamicShape):
@@ -106,11 +114,9 @@ class ModelDrafter:
 class ModelDraftSession:
     """What every run of a draft model has: a cache, and how a step begins."""
 
-    def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
+    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
         self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
         self.slots = SlotModel(model, request.batch, request.capacity)
-        self.shape = request.shape
-        self.sampling = request.sampling
 
     @property
     def packable(self) -> list[torch.nn.Module]:
@@ -126,7 +132,7 @@ class ModelDraftSession:
     def read(self, span: Span, features: Tensor | None) -> None:
         self.slots.read(span)
 
-    def copy_rows(self, other: "ModelDraftSession", rows: Tensor) -> None:
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
         self.slots.copy_rows(other.slots, rows)
 
     def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
@@ -140,7 +146,7 @@ class ModelDraftSession:
 class StaticDraftSession(ModelDraftSession):
     """A fixed tree: the inner nodes of each level are forwarded together."""
 
-    def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
+    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
         super().__init__(model, request, vocabulary)
         self.static = StaticTree(request, vocabulary)
 

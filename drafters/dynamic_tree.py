@@ -6,12 +6,15 @@ Sizes are static and parents are data, so that one captured step grows a differe
 children are the draft's top-k, chosen and not drawn, which `match` and `typical` can treat.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
-from ..spec.tree import TokenTree
+from ..spec.tree import DynamicShape, TokenTree
 from .draft_model import ModelDraftSession
 
 # Every edge costs a little, so that a child never ties with its parent and cannot be chosen without it.
@@ -21,9 +24,10 @@ _EDGE = 1e-3
 class DynamicDraftSession(ModelDraftSession):
     """`request.shape` is a `DynamicShape`: N nodes, D levels, W paths forwarded a level, W children each."""
 
-    def __init__(self, model, request: DraftRequest, vocabulary: Tensor | None = None):
+    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
         super().__init__(model, request, vocabulary)
-        shape, device = request.shape, request.device
+        assert isinstance(request.shape, DynamicShape), "StaticDraftSession fills the others"
+        self.shape, shape, device = request.shape, request.shape, request.device
         forwarded = 1 + shape.width * (shape.max_depth - 1)
         self.forward_parents = torch.full((request.batch, forwarded), -1, device=device)  # (B, F)
         self.slot_of_node = torch.zeros(request.batch, len(shape), dtype=torch.int64, device=device)
@@ -62,7 +66,7 @@ class DynamicDraftSession(ModelDraftSession):
     def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
         self.slots.commit(base, self.slot_of_node.gather(1, path), count)
 
-    def copy_rows(self, other: "DynamicDraftSession", rows: Tensor) -> None:
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
         super().copy_rows(other, rows)
         self.forward_parents.copy_(other.forward_parents[rows])
         self.slot_of_node.copy_(other.slot_of_node[rows])

@@ -8,6 +8,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,11 +18,14 @@ from ..spec.planner import Rates
 from ..spec.provenance import target_fingerprint
 from .kinds import KINDS
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 FORMAT = 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
-def target_identity(model) -> dict[str, str]:
+def target_identity(model: "PreTrainedModel") -> dict[str, str]:
     """Name and fingerprint, as `paceline_target` in a config holds them. A folder's name stands for its path."""
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return {"name": Path(name).name if os.path.isabs(name) or Path(name).is_dir() else name,
@@ -39,7 +43,7 @@ class DrafterFolder:
     def kind(self) -> str:
         return self.config["paceline_drafter"]
 
-    def check_target(self, target) -> None:
+    def check_target(self, target: "PreTrainedModel") -> None:
         """Raise ValueError unless the drafter was made for `target`; a config that names none fits any."""
         mine, theirs = self.config.get("paceline_target"), target_identity(target)
         if mine is not None and mine["fingerprint"] != theirs["fingerprint"]:

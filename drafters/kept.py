@@ -6,18 +6,22 @@ A folder whose files have changed is loaded again. Knows nothing of what is insi
 
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..spec.models import NAMED, cache_folder
+from ..spec.proposal import Drafter
 from . import load_drafter, shipped
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 KEPT = 4  # drafters per target
 _loaded: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDictionary()
 
 
-def kept_drafter(which: Any, target):
+def kept_drafter(which: Any, target: "PreTrainedModel") -> Drafter:
     """What `load_drafter` gives for `which`; for a name, what it gave before where nothing has changed since."""
     if not isinstance(which, (str, Path)):
         return load_drafter(which, target)
@@ -31,7 +35,7 @@ def kept_drafter(which: Any, target):
     return drafter
 
 
-def _state(name: str, target) -> tuple:
+def _state(name: str, target: "PreTrainedModel") -> tuple:
     """What the drafter called `name` depends on: the target's form, and every file with its size and time."""
     parts = [name] if Path(name).exists() else name.split("+")
     files = [file for part in parts for folder in _folders(part) for file in sorted(folder.rglob("*"))]

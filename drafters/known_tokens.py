@@ -28,7 +28,7 @@ def places(ids: Tensor, vocab_size: int) -> Tensor:  # (V',) -> (V,)
     return place
 
 
-def trimmed_head(head: nn.Module, ids: Tensor) -> nn.Linear:
+def trimmed_head(head: nn.Linear, ids: Tensor) -> nn.Linear:
     """A frozen copy of a linear LM head that gives the logits of the tokens `ids` (V',) only."""
     weight, bias = head.weight.detach()[ids], getattr(head, "bias", None)
     made = nn.Linear(weight.shape[1], len(ids), bias is not None, device=weight.device, dtype=weight.dtype)
@@ -40,6 +40,8 @@ def trimmed_head(head: nn.Module, ids: Tensor) -> nn.Linear:
 
 class WidenedHead(nn.Module):
     """A trimmed head as one of the whole vocabulary: unknown tokens are impossible. For code that knows no trimming."""
+
+    ids: Tensor
 
     def __init__(self, head: nn.Linear, ids: Tensor, vocab_size: int):
         super().__init__()

@@ -15,7 +15,7 @@ its logits afterwards keep the ranks, so the heads learn without them. Knows not
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,11 @@ from .folder import DrafterFolder, target_identity, write_folder
 from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Mode = Literal["independent", "markov", "hydra"]
+Started = tuple[Tensor, ...]  # what a mode computes of a hidden state once, for its own `follow`
 # What heads are like, roughly: the default tree where no acceptance has been measured.
 _PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
 
@@ -38,7 +43,7 @@ _PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
 class HeadSettings:
     """What heads are like, as in `config.json`. Raises ValueError for sizes that make no heads."""
 
-    mode: Literal["independent", "markov", "hydra"] = "independent"
+    mode: Mode = "independent"
     heads: int = 4
     blocks: int = 1  # residual blocks of each head
     rank: int = 128  # of the Markov bias
@@ -60,7 +65,12 @@ class MedusaHeads(nn.Module):
     (V',) are the known ids, ascending; None is all. Head k - 1 in code is head k of the paper.
     """
 
-    def __init__(self, settings: HeadSettings, target, vocabulary: Tensor | None = None):
+    vocabulary: Tensor  # (V',)
+    place: Tensor  # (V,)
+    head_weight: Tensor  # (V', H), not stored, or (K, V', H)
+    head_bias: Tensor  # (V',)
+
+    def __init__(self, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None):
         super().__init__()
         head = lm_head(target)
         self.settings = settings
@@ -73,24 +83,25 @@ class MedusaHeads(nn.Module):
         ids = torch.arange(self.vocab_size, device=device) if vocabulary is None else vocabulary.to(device)
         check_vocabulary(ids, self.vocab_size)
         self.register_buffer("vocabulary", ids, persistent=self.trimmed)
-        self.register_buffer("place", places(ids, self.vocab_size), persistent=False)  # (V,)
-        rows = head.weight.detach()[ids] if self.trimmed else head.weight.detach()  # (V', H), not stored
+        self.register_buffer("place", places(ids, self.vocab_size), persistent=False)
+        rows = head.weight.detach()[ids] if self.trimmed else head.weight.detach()
         if settings.own_heads:
-            self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))  # (K, V', H)
+            self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))
         else:
             self.register_buffer("head_weight", rows, persistent=False)
         bias = getattr(head, "bias", None)
         offset = torch.zeros(self.vocab_size, device=device) if bias is None else bias.detach()
-        self.register_buffer("head_bias", offset[ids], persistent=False)  # (V',)
+        self.register_buffer("head_bias", offset[ids], persistent=False)
         self._layer: tuple[nn.Linear, ...] = ()  # in a tuple, so that it is no part of this module
 
-    def start(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, V')
+    def start(self, hidden: Tensor) -> Started:  # (..., H) -> (..., K, V')
         """What depends on the hidden state alone, of all heads."""
-        return self._logits(hidden[..., None, :], self._first(hidden), slice(None))
+        return (self._logits(hidden[..., None, :], self._first(hidden), slice(None)),)
 
-    def follow(self, started: Tensor, depth: int, path: Tensor) -> Tensor:  # (..., K, V') -> (..., V') float32
+    def follow(self, started: Started, depth: int, path: Tensor) -> Tensor:  # (..., K, V') -> (..., V') float32
         """The logits below nodes at `depth`, where `path` (..., depth + 1) leads: the root first, they last."""
-        return started[..., depth, :].float()
+        (logits,) = started
+        return logits[..., depth, :].float()
 
     def _first(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, H)
         """A h + b of every head's first block."""
@@ -112,12 +123,12 @@ class MedusaHeads(nn.Module):
         weight = None if self.settings.own_heads else self.head_weight
         if weight is None or (self._layer and self._layer[0].weight.data_ptr() == weight.data_ptr()):
             return list(self._layer)
-        layer = nn.Linear(*weight.shape[::-1], device="meta")
+        layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.weight, layer.bias = (nn.Parameter(own, requires_grad=False) for own in (weight, self.head_bias))
         self._layer = (layer,)
         return [layer]
 
-    def _apply(self, *args, **options):
+    def _apply(self, *args: Any, **options: Any) -> Self:
         self._layer = ()  # of weights as they were
         return super()._apply(*args, **options)
 
@@ -126,7 +137,7 @@ class MedusaHeads(nn.Module):
         return self.weight.dtype
 
     @classmethod
-    def make(cls, settings: HeadSettings, target, vocabulary: Tensor | None = None) -> "MedusaHeads":
+    def make(cls, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None) -> "MedusaHeads":
         """Untrained heads of the mode in `settings`: their own weights in float32, what is the target's in its dtype
         and, where possible, in its memory. To be brought to one dtype with `.to` before use."""
         return KINDS[settings.mode](settings, target, vocabulary)
@@ -142,7 +153,7 @@ class MedusaHeads(nn.Module):
         write_folder(folder, config, tensors)
 
     @classmethod
-    def load(cls, folder: DrafterFolder, target) -> "MedusaHeads":
+    def load(cls, folder: DrafterFolder, target: "PreTrainedModel") -> "MedusaHeads":
         """The heads of a drafter folder in the target's dtype, on its device.
 
         Raises ValueError for settings or tensors that do not fit; whose target it is has been checked."""
@@ -167,7 +178,7 @@ class MedusaHeads(nn.Module):
 class MarkovHeads(MedusaHeads):
     """`independent`, and a bias of rank r that the token drafted last gives to what follows it, at every depth."""
 
-    def __init__(self, settings: HeadSettings, target, vocabulary: Tensor | None = None):
+    def __init__(self, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None):
         super().__init__(settings, target, vocabulary)
         known, rank, device = len(self.vocabulary), settings.rank, self.weight.device
         generator = torch.Generator().manual_seed(0)  # the same beginning on every machine
@@ -175,25 +186,28 @@ class MarkovHeads(MedusaHeads):
         self.previous = nn.Parameter(rows.to(device))  # U; the last row is for tokens that the heads do not know
         self.following = nn.Parameter(torch.zeros(rank, known, device=device))  # V
 
-    def follow(self, started: Tensor, depth: int, path: Tensor) -> Tensor:
+    def follow(self, started: Started, depth: int, path: Tensor) -> Tensor:
         bias = self.previous[self.place[path[..., -1]]] @ self.following  # (..., V')
-        return started[..., depth, :].float() + bias.float()
+        (logits,) = started
+        return logits[..., depth, :].float() + bias.float()
 
 
 class HydraHeads(MedusaHeads):
     """Every head also sees the path: embeddings, scaled to unit size, enter its first block by distance."""
 
-    def __init__(self, settings: HeadSettings, target, vocabulary: Tensor | None = None):
+    embeddings: Tensor  # (V, E), not stored
+
+    def __init__(self, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None):
         super().__init__(settings, target, vocabulary)
         embeddings = target.get_input_embeddings().weight.detach()
-        self.register_buffer("embeddings", embeddings, persistent=False)  # (V, E), not stored
+        self.register_buffer("embeddings", embeddings, persistent=False)
         sizes = settings.heads, embeddings.shape[1], self.hidden_size
         self.path_weight = nn.Parameter(torch.zeros(*sizes, device=self.weight.device))  # (K, E, H), nearest first
 
-    def start(self, hidden: Tensor) -> tuple[Tensor, Tensor]:  # (..., H) -> (..., H), (..., K, H)
+    def start(self, hidden: Tensor) -> Started:  # (..., H) -> (..., H), (..., K, H)
         return hidden, self._first(hidden)
 
-    def follow(self, started: tuple[Tensor, Tensor], depth: int, path: Tensor) -> Tensor:
+    def follow(self, started: Started, depth: int, path: Tensor) -> Tensor:
         hidden, first = started
         nearest_first = F.embedding(path.flip(-1), self.embeddings)  # (..., depth + 1, E)
         seen = F.rms_norm(nearest_first, nearest_first.shape[-1:]).to(self.dtype).flatten(-2)
@@ -218,12 +232,14 @@ class MedusaDrafter:
         self.default_shape = default_tree(self.rates, self.traits.deepest, heads.weight.device.type == "cpu")
 
     @classmethod
-    def load(cls, source: str | Path, folder: DrafterFolder, target) -> "MedusaDrafter":
+    def load(cls, source: str | Path, folder: DrafterFolder | None, target: "PreTrainedModel") -> "MedusaDrafter":
         """The drafter of a folder. Raises ValueError for one that is damaged."""
+        assert folder is not None, "heads are found in folders only"
         return cls(MedusaHeads.load(folder, target), Path(str(source)).name, folder.rates())
 
     def open(self, request: DraftRequest) -> "MedusaSession":
         mine = self.heads.weight
+        assert request.target is not None, "heads read the hidden states of a model"
         theirs = lm_head(request.target).weight.shape[1], request.target.dtype, request.device
         if (self.heads.hidden_size, mine.dtype, mine.device) != theirs:
             raise ValueError(
@@ -250,7 +266,8 @@ class MedusaSession(Unremembering):
     def clear(self, rows: Tensor | None = None) -> None:
         self.hidden[slice(None) if rows is None else rows] = 0
 
-    def read(self, span: Span, features: Tensor) -> None:
+    def read(self, span: Span, features: Tensor | None) -> None:
+        assert features is not None, "a drafter with taps is handed features"
         last = (span.positions >= 0).sum(1)[:, None] - 1  # (R, 1): the column of a row's last token, -1 for none
         states = features.gather(1, last.clamp(min=0)[..., None].expand(-1, 1, features.shape[2]))[:, 0]
         self.hidden[span.index] = torch.where(last >= 0, states, self.hidden[span.index])
@@ -264,10 +281,11 @@ class MedusaSession(Unremembering):
 
         return self.static.fill(state, logits_of)
 
-    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor) -> None:
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        assert features is not None, "a drafter with taps is handed features"
         last = path.gather(1, (count - 1).clamp(min=0)[:, None])  # (B, 1): the node that gave the new root
         states = features.gather(1, last[..., None].expand(-1, 1, features.shape[2]))[:, 0]
         self.hidden.copy_(torch.where(count[:, None] > 0, states, self.hidden))
 
-    def copy_rows(self, other: "MedusaSession", rows: Tensor) -> None:
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
         self.hidden.copy_(other.hidden[rows])

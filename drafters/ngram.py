@@ -8,7 +8,8 @@ device with static shapes. Knows nothing of models or verification.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,11 @@ from torch import Tensor
 from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.tree import TokenTree, TreeShape
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .folder import DrafterFolder
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class NgramDrafter:
             raise ValueError(f"ngram: longest={self.longest} and matches={self.matches} must be at least 1")
 
     @classmethod
-    def load(cls, source, folder, target) -> "NgramDrafter":
+    def load(cls, source: str | Path, folder: "DrafterFolder | None", target: "PreTrainedModel") -> "NgramDrafter":
         return cls()  # for any target
 
     def open(self, request: DraftRequest) -> "NgramSession":
@@ -48,9 +54,9 @@ class NgramSession(Unremembering):
     def __init__(self, drafter: NgramDrafter, request: DraftRequest):
         self.longest = drafter.longest
         self.matches = min(drafter.matches, request.capacity)
-        self.shape = request.shape
+        self.shape = request.fixed_shape
         self.sampling = request.sampling
-        self.tree = TokenTree.of(request.shape, request.device)
+        self.tree = TokenTree.of(self.shape, request.device)
 
     def propose(self, state: DecodeState) -> Proposal:
         continuations, weights = self._look_up(state)  # (B, K, D), (B, K)
@@ -77,8 +83,7 @@ class NgramSession(Unremembering):
                 following.append(torch.where(agrees, following[node], -torch.inf))
                 race = torch.where(agrees, -torch.inf, race)
         tokens = torch.stack(columns, dim=1)
-        source = "shared" if self.sampling.noise == "shared" else "own"
-        return Proposal(tokens, self.tree, "deterministic", source)
+        return Proposal(tokens, self.tree, "deterministic", self.sampling.source)
 
     def _look_up(self, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The best K earlier places: their next D tokens (NO_TOKEN past the text), and log weights.

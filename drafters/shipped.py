@@ -4,12 +4,17 @@ Reads nothing but their JSON files. Knows nothing of what is inside.
 """
 
 import json
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..spec.console import table
 from .folder import target_fingerprint
 from .kinds import KINDS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 NAMES = ("smollm2-135m-medusa", "smollm2-135m-hydra", "smollm2-135m-draft")
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
@@ -30,7 +35,7 @@ def shipped_folder(name: str | Path) -> Path | None:
     return folder
 
 
-def best_shipped(target) -> Path | None:
+def best_shipped(target: "PreTrainedModel") -> Path | None:
     """The shipped drafter of `target` that commits the most tokens per step; None where there is none.
 
     Those that follow any tree, heads, come before draft models: their steps are cheaper, and prompt lookup goes beside
@@ -44,7 +49,7 @@ def best_shipped(target) -> Path | None:
     return max(measured, default=(None, None, None))[-1]
 
 
-def drafters(args) -> None:
+def drafters(args: Namespace) -> None:
     """The command `paceline drafters`: a table of them with their numbers."""
     here = {folder.name: (config, about) for folder, config, about in _shipped()}
     rows = []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DraftRequest, Proposal
+from ..spec.proposal import NO_TOKEN, DraftRequest, Law, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
 
@@ -22,13 +22,15 @@ class StaticTree:
     stay empty. Raises ValueError where a node has more children than there are ids."""
 
     def __init__(self, request: DraftRequest, vocabulary: Tensor | None = None, depth: int | None = None):
-        self.tree = TokenTree.of(request.shape, request.device)
+        shape = request.fixed_shape
+        self.tree = TokenTree.of(shape, request.device)
         self.sampling = request.sampling
         self.vocab_size = request.vocab_size
         self.trimmed = vocabulary is not None
-        self.vocabulary = vocabulary if self.trimmed else torch.arange(request.vocab_size, device=request.device)
-        check_children(request.shape, len(self.vocabulary))
-        self.levels = list(_plan(request.shape, lambda nodes: torch.tensor(nodes, device=request.device)))[:depth]
+        every = torch.arange(request.vocab_size, device=request.device)
+        self.vocabulary = every if vocabulary is None else vocabulary
+        check_children(shape, len(self.vocabulary))
+        self.levels = list(_plan(shape, lambda nodes: torch.tensor(nodes, device=request.device)))[:depth]
 
     def fill(self, state: DecodeState, logits_of: Callable[[int, Tensor, Tensor], Tensor]) -> Proposal:
         """Ask `logits_of(depth, inner, tokens)` for the logits (B, n, V') of the inner nodes (n,) of each level,
@@ -36,20 +38,18 @@ class StaticTree:
         base = state.lengths - 1
         tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(base), 1)  # (B, N)
         tokens[:, :1] = state.roots()
-        draws = self.sampling.noise == "own"
         draft_logits = None
-        if draws:
+        if self.sampling.noise == "own":
             draft_logits = state.lengths.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32)
         for depth, (inner, children, parent_place, ranks, width) in enumerate(self.levels):
             logits = logits_of(depth, inner, tokens) / state.temperature[:, None, None]
-            if draws:
+            if draft_logits is not None:
                 draft_logits[:, inner] = self._widened(logits)
             race = logits + self.sampling.gumbel(state.keys, (base + depth + 1)[:, None], self.vocabulary)
             chosen = self.vocabulary[race.topk(width, dim=-1).indices]  # (B, n or 1, width)
             tokens[:, children] = chosen.expand(-1, len(inner), -1)[:, parent_place, ranks]
-        law = "without_replacement" if self.sampling.noise != "none" else "deterministic"
-        source = "shared" if self.sampling.noise == "shared" else "own"
-        return Proposal(tokens, self.tree, law, source, draft_logits)
+        law: Law = "without_replacement" if self.sampling.noise != "none" else "deterministic"
+        return Proposal(tokens, self.tree, law, self.sampling.source, draft_logits)
 
     def _widened(self, logits: Tensor) -> Tensor:
         """Logits of the whole vocabulary: ids that the drafter does not know are impossible."""
@@ -64,7 +64,9 @@ def check_children(shape: TreeShape | DynamicShape, vocab_size: int) -> None:
         raise ValueError(f"tree: a node has {shape.max_children} children and the vocabulary {vocab_size} tokens")
 
 
-def _plan(shape: TreeShape, index: Callable[[list[int]], Tensor]) -> Iterator[tuple]:
+def _plan(
+    shape: TreeShape, index: Callable[[list[int]], Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor, int]]:
     """Level by level: (nodes with children, their children, each child's parent's place, rank, widest)."""
     for level in shape.levels:
         inner = [node for node in level if shape.children[node]]

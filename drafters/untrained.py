@@ -8,32 +8,38 @@ all the same, and they cost what trained ones of their kind cost.
 """
 
 import copy
+from typing import TYPE_CHECKING
 
 import torch
 
+from ..spec.proposal import Drafter
 from .draft_model import ModelDrafter
-from .medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from .medusa import HeadSettings, MedusaDrafter, MedusaHeads, Mode
 from .ngram import NgramDrafter
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 KINDS = ("ngram", "draft model", "medusa", "hydra")
+_MODES: dict[str, Mode] = {"medusa": "independent", "hydra": "hydra"}
 NOISE = 0.05  # of a weight's own spread
 _BLOCK = 1_048_573  # random numbers that are drawn and repeated, a prime
 
 
-def untrained(kind: str, target):
+def untrained(kind: str, target: "PreTrainedModel") -> Drafter:
     """A drafter of one of `KINDS` for the model `target`; "draft model" takes as much memory as the target."""
     if kind == "ngram":
         return NgramDrafter()
     if kind == "draft model":
         return ModelDrafter(_noisy_copy(target), kind)
-    heads = MedusaHeads.make(HeadSettings("independent" if kind == "medusa" else kind), target).to(target.dtype)
+    heads = MedusaHeads.make(HeadSettings(_MODES[kind]), target).to(target.dtype)
     for parameter in heads.parameters():
         _add_noise(parameter, 0.1 * heads.hidden_size**-0.5)
     return MedusaDrafter(heads.requires_grad_(False).eval(), kind)
 
 
 @torch.no_grad()
-def _noisy_copy(target):
+def _noisy_copy(target: "PreTrainedModel") -> "PreTrainedModel":
     model = copy.deepcopy(target)
     for parameter in model.parameters():
         if parameter.ndim > 1:

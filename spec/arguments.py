@@ -3,21 +3,21 @@
 import difflib
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from .executors import NAMES
 from .models import context_length
 from .verify import check_rule
 
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
-_REFUSED = {
+_REFUSED: dict[str, tuple[Collection, str]] = {  # what is fine all the same, and the reason
     "num_beams": ({None, 1}, "beam search keeps several texts per row; use model.generate for it"),
     "penalty_alpha": ({None, 0}, "contrastive search is not supported; use model.generate for it"),
     "guidance_scale": ({None, 1}, "guidance (CFG) runs a second model state per token; use model.generate"),
@@ -73,7 +73,7 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 
 
-def setting(model, kwargs: dict, name: str):
+def setting(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
     """An argument's value: as passed, else from the generation config passed, else from the model's."""
     if kwargs.get(name) is not None:
         return kwargs[name]
@@ -81,7 +81,7 @@ def setting(model, kwargs: dict, name: str):
     return next((getattr(c, name) for c in configs if getattr(c, name, None) is not None), None)
 
 
-def check_model(model, role: str = "model"):
+def check_model(model: Any, role: str = "model") -> PreTrainedModel:
     """The causal LM that is meant by `model`, which may be wrapped by torch.compile. Raises ValueError for anything
     else."""
     while isinstance(model, torch.nn.Module) and "_orig_mod" in model._modules:
@@ -102,7 +102,7 @@ def check_model(model, role: str = "model"):
     return model
 
 
-def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
+def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str, executor: str) -> None:
     """Refuse what `generate` cannot do; numbers in `kwargs` become Python's own."""
     check_rule(verify)
     if executor not in NAMES:
@@ -127,7 +127,7 @@ def check_arguments(model, kwargs: dict, verify: str, executor: str) -> None:
     _check_numbers(model, kwargs)
 
 
-def _check_numbers(model, kwargs: dict) -> None:
+def _check_numbers(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     """Look at the numbers passed, as arguments or in a generation config."""
     config = kwargs.get("generation_config")
     _numbers({} if config is None else vars(config))
@@ -146,7 +146,7 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
 def whole_number(name: str, value: Any, least: int) -> int:
     """`value` as an integer, numpy's and torch's included. Raises ValueError for one below `least` and for anything
     else, True and False too."""
-    number = None if _is_bool(value) else _index(value)
+    number = _index(value)
     if number is None or number < least:
         unit = " token" if least == 1 and "tokens" in name else ""
         raise ValueError(
@@ -171,8 +171,9 @@ def check_seed(seed: Any) -> int | list[int] | None:
     if seed is None:
         return None
     several = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
-    numbers = [None if _is_bool(part) else _index(part) for part in (seed if several else [seed])]
-    if None in numbers:
+    parts = list(seed) if several else [seed]
+    numbers = [number for number in map(_index, parts) if number is not None]
+    if len(numbers) < len(parts):
         raise ValueError(
             f"seed={seed!r} is neither an integer nor a list of integers; pass one, one for each row, or leave it out"
         )
@@ -184,14 +185,14 @@ def _is_bool(value: Any) -> bool:
 
 
 def _index(value: Any) -> int | None:
-    """`value` as an integer; None where it is none."""
+    """`value` as an integer; None where it is none, or True or False."""
     try:
-        return operator.index(value)
+        return None if _is_bool(value) else operator.index(value)
     except (TypeError, RuntimeError, ValueError):
         return None
 
 
-def check_prompt(input_ids: Tensor | None, vocab_size: int) -> None:
+def check_prompt(input_ids: Tensor | None, vocab_size: int) -> Tensor:
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
         shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids is {shape}; a tensor of shape (batch, tokens) with at least 1 token is needed")
@@ -202,6 +203,7 @@ def check_prompt(input_ids: Tensor | None, vocab_size: int) -> None:
             f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, and the model's vocabulary "
             f"ends at {vocab_size - 1}; use the model's own tokenizer"
         )
+    return input_ids
 
 
 def check_mask(mask: Tensor, input_ids: Tensor) -> None:
@@ -227,7 +229,7 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
 
 
-def check_length(model, prompt: Tensor, pads: Tensor, new_tokens: int, tree_depth: int) -> None:
+def check_length(model: PreTrainedModel, prompt: Tensor, pads: Tensor, new_tokens: int, tree_depth: int) -> None:
     """Refuse texts beyond the context, and texts that cross a length at which the model's attention changes."""
     config = model.config.get_text_config()
     limit = context_length(model)

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from .masks import HOOKED
 from .slots import SlotModel
@@ -27,7 +28,7 @@ _SHAPE = TreeShape((-1, 0, 0, 1, 1, 2, 4))
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, set]" = weakref.WeakKeyDictionary()
 
 
-def attach(model) -> None:
+def attach(model: PreTrainedModel) -> None:
     """Check once that `model` can be a target or a draft model.
 
     Raises ValueError, in one sentence, for a model that cannot: its kind, its attention implementation, where its
@@ -45,7 +46,7 @@ def attach(model) -> None:
         tested.add(what)
 
 
-def check_kind(model) -> None:
+def check_kind(model: PreTrainedModel) -> None:
     """Raise ValueError for a model whose kind or attention implementation says already that it cannot be a target."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
@@ -70,7 +71,7 @@ def check_kind(model) -> None:
         )
 
 
-def _check_weights(model) -> None:
+def _check_weights(model: PreTrainedModel) -> None:
     """Refuse a model that has no weights, and one whose weights come to the device only while they are used."""
     name = type(model).__name__
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
@@ -86,7 +87,7 @@ def _check_weights(model) -> None:
         )
 
 
-def _judge(model, error: float) -> None:
+def _judge(model: PreTrainedModel, error: float) -> None:
     """Refuse a model whose self-test gave `error`, unless its own plain forwards differ as much."""
     name, allowed = type(model).__name__, TOLERANCE.get(model.dtype, 0.1)
     if error != error:
@@ -112,7 +113,7 @@ def _judge(model, error: float) -> None:
 
 
 @torch.no_grad()
-def self_test(model) -> float:
+def self_test(model: PreTrainedModel) -> float:
     """The relative error of tree logits against cache-less forwards over two steps: the largest over the paths,
     or the median in low precision, where rounding may send a token to another expert. NaN if any is NaN.
 
@@ -132,7 +133,7 @@ def self_test(model) -> float:
 
 
 @torch.no_grad()
-def unsteadiness(model) -> float:
+def unsteadiness(model: PreTrainedModel) -> float:
     """How far the logits of the same tokens differ between plain forwards, alone and with another text in the batch,
     relative, and taken over several texts as in the self-test. Neither positions, masks nor a cache enter."""
     with _plain_arithmetic(model):
@@ -140,7 +141,7 @@ def unsteadiness(model) -> float:
 
 
 @contextmanager
-def _plain_arithmetic(model) -> Iterator[None]:
+def _plain_arithmetic(model: PreTrainedModel) -> Iterator[None]:
     """The model's own arithmetic, whatever autocast the caller has."""
     with ExitStack() as stack:
         for kind in {"cpu", model.device.type}:
@@ -149,7 +150,7 @@ def _plain_arithmetic(model) -> Iterator[None]:
         yield
 
 
-def _worst(model, errors: list[float]) -> float:
+def _worst(model: PreTrainedModel, errors: list[float]) -> float:
     numbers = torch.tensor(errors, device="cpu")
     return float(numbers.max() if model.dtype in (torch.float32, torch.float64) else numbers.median())
 
@@ -159,7 +160,7 @@ def _first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
-def _check_forward(model) -> None:
+def _check_forward(model: PreTrainedModel) -> None:
     """Refuse a model of which not even a plain forward runs, so that nothing else is blamed."""
     vocab = model.config.get_text_config().vocab_size
     try:
@@ -171,7 +172,7 @@ def _check_forward(model) -> None:
         ) from error
 
 
-def _differences(model) -> list[float]:
+def _differences(model: PreTrainedModel) -> list[float]:
     vocab = model.config.get_text_config().vocab_size
     differences = []
     for start in range(4):
@@ -183,11 +184,11 @@ def _differences(model) -> list[float]:
     return differences
 
 
-def _plain_logits(model, ids: Tensor) -> Tensor:  # (B, n) -> (B, n, V)
+def _plain_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:  # (B, n) -> (B, n, V)
     return model(input_ids=ids, use_cache=False).logits.float()
 
 
-def _errors(model) -> list[float]:
+def _errors(model: PreTrainedModel) -> list[float]:
     config = model.config.get_text_config()
     device = model.device
     tree = TokenTree.of(_SHAPE, device)
@@ -234,7 +235,7 @@ def _leaf_paths() -> list[list[int]]:
     return paths
 
 
-def _error(model, text: list[int], drafted: Tensor, path: list[int], logits: Tensor) -> float:
+def _error(model: PreTrainedModel, text: list[int], drafted: Tensor, path: list[int], logits: Tensor) -> float:
     """Relative error of the nodes of one path, whose root is the last token of `text`."""
     ids = torch.tensor([[*text[:-1], *drafted[path].tolist()]], device=drafted.device)
     return _relative(logits[path], _plain_logits(model, ids)[0, -len(path) :])

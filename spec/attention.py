@@ -8,10 +8,11 @@ attention registry while a slot forward runs, and hands everything else to the f
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import native
@@ -24,27 +25,27 @@ _stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # what stood in the registry
 
 
 def packed_attention(
-    module,
+    module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling=None,
-    dropout=0.0,
-    **kwargs,
-):
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
     """transformers' attention signature: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), a
     boolean mask (B, 1, n, T); returns (B, n, H, Dv) and no weights."""
     batch, heads, nodes, width = query.shape
     groups = heads // key.shape[1]
-    other = attention_mask is None or kwargs.get("position_bias") is not None or nodes > LONGEST
-    if active_view() is None or other:
+    biased = kwargs.get("position_bias") is not None
+    if active_view() is None or attention_mask is None or biased or nodes > LONGEST:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if nodes <= OURS and groups <= FEW and native.can_attend(query, key, value, attention_mask):
         scale = width**-0.5 if scaling is None else scaling
         blocks = zip(query.split(FEW // groups, dim=2), attention_mask.split(FEW // groups, dim=2))
-        out = [torch.ops.paceline.slot_attention(own, key, value, mask, scale) for own, mask in blocks]
-        return torch.cat(out, dim=1) if len(out) > 1 else out[0], None
+        parts = [torch.ops.paceline.slot_attention(own, key, value, mask, scale) for own, mask in blocks]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
     if groups == 1:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     packed = query.reshape(batch, key.shape[1], groups * nodes, width)

@@ -7,6 +7,8 @@ windowing), because a ring cannot forget rejected tokens. Slots that are masked 
 Knows nothing of trees; lengths belong to the decode state.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
@@ -31,10 +33,11 @@ class SlotLayer(CacheLayerMixin):
         )
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write states (B, H, n, D) at the aim; returns all that the forward may look at, (B, H, reach, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.cache.lines is not None, "aim() comes first"
         for buffer, states in ((self.keys, key_states), (self.values, value_states)):
             lines = states.transpose(1, 2).reshape(-1, buffer.shape[1])  # (B * n, H * D)
             buffer.index_copy_(0, self.cache.lines, lines)

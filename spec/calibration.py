@@ -6,15 +6,18 @@ decoding of any tree within the wide one is replayed from that. Knows no clock.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from .executors import Eager
 from .models import end_ids
 from .noise import row_keys
 from .planner import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
+from .proposal import Drafter
 from .request import Request
 from .rows import Rows
 from .runs import open_engine
@@ -131,7 +134,15 @@ def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int,
 
 
 @torch.no_grad()
-def follow(model, drafter, prompt: dict, rule: str, temperature: float, new_tokens: int, seed: int) -> list[Event]:
+def follow(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    prompt: Mapping[str, Tensor],
+    rule: str,
+    temperature: float,
+    new_tokens: int,
+    seed: int,
+) -> list[Event]:
     """Decode `prompt` (input_ids (1, P)) one token a step, up to `new_tokens` or an end of text, drafting the wide
     tree at each."""
     ids = prompt["input_ids"].to(model.device)

@@ -4,20 +4,24 @@ Steps in which every row is done cost what real ones do (all shapes are static),
 their slots held text, in turns, and medians are kept. Knows nothing of acceptance.
 """
 
+import functools
 import itertools
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+from torch import Tensor
+from transformers import PreTrainedModel
 
-from .executors import EXECUTORS, Step
+from .executors import EXECUTORS, Executor, Step
 from .planner import interpolate
-from .proposal import DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
+from .proposal import Drafter, DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from .runs import open_engine
 from .sampling import Sampler
 from .slots import SlotModel
@@ -25,9 +29,10 @@ from .state import DecodeState
 from .step import Engine
 from .step_report import unpack_report
 from .trace import Trace
-from .tree import TokenTree, TreeShape
+from .tree import DynamicShape, TokenTree, TreeShape
 
 IDLE_CAPACITY = 512  # slots of an engine that is timed; half of them hold text
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -44,22 +49,24 @@ class Blank(NoDrafter):
 
     def open(self, request: DraftRequest) -> "BlankSession":
         flat = torch.zeros(1, 1, 1, device=request.device).expand(request.batch, len(request.shape), request.vocab_size)
-        return BlankSession(TokenTree.of(request.shape, request.device), flat)
+        return BlankSession(TokenTree.of(request.fixed_shape, request.device), flat)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlankSession(EmptySession):
-    draft_logits: torch.Tensor
+    draft_logits: Tensor
 
     def propose(self, state: DecodeState) -> Proposal:
         tokens = state.roots().repeat(1, self.tree.size)
         return Proposal(tokens, self.tree, "without_replacement", "own", self.draft_logits)
 
 
-def in_turns(model, runners: dict, repeats: int, warm_up: int = 3, limit: float = math.inf) -> dict:
+def in_turns(
+    model: PreTrainedModel, runners: Mapping[Key, Executor], repeats: int, warm_up: int = 3, limit: float = math.inf
+) -> dict[Key, float]:
     """Median seconds of a run of each of `runners`, which take turns, after `warm_up` turns that do not count; no turn
     begins after `limit` seconds, but one counts in any case."""
-    seconds: dict = {key: [] for key in runners}
+    seconds: dict[Key, list[float]] = {key: [] for key in runners}
     with torch.no_grad():
         begun = time.perf_counter()
         for repeat in range(repeats + warm_up):
@@ -76,15 +83,15 @@ def in_turns(model, runners: dict, repeats: int, warm_up: int = 3, limit: float 
 
 
 def open_idle(
-    model,
+    model: PreTrainedModel,
     executor: str,
-    drafter,
-    shape: TreeShape,
+    drafter: Drafter,
+    shape: TreeShape | DynamicShape,
     capacity: int = IDLE_CAPACITY,
     sampling: DraftSampling | None = None,
     forward_only: bool = False,
     batch: int = 1,
-):
+) -> Executor:
     """An executor over an engine of `batch` rows without a text, of whole steps or of their target forwards."""
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)
@@ -103,18 +110,22 @@ def _forward_alone(engine: Engine) -> Step:
 
 
 def measure(
-    model,
-    drafters: Sequence,
+    model: PreTrainedModel,
+    drafters: Sequence[Drafter],
     executor: str,
-    sizes=(1, 4, 8, 16, 32),
-    depths=(1, 4, 8),
+    sizes: Sequence[int] = (1, 4, 8, 16, 32),
+    depths: Sequence[int] = (1, 4, 8),
     repeats: int = 15,
-    sampling=None,
+    sampling: DraftSampling | None = None,
 ) -> Curves:
     """The curves for one target, executor and some drafters; a compiled executor compiles one step a point."""
-    blanks = {size: (Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1)) for size in sizes}
-    drafts = {(place, depth): (own, TreeShape.chain(depth)) for place, own in enumerate(drafters) for depth in depths}
-    runs = {key: open_idle(model, executor, *run, sampling=sampling) for key, run in (blanks | drafts).items()}
+    opened = functools.partial(open_idle, model, executor, sampling=sampling)
+    runs: dict[int | tuple[int, int], Executor] = {}
+    for size in sizes:
+        runs[size] = opened(Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1))
+    drafts = [(place, depth) for place in range(len(drafters)) for depth in depths]
+    for place, depth in drafts:
+        runs[place, depth] = opened(drafters[place], TreeShape.chain(depth))
     seconds = in_turns(model, runs, repeats)
     target = {size: seconds[size] for size in sizes}
     for smaller, larger in itertools.pairwise(sizes):  # a larger step never costs less; noise may say so
@@ -124,7 +135,9 @@ def measure(
     return Curves(target, tuple(found))
 
 
-def own_cost(model, drafter, executor: str, shape: TreeShape, repeats: int = 40) -> tuple[float, float]:
+def own_cost(
+    model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape, repeats: int = 40
+) -> tuple[float, float]:
     """Median seconds of a whole step, drafting included, and of the target forward in it alone, in turns."""
     runs = {only: open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)}
     seconds = in_turns(model, runs, repeats)
@@ -148,7 +161,7 @@ def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
     return statistics.median(seconds)
 
 
-def slot_bytes(model) -> int:
+def slot_bytes(model: PreTrainedModel) -> int:
     """Bytes of one slot of a row in the cache of `model`, over all layers."""
     runner = open_idle(model, "eager", NoDrafter(), TreeShape.chain(0), capacity=64)
     with torch.no_grad():
@@ -156,7 +169,7 @@ def slot_bytes(model) -> int:
     return runner.engine.target.nbytes // 64
 
 
-def wait_for(model) -> None:
+def wait_for(model: PreTrainedModel) -> None:
     """Return once the device of `model` has done all that it was given."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

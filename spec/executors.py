@@ -16,7 +16,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
 
 import torch
@@ -30,7 +30,7 @@ LONG_RUN = 8192  # new tokens in one call from which compiling on a CPU pays for
 PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
 
 
-Step = Callable[[Engine, Callable[[str], None]], StepResult]
+Step = Callable[[Engine, Callable[[str], None]], Any]  # gives a `StepResult`; other work on an engine, what it likes
 
 
 def _silent(phase: str) -> None:
@@ -40,8 +40,17 @@ def _silent(phase: str) -> None:
 class Executor(Protocol):
     """Runs the steps of one engine."""
 
-    engine: Engine
-    lag: int  # how many steps late the host reads
+    @property
+    def engine(self) -> Engine:
+        """Whose steps they are."""
+
+    @property
+    def lag(self) -> int:
+        """How many steps late the host reads."""
+
+    @property
+    def making_seconds(self) -> float:
+        """What compiling and capturing took."""
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         """A step; `mark` hears of its phases, or of the step as a whole, as each ends."""
@@ -51,6 +60,7 @@ class Eager:
     """The step (or other `work` on an engine) as it is written, timed phase by phase."""
 
     lag = 0
+    making_seconds = 0.0
 
     def __init__(self, engine: Engine, work: Step | None = None):
         self.engine, self.work = engine, work or step
@@ -71,7 +81,7 @@ class Compiled:
         _keep_compiled_code()
         self.engine, work = engine, work or step
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
-        self.step = torch.compile(
+        self.step = torch.compile(  # type: ignore[call-overload]  # torch's overloads lack isolate_recompiles
             lambda: work(engine, _silent),
             fullgraph=True,
             dynamic=False,
@@ -107,10 +117,12 @@ class CompiledLater:
     becomes. `compiled` is the executor of these, once it is there."""
 
     lag = 0
+    making_seconds = 0.0  # of the steps that it begins with
 
     def __init__(self, engine: Engine, patience: float):
         self.engine, self.patience = engine, patience
-        self.eager, self.compiled = Eager(engine), None
+        self.eager = Eager(engine)
+        self.compiled: Compiled | None = None
         self.begun: float | None = time.perf_counter()  # None once it has tried to compile
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
@@ -233,7 +245,7 @@ def choose(name: str, device: torch.device, new_tokens: int, capturable: bool, c
     return name
 
 
-EXECUTORS: dict[str, type] = {
+EXECUTORS: dict[str, type[Eager | Compiled | CudaGraph]] = {
     "eager": Eager,
     "compiled": Compiled,
     CudaGraph.name: CudaGraph,

@@ -6,6 +6,7 @@ token is decoded.
 """
 
 import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,8 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, StopStringCriteria
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.stopping_criteria import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+    StopStringCriteria,
+)
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .arguments import (
@@ -34,13 +41,13 @@ from .lockstep import Lockstep, ScoreBook
 from .loop import decode
 from .noise import row_keys
 from .plans import automatic_shape, read_shape
-from .proposal import NoDrafter, is_drafter
+from .proposal import Drafter, NoDrafter, is_drafter
 from .request import Request
 from .rows import Rows
 from .runs import RunSpec, open_run
 from .sampling import Sampler
-from .trace import Trace
-from .tree import TreeShape
+from .trace import Event, Trace
+from .tree import DynamicShape, TreeShape
 
 
 @dataclass
@@ -56,21 +63,21 @@ class SpeculativeOutput(GenerateDecoderOnlyOutput):
 @torch.inference_mode(False)  # buffers that are kept must serve calls outside of it, too
 @torch.no_grad()
 def generate(
-    model,
+    model: PreTrainedModel,
     input_ids: Tensor | None = None,
     attention_mask: Tensor | GenerationConfig | None = None,
     *,
-    drafter: Any = None,
-    tree: Any = None,
+    drafter: Drafter | PreTrainedModel | str | Path | None = None,
+    tree: TreeShape | DynamicShape | Sequence[int] | str | Path | None = None,
     verify: str = "match",
     seed: int | list[int] | None = None,
     executor: str = "auto",
     prefill_chunk: int = 512,
     trace_file: str | Path | None = None,
-    streamer=None,
-    tokenizer=None,
-    on_step=None,
-    **kwargs,
+    streamer: BaseStreamer | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_step: Callable[[list[Event]], None] | None = None,
+    **kwargs: Any,
 ) -> Tensor | SpeculativeOutput:
     """Decode with speculation; returns what `model.generate` returns.
 
@@ -101,17 +108,17 @@ def generate(
         kwargs["generation_config"], attention_mask = attention_mask, None
     check_arguments(model, kwargs, verify, executor)
     prefill_chunk, seed = whole_number("prefill_chunk", prefill_chunk, 1), check_seed(seed)
-    check_prompt(input_ids, model.config.get_text_config().vocab_size)
+    input_ids = check_prompt(input_ids, model.config.get_text_config().vocab_size)
     if attention_mask is not None:
         check_mask(attention_mask, input_ids)
     attach(model)
-    drafter = _drafter(drafter, model)
+    drafting = _drafter(drafter, model)
     if trace_file is not None:
         check_writable(trace_file)
-    shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafter)
+    shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafting)
     if seed is None and setting(model, kwargs, "do_sample"):
         seed = int(torch.randint(2**53, (), device="cpu"))
-    call = _Call(drafter, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step)
+    call = _Call(drafting, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step)
     if streamer is not None:
         kwargs["streamer"] = streamer  # transformers hands it the prompt
     if tokenizer is not None and setting(model, kwargs, "stop_strings"):
@@ -123,7 +130,7 @@ def generate(
     return out
 
 
-def _drafter(drafter: Any, model) -> Any:
+def _drafter(drafter: Any, model: PreTrainedModel) -> Drafter:
     """The drafter that is meant."""
     if drafter is None:
         return NoDrafter()
@@ -141,19 +148,27 @@ def _drafter(drafter: Any, model) -> Any:
 class _Call:
     """One call of generate, between transformers' preparation and our loop."""
 
-    drafter: Any
-    shape: TreeShape | None  # None: the kept plan's
+    drafter: Drafter
+    shape: TreeShape | DynamicShape | None  # None: the kept plan's
     rule: str
     seed: int | list[int] | None
     executor: str
     prefill_chunk: int
     trace_file: str | Path | None
-    streamer: Any
-    tokenizer: Any
-    on_step: Any
-    stop_strings: Any = None
+    streamer: BaseStreamer | None
+    tokenizer: PreTrainedTokenizerBase | None
+    on_step: Callable[[list[Event]], None] | None
+    stop_strings: str | list[str] | None = None
 
-    def decode(self, model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+    def decode(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Tensor | SpeculativeOutput:
         config, detailed = generation_config, generation_config.return_dict_in_generate
         prompt = input_ids.to(model.device).long()
         mask = model_kwargs.get("attention_mask")
@@ -176,15 +191,16 @@ class _Call:
         keys = row_keys(self._seeds(len(prompt)), len(prompt), "cpu").tolist()
         sampler = Sampler(logits_processor, bool(config.do_sample), prompt, pads)
         if self.shape is None:
-            self._plan(model, sampler, new_tokens * len(prompt))
+            self.shape = self._plan(model, sampler, new_tokens * len(prompt))
         check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
         slots = prompt.shape[1] + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
-        what = self.shape, self.rule, self.executor, len(prompt), slots, len(eos), keep_scores, sampler.signature
+        sizes = len(prompt), slots, len(eos)
+        spec = RunSpec(self.shape, self.rule, self.executor, *sizes, keep_scores, sampler.signature)
         texts = [row[pad:] for row, pad in zip(prompt.tolist(), pads.tolist())]
         requests = [Request(text, new_tokens, tuple(key), eos, sampler.row_sampling) for text, key in zip(texts, keys)]
         trace, books = Trace(), (scores, logits)
-        with open_run(model, self.drafter, RunSpec(*what), sampler, new_tokens * len(prompt)) as executor:
+        with open_run(model, self.drafter, spec, sampler, new_tokens * len(prompt)) as executor:
             try:
                 rows = Rows(executor, self.prefill_chunk)
                 counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step)
@@ -199,13 +215,14 @@ class _Call:
         kept = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
         return SpeculativeOutput(sequences=sequences, scores=kept[0], logits=kept[1], trace=trace)
 
-    def _plan(self, model, sampler: Sampler, new_tokens: int) -> None:
-        """Take the kept plan, which may be not to speculate."""
+    def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape:
+        """The shape of the kept plan, which may be not to speculate."""
         executor = choose(self.executor, model.device, new_tokens, sampler.capturable, compiled_before=False)
         temperature = sampler.temperature if sampler.do_sample else 0.0
-        self.shape = automatic_shape(model, self.drafter, executor, self.rule, temperature)
-        if len(self.shape) == 1:
+        shape = automatic_shape(model, self.drafter, executor, self.rule, temperature)
+        if len(shape) == 1:
             self.drafter = NoDrafter()
+        return shape
 
     def _seeds(self, rows: int) -> int | list[int]:
         if isinstance(self.seed, list) and len(self.seed) != rows:
@@ -213,7 +230,7 @@ class _Call:
         return 0 if self.seed is None else self.seed  # a greedy text draws nothing
 
 
-def _without_stop_strings(model, kwargs: dict) -> dict:
+def _without_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
     """transformers does not pass the tokenizer on to a custom loop, so the strings are kept from it."""
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.stop_strings = None
@@ -227,7 +244,7 @@ def _left_padding(prompt: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(prompt.device).bool().to(torch.int8).argmax(1)
 
 
-def _asks_more(criteria) -> bool:
+def _asks_more(criteria: StoppingCriteriaList) -> bool:
     """Whether there are criteria beside length and end of text, which the step handles itself."""
     return any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
 

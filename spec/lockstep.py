@@ -8,6 +8,7 @@ the point at which a criterion stops it is cut. Also collects scores per token w
 import torch
 from torch import Tensor
 from transformers.generation.stopping_criteria import StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
 
 
 class ScoreBook:
@@ -34,7 +35,7 @@ class Lockstep:
         self,
         prompt: Tensor,
         criteria: StoppingCriteriaList,
-        streamer,
+        streamer: BaseStreamer | None,
         pad: int | None,
         book: ScoreBook | None,
     ):
@@ -69,7 +70,7 @@ class Lockstep:
     def _show(self, tokens: Tensor, clock: int) -> None:
         self.ids = torch.cat([self.ids, tokens[:, None]], dim=1)
         if self.book is not None:
-            self.scores += (self.book.token(clock),)
+            self.scores = (*(self.scores or ()), self.book.token(clock))
         stops = self.criteria(self.ids, self.scores)
         if self.streamer is not None:
             self.streamer.put(tokens.cpu())

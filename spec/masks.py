@@ -8,13 +8,14 @@ build masks some other way are found by the self-test, not here.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +39,7 @@ _active = threading.local()
 
 
 @contextmanager
-def showing(view: SlotView):
+def showing(view: SlotView) -> Iterator[None]:
     """Run a forward of this thread under `view`."""
     _active.view = view
     try:
@@ -53,12 +54,14 @@ def active_view() -> SlotView | None:
 
 
 def _hooked(stock: Callable, additive: bool) -> Callable:
-    def mask(*args, mask_function: Callable | None = None, dtype: torch.dtype = torch.float32, **kwargs):
+    def mask(
+        *args: Any, mask_function: Callable | None = None, dtype: torch.dtype = torch.float32, **kwargs: Any
+    ) -> Tensor | None:
         view = active_view()
         if view is None:
             given = {} if mask_function is None else {"mask_function": mask_function}
             return stock(*args, **given, dtype=dtype, **kwargs)
-        visible = view.mask(mask_function)
+        visible = view.mask(mask_function or causal_mask_function)
         if not additive:
             return visible
         zero = torch.zeros((), dtype=dtype, device=visible.device)

@@ -16,6 +16,11 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +55,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("PACELINE_CACHE") or Path(base) / "paceline")
 
 
-def load_target(name_or_path, dtype="auto", device=None, trust_remote_code=False, with_tokenizer=True):
+def load_target(
+    name_or_path: str | Path,
+    dtype: "str | torch.dtype" = "auto",
+    device: "str | int | torch.device | None" = None,
+    trust_remote_code: bool = False,
+    with_tokenizer: bool = True,
+) -> tuple["PreTrainedModel", Any]:
     """Load a causal LM in evaluation mode and its tokenizer: (model, tokenizer).
 
     `name_or_path` is a folder, a name from `paceline models` or a hub id; `dtype` a torch dtype or its
@@ -205,12 +216,12 @@ def _why_not_loaded(name: str, where: str, error: Exception) -> str:
     )
 
 
-def end_ids(model) -> list[int]:
+def end_ids(model: "PreTrainedModel") -> list[int]:
     """The ids that end a text of `model`, by its own generation config."""
     ids = model.generation_config.eos_token_id
     return [] if ids is None else list(ids) if isinstance(ids, (list, tuple)) else [ids]
 
 
-def context_length(model) -> int | None:
+def context_length(model: "PreTrainedModel") -> int | None:
     """How many tokens `model` can see; None where its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -10,7 +10,8 @@ import dataclasses
 import hashlib
 import itertools
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -66,8 +67,9 @@ def _fingerprint(module: nn.Module) -> str:
     kept = _fingerprints.get(module)
     if kept is not None and kept[0] == versions:
         return kept[1]
-    config = module.config.to_json_string() if hasattr(module, "config") else ""
-    digest = hashlib.blake2b(f"{type(module)} {config} {getattr(module, 'settings', '')}".encode(), digest_size=16)
+    config, settings = getattr(module, "config", None), getattr(module, "settings", "")
+    described = "" if config is None else config.to_json_string()
+    digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode(), digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -91,7 +93,7 @@ def _address(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _plain(value, configs: dict[int, int], depth: int = 0):
+def _plain(value: Any, configs: dict[int, int], depth: int = 0) -> Hashable:
     """A hashable value that compares by content where it is plain, and by identity where it is an object."""
     kind = type(value)
     if kind in _PLAIN:
@@ -107,7 +109,7 @@ def _plain(value, configs: dict[int, int], depth: int = 0):
         return frozenset(map(repr, value))
     if isinstance(value, Tensor):
         return _address(value), value.shape
-    if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen:
+    if dataclasses.is_dataclass(kind) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
         return kind, tuple(_plain(getattr(value, part.name), configs, depth + 1) for part in dataclasses.fields(kind))
     if hasattr(value, "to_dict") and hasattr(value, "model_type"):  # a configuration, which all layers share
         if id(value) not in configs:

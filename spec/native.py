@@ -43,7 +43,7 @@ def prepare() -> bool:
 @functools.cache
 def _library_file() -> ctypes.CDLL | None:
     """The compiled sources, or None, with a line that says why unless it is for want of a compiler."""
-    march = _MARCH.get(torch.backends.cpu.get_cpu_capability())
+    march = _MARCH.get(torch.backends.cpu.get_cpu_capability(), [])
     compilers = [found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))]
     reason = None
     for compiler in compilers if march else ():
@@ -78,12 +78,17 @@ def _built(compiler: str, flags: list[str]) -> Path:
     return file
 
 
+def _panel_outputs() -> int:
+    assert _loaded is not None, "prepare() comes first"
+    return _loaded.panel_outputs()
+
+
 def panels(weight: Tensor) -> Tensor:
     """`weight` (N, K) in float32 as `panel_linear` reads it: of P panels of 2 L outputs, the last one filled up with
     zeros. Where every weight is a bfloat16 they lie in the two halves of int32 (P, K, L), else in float32
     (P, K, 2 L)."""
     outputs, inputs = weight.shape
-    lanes = _loaded.panel_outputs() // 2
+    lanes = _panel_outputs() // 2
     filled = F.pad(weight, (0, 0, 0, -outputs % (2 * lanes))).view(-1, 2, lanes, inputs)  # (P, 2, L, K)
     bits = filled.view(torch.int32)
     if (bits & 0xFFFF).any():
@@ -106,7 +111,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> 
 def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
     """Checks too, because a step is traced once and run often."""
     assert x.dtype == torch.float32 and x.shape[-1] == packed.shape[1], "what was packed is another layer"
-    assert -(-outputs // _loaded.panel_outputs()) == len(packed)
+    assert -(-outputs // _panel_outputs()) == len(packed)
     assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous())
     return x.new_empty(*x.shape[:-1], outputs)
 

@@ -7,7 +7,7 @@ steps or executors.
 """
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import MethodType
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from . import native
 from .module_state import version
 
+_KEPT = "packed_weight"  # the attribute of a layer that holds its packed copy
 ROWS = 16  # that oneDNN chooses its layout for; it suits 1 to 64
 
 # Through an operator of its own, because inductor takes packed weights only as constants.
@@ -89,10 +90,10 @@ class PackedWeight:
     def __init__(self, tensor: Tensor | None = None, backend: Backend | None = None, identity: tuple | None = None):
         self.tensor, self.backend, self.identity = tensor, backend, identity
 
-    def __deepcopy__(self, memo) -> "PackedWeight":
+    def __deepcopy__(self, memo: dict) -> "PackedWeight":
         return PackedWeight()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return PackedWeight, ()
 
 
@@ -118,14 +119,14 @@ def pack(models: Iterable[nn.Module]) -> None:
         weight = layer.weight.detach()
         backend = next((each for each in BACKENDS if _can_be_packed(weight) and each.takes(weight)), None)
         if backend is None:
-            layer.__dict__.pop("packed_weight", None)
+            layer.__dict__.pop(_KEPT, None)
             continue
         place = (weight.data_ptr(), weight.dtype, weight.shape)
         if place not in made:
             identity = (backend, *place[1:], version(weight), _checksum(weight))
-            kept = getattr(layer, "packed_weight", PackedWeight())
+            kept = layer.__dict__.get(_KEPT, PackedWeight())
             made[place] = kept if kept.identity == identity else PackedWeight(backend.pack(weight), backend, identity)
-        layer.packed_weight = made[place]
+        layer.__dict__[_KEPT] = made[place]
 
 
 def _checksum(weight: Tensor) -> int:
@@ -143,22 +144,22 @@ def _can_be_packed(weight: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def packed_linears(models: Iterable[nn.Module]):
+def packed_linears(models: Iterable[nn.Module]) -> Iterator[None]:
     """What is traced inside reads the packed weights of `models`, where there are any. What runs meanwhile in another
     thread does not."""
-    layers = [layer for layer in _linears(models) if "packed_weight" in vars(layer) and "forward" not in vars(layer)]
+    layers = [layer for layer in _linears(models) if _KEPT in vars(layer) and "forward" not in vars(layer)]
     for layer in layers:
-        layer.forward = MethodType(_packed_forward, layer)
+        layer.__dict__["forward"] = MethodType(_packed_forward, layer)
     try:
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            del layer.__dict__["forward"]
 
 
 def _packed_forward(layer: nn.Linear, x: Tensor) -> Tensor:
-    packed = layer.packed_weight
-    if packed.backend is None or not torch.compiler.is_dynamo_compiling():
+    packed: PackedWeight = getattr(layer, _KEPT)
+    if packed.backend is None or packed.tensor is None or not torch.compiler.is_dynamo_compiling():
         return F.linear(x, layer.weight, layer.bias)
     return packed.backend.linear(x, packed.tensor, layer.bias, len(layer.weight))
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from transformers import GenerationConfig, GenerationMixin
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import loop
@@ -25,7 +27,8 @@ from .executors import NAMES
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plans import read_shape
-from .proposal import is_drafter
+from .proposal import Drafter, NoDrafter, is_drafter
+from .trace import Event
 from .verify import RULES
 
 SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file")
@@ -46,7 +49,7 @@ _PLAIN_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding
 _SUMS = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens", "num_examined_draft_tokens", "num_tokens")
 
 
-def patch(model, drafter: Any = "auto", **settings) -> "Patch":
+def patch(model: PreTrainedModel, drafter: Drafter | str | Path | None = "auto", **settings: Any) -> "Patch":
     """Let `model.generate` decode with speculation until `unpatch(model)` or the end of a `with` block.
 
     `drafter` is a drafter, or a name or folder, which is loaded now. `settings` are those of `paceline.generate`:
@@ -63,7 +66,7 @@ def patch(model, drafter: Any = "auto", **settings) -> "Patch":
     return Patch(model, _checked(model, drafter, settings), settings)
 
 
-def unpatch(model) -> None:
+def unpatch(model: PreTrainedModel) -> None:
     """Give `model` its own `generate` back, however often it was patched; nothing of a patch is left. A wrapper that
     somebody has put around it since stays, and reaches transformers' own."""
     if active := vars(_inner(model)).get("_paceline_patch"):
@@ -75,7 +78,7 @@ class Patch:
 
     `speculated` counts the calls that Paceline decoded, `fell_back` by reason those that went to transformers."""
 
-    def __init__(self, model, drafter, settings: dict):
+    def __init__(self, model: PreTrainedModel, drafter: Drafter | None, settings: dict[str, Any]):
         self.model, self.drafter, self.settings = model, drafter, settings
         self.original = MethodType(type(model).generate, model)
         self.function = functools.update_wrapper(functools.partial(self._generate), self.original)
@@ -89,7 +92,7 @@ class Patch:
         self.entered = True
         return self
 
-    def __exit__(self, *raised) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.entered = False
         self._restore(self.before)
 
@@ -121,9 +124,10 @@ class Patch:
 
     def _state(self) -> dict:
         """The model's attributes as copies and pickles take them."""
-        return {key: value for key, value in type(self.model).__getstate__(self.model).items() if key not in _KEYS}
+        state = MethodType(type(self.model).__getstate__, self.model)()
+        return {key: value for key, value in state.items() if key not in _KEYS}
 
-    def _generate(self, *args, **kwargs):
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
         if vars(self.model).get("_paceline_patch") is not self:
             return self.original(*args, **kwargs)
         signature = inspect.signature(self.original)
@@ -146,8 +150,8 @@ class Patch:
         streamer.skip = streamer.puts
         return self.original(**given)
 
-    def _speculate(self, given: dict):
-        events: list = []
+    def _speculate(self, given: dict[str, Any]) -> Tensor | GenerateDecoderOnlyOutput:
+        events: list[Event] = []
         kwargs = {**_asked(self.model, given), **self.settings, "drafter": self.drafter}
         out = generate(self.model, on_step=events.extend, **kwargs)
         figures = summary([event for event in events if event.committed])  # a stop may have cut some later
@@ -170,10 +174,10 @@ class Patch:
 class _Streamer:
     """A streamer that is given nothing twice: of a second loop it skips as many puts as the first made."""
 
-    def __init__(self, streamer):
+    def __init__(self, streamer: BaseStreamer):
         self.streamer, self.puts, self.skip = streamer, 0, 0
 
-    def put(self, value) -> None:
+    def put(self, value: Tensor) -> None:
         self.skip -= 1
         if self.skip < 0:
             self.puts += 1
@@ -183,7 +187,7 @@ class _Streamer:
         self.streamer.end()
 
 
-def _inner(model):
+def _inner(model: Any) -> PreTrainedModel:
     """The transformers model within torch.compile's and PEFT's wrappers."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, GenerationMixin) and hasattr(model, "get_base_model"):
@@ -193,7 +197,7 @@ def _inner(model):
     return model
 
 
-def _checked(model, drafter, settings: dict):
+def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> Drafter | None:
     """The drafter as an object, all settings being such that a call can use them."""
     if unknown := [name for name in settings if name not in SETTINGS]:
         raise ValueError(f"patch() does not take {unknown[0]!r}; its settings are {', '.join(SETTINGS)}")
@@ -214,11 +218,11 @@ def _checked(model, drafter, settings: dict):
     if drafter is not None and not is_drafter(drafter):
         raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
     if (tree := settings.get("tree")) not in (None, "auto"):
-        read_shape(tree, drafter)
+        read_shape(tree, drafter or NoDrafter())
     return drafter
 
 
-def _asked(model, given: dict) -> dict:
+def _asked(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """A call of `model.generate` as `paceline.generate` takes it. Raises ValueError where it would mean less there."""
     asked = {name: value for name, value in given.items() if name not in _IDLE}
     asked = {name: value for name, value in asked.items() if value is not None or name in _CONFIG}

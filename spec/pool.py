@@ -14,10 +14,13 @@ import psutil
 import torch
 
 from .module_state import addresses, fingerprint, structure
-from .proposal import parts_of
+from .proposal import Drafter, parts_of
 from .step import Engine
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .executors import Executor
     from .runs import RunSpec
 
 KEPT = 8  # engines per model
@@ -29,18 +32,18 @@ class KeptRun:
     """An engine with its executor, and the state of the models that it is bound to."""
 
     spec: "RunSpec"
-    drafter: object
+    drafter: Drafter
     engine: Engine
-    executor: object
+    executor: "Executor"
     target_state: tuple[int, int]  # structure and addresses
-    drafter_state: tuple
+    drafter_state: tuple[tuple[int, int], ...]
     in_use: bool = False
 
     @property
     def nbytes(self) -> int:
         return self.engine.nbytes
 
-    def wake(self, model) -> None:
+    def wake(self, model: "PreTrainedModel") -> None:
         """Let the engine run its target again, which it does not hold on to at rest."""
         self.engine.target.model = model
 
@@ -53,13 +56,15 @@ class EnginePool:
     runs: list[KeptRun] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
-    def alike(self, spec: "RunSpec", target: tuple[int, int] | None, drafter) -> list[KeptRun]:
+    def alike(self, spec: "RunSpec", target: tuple[int, int] | None, drafter: Drafter) -> list[KeptRun]:
         """The kept runs for `spec`, in use or not, the one used last first."""
         with self.lock:
             runs = [run for run in reversed(self.runs) if run.spec == spec and run.target_state == target]
             return [run for run in runs if self._drafts_alike(run, drafter)]
 
-    def take(self, spec: "RunSpec", target: tuple[int, int] | None, model, drafter) -> KeptRun | None:
+    def take(
+        self, spec: "RunSpec", target: tuple[int, int] | None, model: "PreTrainedModel", drafter: Drafter
+    ) -> KeptRun | None:
         """The kept run for `spec`, marked as in use; None where there is none that nobody uses. Forgets runs whose
         target's weights lie elsewhere now."""
         if target is None:
@@ -74,7 +79,7 @@ class EnginePool:
                 run.wake(model)
             return run
 
-    def _drafts_alike(self, run: KeptRun, drafter) -> bool:
+    def _drafts_alike(self, run: KeptRun, drafter: Drafter) -> bool:
         """Whether `run` drafts what `drafter` would: it is bound to that very object, or to one of equal weights."""
         if state_of(run.drafter) != run.drafter_state:
             return False
@@ -104,31 +109,31 @@ class EnginePool:
 _pools: "WeakKeyDictionary[torch.nn.Module, EnginePool]" = WeakKeyDictionary()
 
 
-def pool_of(model) -> EnginePool:
+def pool_of(model: "PreTrainedModel") -> EnginePool:
     """The pool of a target, made on first use."""
     return _pools.setdefault(model, EnginePool())
 
 
-def target_state(model) -> tuple[int, int]:
+def target_state(model: "PreTrainedModel") -> tuple[int, int]:
     """What a kept run depends on in its target; takes a few milliseconds."""
     return structure(model), addresses(model)
 
 
-def forget(model) -> None:
+def forget(model: "PreTrainedModel") -> None:
     """Let go of all that is kept for `model`."""
     _pools.pop(model, None)
 
 
-def modules_of(drafter) -> list[torch.nn.Module]:
+def modules_of(drafter: Drafter) -> list[torch.nn.Module]:
     """The modules that a drafter, or each of the drafters side by side, holds."""
     return [module for part in parts_of(drafter) for module in part.traits.modules]
 
 
-def state_of(drafter) -> tuple:
+def state_of(drafter: Drafter) -> tuple[tuple[int, int], ...]:
     return tuple((structure(module), addresses(module)) for module in modules_of(drafter))
 
 
-def _identity(drafter) -> tuple:
+def _identity(drafter: Drafter) -> tuple:
     """Equal for drafters that draft alike: of one kind, with the same weights and the same known tokens."""
     alike = []
     for part in parts_of(drafter):

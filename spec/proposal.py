@@ -7,7 +7,7 @@ losslessly.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,13 @@ from .taps import Tap
 from .tree import DynamicShape, TokenTree, TreeShape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from .state import DecodeState
     from .target import Span
 
 Law = Literal["deterministic", "iid", "without_replacement"]
+Noise = Literal["own", "shared"]  # the drafter's, or the target's
 NO_TOKEN = -1  # a node for which the drafter has nothing to propose; no rule accepts it
 
 
@@ -35,7 +38,7 @@ class Proposal:
     tokens: Tensor  # (B, N), NO_TOKEN where nothing is proposed
     tree: TokenTree
     law: Law
-    noise: Literal["own", "shared"]
+    noise: Noise
     draft_logits: Tensor | None = None  # (B, N, V)
 
 
@@ -44,7 +47,12 @@ class DraftSampling:
     """How a drafter draws: not at all (greedy), coupled to the target's noise, or with its own. At which temperature
     is data of the row: `state.temperature`."""
 
-    noise: Literal["none", "own", "shared"] = "none"
+    noise: Noise | Literal["none"] = "none"
+
+    @property
+    def source(self) -> Noise:
+        """What a proposal drawn so says of its noise."""
+        return "shared" if self.noise == "shared" else "own"
 
     def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
         """The noise at positions (B, P) of tokens (K,) or (B, P, K): (B, P, K), or 0 for greedy drafts.
@@ -65,7 +73,13 @@ class DraftRequest:
     device: torch.device
     shape: TreeShape | DynamicShape
     sampling: DraftSampling
-    target: nn.Module | None = None  # whose hidden states a drafter reads, LM head and embeddings it may share
+    target: "PreTrainedModel | None" = None  # whose hidden states a drafter reads, LM head and embeddings it may share
+
+    @property
+    def fixed_shape(self) -> TreeShape:
+        """The shape, as a drafter sees it whose traits do not say that it fills dynamic ones."""
+        assert isinstance(self.shape, TreeShape), "open_engine refuses what the drafter cannot fill"
+        return self.shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -79,7 +93,7 @@ class DrafterTraits:
     deepest: int = 8  # levels of a tree planned for it
     modules: tuple[nn.Module, ...] = ()  # what it runs, whose weights make it the drafter that it is
     vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
-    causal_lm: nn.Module | None = None  # what other code can run as a draft model, of the whole vocabulary
+    causal_lm: "PreTrainedModel | None" = None  # what other code can run as a draft model, of the whole vocabulary
     parts: tuple["Drafter", ...] = ()  # of a drafter that is several side by side
     kind: str = ""  # what files and configurations call it, so that its objective is found; "": nothing
 
@@ -117,8 +131,13 @@ class DraftSession(Protocol):
 class Unremembering:
     """What a session has that keeps nothing from step to step: it drafts from the state alone."""
 
-    packable: ClassVar[tuple[nn.Module, ...]] = ()
-    nbytes: ClassVar[int] = 0
+    @property
+    def packable(self) -> Sequence[nn.Module]:
+        return ()
+
+    @property
+    def nbytes(self) -> int:
+        return 0
 
     def clear(self, rows: Tensor | None = None) -> None:
         pass
@@ -136,8 +155,13 @@ class Unremembering:
 class Drafter(Protocol):
     """A family of proposals."""
 
-    name: str
-    default_shape: TreeShape
+    @property
+    def name(self) -> str:
+        """What it is called."""
+
+    @property
+    def default_shape(self) -> TreeShape:
+        """What is drafted where nothing else is asked for."""
 
     @property
     def traits(self) -> DrafterTraits:
@@ -147,7 +171,7 @@ class Drafter(Protocol):
         """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
 
 
-def is_drafter(value: object) -> bool:
+def is_drafter(value: object) -> TypeGuard[Drafter]:
     """Whether `value` has what a drafter has."""
     return all(hasattr(value, name) for name in ("name", "default_shape", "traits", "open"))
 

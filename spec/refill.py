@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from .arguments import whole_number
 from .attach import attach
@@ -24,7 +25,7 @@ from .request import Request
 from .rows import Arrival, Rows
 from .runs import RunSpec, make_engine, open_run
 from .sampling import Sampler, warpers
-from .tree import TreeShape
+from .tree import DynamicShape, TreeShape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,13 +48,13 @@ Finish = Callable[[Text, list[int], bool], Text | None]
 @torch.inference_mode(False)
 @torch.no_grad()
 def decode_texts(
-    model,
+    model: PreTrainedModel,
     texts: Iterable[Text],
     finish: Finish,
     *,
     batch: int,
     drafter: Drafter | None = None,
-    tree: TreeShape | None = None,
+    tree: TreeShape | DynamicShape | None = None,
     temperature: float = 0.0,
     top_p: float = 1.0,
     executor: str = "auto",
@@ -85,8 +86,8 @@ def decode_texts(
         size = min(batch, len(group))
         sampler = _sampler(temperature, top_p, size, model.device)
         capacity = max(text.room for text in group) + shape.slots + 1
-        what = shape, "match", executor, size, capacity, len(ends), False, sampler.signature
-        asked, new_tokens = RunSpec(*what), sum(text.new_tokens for text in group)
+        asked = RunSpec(shape, "match", executor, size, capacity, len(ends), False, sampler.signature)
+        new_tokens = sum(text.new_tokens for text in group)
         refill = _Refill(deque(group), sampler, ends, finish, progress, enough)
         with open_run(model, drafter, asked, sampler, new_tokens) as running:
             rows = Rows(running, prefill_chunk)
@@ -174,11 +175,13 @@ def _alike(pairs: list[tuple[int, Text]]) -> list[list[tuple[int, Text]]]:
     return groups
 
 
-def _narrower(model, drafter: Drafter, asked: RunSpec, sampler: Sampler, rows: Rows, batch: int) -> Eager:
+def _narrower(
+    model: PreTrainedModel, drafter: Drafter, asked: RunSpec, sampler: Sampler, rows: Rows, batch: int
+) -> Eager:
     """Eager steps of an engine for `batch` of the `rows`."""
     state = rows.engine.state
-    sizes = {"batch": batch, "capacity": state.tokens.shape[1], "eos": state.eos.shape[1]}
-    return Eager(make_engine(model, drafter, replace(asked, **sizes), sampler))
+    spec = replace(asked, batch=batch, capacity=state.tokens.shape[1], eos=state.eos.shape[1])
+    return Eager(make_engine(model, drafter, spec, sampler))
 
 
 def _sampler(temperature: float, top_p: float, rows: int, device: torch.device) -> Sampler:

@@ -26,26 +26,30 @@ class Stopwatch:
     """Seconds of each phase of a step; on CUDA by events, so that timing never waits inside a step."""
 
     def __init__(self, device: torch.device):
-        self.device, self.cuda = device, device.type == "cuda"
-        self.marks: list[tuple[str, float | torch.cuda.Event]] = [("", self._now())]
+        self.device = device
+        self.phases: list[str] = []
+        self.times: list[float] = []
+        self.events: list[torch.cuda.Event] = []
+        self._look()
 
-    def _now(self) -> float | torch.cuda.Event:
-        if not self.cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))  # which need not be the current device
-        return event
+    def _look(self) -> None:
+        if self.device.type != "cuda":
+            self.times.append(time.perf_counter())
+            return
+        self.events.append(torch.cuda.Event(enable_timing=True))
+        self.events[-1].record(torch.cuda.current_stream(self.device))  # which need not be the current device
 
     def mark(self, phase: str) -> None:
-        self.marks.append((phase, self._now()))
+        self.phases.append(phase)
+        self._look()
 
     def seconds(self) -> dict[str, float]:
         """To be asked once the step's results have been read."""
-        pairs = zip(self.marks, self.marks[1:])
-        if self.cuda:
-            self.marks[-1][1].synchronize()
-            return {phase: before.elapsed_time(after) / 1000 for (_, before), (phase, after) in pairs}
-        return {phase: after - before for (_, before), (phase, after) in pairs}
+        if not self.events:
+            return dict(zip(self.phases, (after - before for before, after in itertools.pairwise(self.times))))
+        self.events[-1].synchronize()
+        pairs = itertools.pairwise(self.events)
+        return dict(zip(self.phases, (before.elapsed_time(after) / 1000 for before, after in pairs)))
 
 
 class Readout:
@@ -54,8 +58,8 @@ class Readout:
     def __init__(self, result: StepResult, watch: Stopwatch, number: int, lag: int):
         self.number, self.watch = number, watch
         self.path, self.logits, self.scores = result.path, result.logits, result.scores
-        if lag and result.scores is not None:  # the next step writes over them
-            self.path, self.logits, self.scores = (t.clone() for t in (self.path, self.logits, self.scores))
+        if lag and result.logits is not None and result.scores is not None:  # the next step writes over them
+            self.path, self.logits, self.scores = result.path.clone(), result.logits.clone(), result.scores.clone()
         self.report, self.arrived = result.report, None
         if result.report.is_cuda:
             self.report = torch.empty(result.report.shape, dtype=torch.int64, pin_memory=True)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from transformers import PreTrainedModel
 
 from .executors import EXECUTORS, PATIENCE, CompiledLater, Executor, choose
 from .packing import pack
@@ -55,7 +56,9 @@ _making = threading.RLock()  # one step is compiled or captured at a time
 
 
 @contextlib.contextmanager
-def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) -> Iterator[Executor]:
+def open_run(
+    model: PreTrainedModel, drafter: Drafter, asked: RunSpec, sampler: Sampler, new_tokens: int
+) -> Iterator[Executor]:
     """The executor of an engine for a run of `new_tokens` tokens in all, for the time of the block.
 
     Where the kept engine is in use (by another thread, or by the call that this one is inside of), or "auto" chose an
@@ -87,7 +90,9 @@ def open_run(model, drafter, asked: RunSpec, sampler: Sampler, new_tokens: int) 
 
 
 @contextlib.contextmanager
-def _begun_eagerly(pool: EnginePool, model, drafter, spec: RunSpec, sampler: Sampler):
+def _begun_eagerly(
+    pool: EnginePool, model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler
+) -> Iterator[Executor]:
     """A run that compiles only if it goes on for long; what it has compiled is kept."""
     engine = make_engine(model, drafter, spec, sampler)
     executor = CompiledLater(engine, PATIENCE)
@@ -101,7 +106,13 @@ def _begun_eagerly(pool: EnginePool, model, drafter, spec: RunSpec, sampler: Sam
 
 
 def _kept_or_made(
-    pool: EnginePool, target: tuple[int, int] | None, model, drafter, asked: RunSpec, sampler: Sampler, name: str
+    pool: EnginePool,
+    target: tuple[int, int] | None,
+    model: PreTrainedModel,
+    drafter: Drafter,
+    asked: RunSpec,
+    sampler: Sampler,
+    name: str,
 ) -> KeptRun | None:
     """A run in the pool, marked as in use; None where the call has to be eager. `target` is the state of the model,
     None where nothing was kept for it."""
@@ -125,17 +136,17 @@ def _kept_or_made(
     return run
 
 
-def _made(model, drafter, spec: RunSpec, sampler: Sampler) -> KeptRun:
+def _made(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> KeptRun:
     engine = make_engine(model, drafter, spec, sampler)
     return _kept_run(model, drafter, engine, spec, EXECUTORS[spec.executor](engine))
 
 
-def _kept_run(model, drafter, engine: Engine, spec: RunSpec, executor) -> KeptRun:
+def _kept_run(model: PreTrainedModel, drafter: Drafter, engine: Engine, spec: RunSpec, executor: Executor) -> KeptRun:
     """To be called once the executor is made, when whatever a first forward sets in the models is set."""
     return KeptRun(spec, drafter, engine, executor, target_state(model), state_of(drafter), in_use=True)
 
 
-def make_engine(model, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:
+def make_engine(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:
     """An engine for `spec` with fresh buffers."""
     target = SlotModel(model, spec.batch, spec.capacity, drafter.traits.taps)
     drawing = draft_sampling(spec.rule, sampler.do_sample)
@@ -171,12 +182,12 @@ def open_engine(
     )
 
 
-def keep(model, engines: int) -> None:
+def keep(model: PreTrainedModel, engines: int) -> None:
     """Let `model` keep as many, where that is more than usual, for a caller that comes back to all of them."""
     pool_of(model).most = engines
 
 
-def reset(model) -> None:
+def reset(model: PreTrainedModel) -> None:
     """Free the engines kept for `model`, their caches and their compiled steps."""
     forget(model)
     torch._dynamo.reset()

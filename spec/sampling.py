@@ -18,6 +18,7 @@ from .proposal import NO_TOKEN, Proposal
 from .request import RowSampling
 from .state import DecodeState
 
+Processors = list[hf.LogitsProcessor]  # or transformers' own kind of list
 CAPTURABLE = (
     hf.TemperatureLogitsWarper,
     hf.TopKLogitsWarper,
@@ -78,7 +79,7 @@ class Sampler:
     of its own between calls, which drafted tokens would corrupt.
     """
 
-    def __init__(self, processors: list, do_sample: bool, prompt: Tensor, pads: Tensor):
+    def __init__(self, processors: Processors, do_sample: bool, prompt: Tensor, pads: Tensor):
         for processor in processors:
             if isinstance(processor, STATEFUL):
                 raise ValueError(
@@ -144,14 +145,14 @@ class Sampler:
             if finished:
                 continue
             text = torch.cat([self.prompt[row, : self.pads[row]], state.tokens[row, : lengths[row]]])
-            texts = [text]  # [node]: the text up to and with the node, None where it cannot come about
+            texts: list[Tensor | None] = [text]  # [node]: up to and with it, None where that cannot come about
             for node, token in enumerate(drafted[row]):
                 if node > 0:
                     parent = parents[row][node]
                     before = texts[parent], token, scores[row, parent]
                     texts.append(_extend(*before, parent > 0, ends[row], limits[row]))
-                if texts[node] is not None:
-                    scores[row, node] = self._process(row, texts[node], logits[row, node])
+                if (path := texts[node]) is not None:
+                    scores[row, node] = self._process(row, path, logits[row, node])
         return scores
 
     def _process(self, row: int, text: Tensor, scores: Tensor) -> Tensor:
@@ -168,7 +169,7 @@ class Sampler:
         return scores
 
 
-def _row_warped(sampling: list, all_of_them: list) -> tuple[list, list, list]:
+def _row_warped(sampling: Processors, all_of_them: Processors) -> tuple[Processors, Processors, Processors]:
     """The processors before, in and behind the first run of those in `BY_ROW` that stand in that order, as far as they
     are plain: cutting to minus infinity and keeping one token at least. `sampling` is empty where nothing is drawn."""
     start = next((i for i, processor in enumerate(sampling) if _rank(processor) is not None), len(all_of_them))
@@ -178,14 +179,14 @@ def _row_warped(sampling: list, all_of_them: list) -> tuple[list, list, list]:
     return all_of_them[:start], all_of_them[start:stop], all_of_them[stop:]
 
 
-def _rank(processor) -> int | None:
+def _rank(processor: hf.LogitsProcessor) -> int | None:
     """The place of a processor in `BY_ROW`; None for any other, and for one with settings of its own."""
     plain = getattr(processor, "filter_value", -math.inf) == -math.inf
     plain = plain and getattr(processor, "min_tokens_to_keep", 1) == 1
     return BY_ROW.index(type(processor)) if plain and type(processor) in BY_ROW else None
 
 
-def _settings(processor) -> tuple[str, str]:
+def _settings(processor: hf.LogitsProcessor) -> tuple[str, str]:
     """Equal for processors that do the same."""
     settings = {
         name: value.tolist() if isinstance(value, Tensor) else value for name, value in sorted(vars(processor).items())
@@ -193,7 +194,7 @@ def _settings(processor) -> tuple[str, str]:
     return type(processor).__name__, repr(settings)
 
 
-def _processed(processors: list, scores: Tensor) -> Tensor:  # (B, N, V) -> (B, N, V)
+def _processed(processors: Processors, scores: Tensor) -> Tensor:  # (B, N, V) -> (B, N, V)
     if not processors:
         return scores
     flat = scores.flatten(0, 1)
@@ -205,8 +206,9 @@ def _processed(processors: list, scores: Tensor) -> Tensor:  # (B, N, V) -> (B, 
 def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos: set[int], limit: int) -> Tensor | None:
     """`text` and one token more; None behind an end of text or beyond the row's limit, or for a token that
     plain decoding could not have drawn, so that a user's processor never sees a history that cannot be."""
-    ended = text is None or len(text) + 1 >= limit or (drafted and int(text[-1]) in eos)
-    if ended or token == NO_TOKEN or not scores[token] > -torch.inf:
+    if text is None or len(text) + 1 >= limit or (drafted and int(text[-1]) in eos):
+        return None
+    if token == NO_TOKEN or not scores[token] > -torch.inf:
         return None
     return torch.cat([text, text.new_tensor([token])])
 

@@ -7,6 +7,7 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from . import attention, masks, native
 from .cache import SlotCache
@@ -20,11 +21,11 @@ from .tree import TokenTree
 class SlotModel:
     """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once."""
 
-    def __init__(self, model, batch: int, capacity: int, taps: tuple[Tap, ...] = ()):
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int, taps: tuple[Tap, ...] = ()):
         masks.install()
         attention.install()
         config = model.config.get_text_config()
-        self.model: nn.Module | None = model
+        self.model: PreTrainedModel | None = model
         self.capacity = capacity
         self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
         # A drafted node may stand beyond the context, where it can never be committed.
@@ -43,6 +44,7 @@ class SlotModel:
 
     @property
     def packable(self) -> list[nn.Module]:
+        assert self.model is not None, "a run at rest is woken first"
         return [self.model]
 
     def clear(self, rows: Tensor | None = None) -> None:
@@ -65,6 +67,7 @@ class SlotModel:
 
     def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`, none with `idle_head`."""
+        assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
         with showing(view), listening(idle_head) as heard:
             out = self.model(

@@ -77,8 +77,8 @@ class DecodeState:
             buffer[rows] = values
         for name in ("temperature", "top_k", "tail", "min_p"):
             buffer = getattr(self, name)
-            values = [getattr(request.sampling, name) for request in requests]
-            buffer[rows] = torch.tensor(values, dtype=buffer.dtype, device=device)
+            numbers = [getattr(request.sampling, name) for request in requests]
+            buffer[rows] = torch.tensor(numbers, dtype=buffer.dtype, device=device)
         for buffer in (self.done, self.failed, self.committed):
             buffer[rows] = 0
 

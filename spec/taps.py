@@ -10,10 +10,13 @@ import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 HEAD: Literal["head"] = "head"
 Tap = int | Literal["head"]  # what comes out of the decoder layer of that number, from 0; or the LM head's input
@@ -21,7 +24,7 @@ Tap = int | Literal["head"]  # what comes out of the decoder layer of that numbe
 _active = threading.local()
 
 
-def lm_head(model) -> nn.Module:
+def lm_head(model: "PreTrainedModel") -> nn.Linear:
     """The LM head, a linear map from the last hidden state to the logits. Raises ValueError where there is none."""
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is None or head.weight.ndim != 2:
@@ -32,7 +35,7 @@ def lm_head(model) -> nn.Module:
     return head
 
 
-def layer_stacks(model) -> list[str]:
+def layer_stacks(model: "PreTrainedModel") -> list[str]:
     """The paths of the module lists of `model` that may be its decoder layers, by their length; one, as a rule."""
     count = model.config.get_text_config().num_hidden_layers
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
@@ -40,7 +43,7 @@ def layer_stacks(model) -> list[str]:
     return [path for path in outer if len(lists[path]) == count]
 
 
-def _layer(model, number: int) -> nn.Module:
+def _layer(model: "PreTrainedModel", number: int) -> nn.Module:
     stacks = layer_stacks(model)
     if len(stacks) != 1:
         raise ValueError(f"{type(model).__name__} is no plain stack of layers that could be tapped; use 'ngram'")
@@ -50,13 +53,13 @@ def _layer(model, number: int) -> nn.Module:
     return layers[number]
 
 
-def feature_sizes(model, taps: Iterable[Tap]) -> list[int]:
+def feature_sizes(model: "PreTrainedModel", taps: Iterable[Tap]) -> list[int]:
     """How many numbers each tap gives for a token."""
     hidden = model.config.get_text_config().hidden_size
     return [lm_head(model).weight.shape[1] if tap == HEAD else hidden for tap in taps]
 
 
-def put_taps(model, taps: Iterable[Tap]) -> None:
+def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
     """Make `model` tell what passes at its taps while `listening`. Raises ValueError where it has no such place."""
     for tap in taps:
         if tap == HEAD:
@@ -69,7 +72,7 @@ def put_taps(model, taps: Iterable[Tap]) -> None:
             layer.register_forward_hook(partial(_tell_output, tap))
 
 
-def is_tap(hook) -> bool:
+def is_tap(hook: object) -> bool:
     """Whether a hook of a module is one of these, which change nothing of what the module computes."""
     return hook is _tell_input or (isinstance(hook, partial) and hook.func is _tell_output)
 
@@ -108,7 +111,9 @@ def joined(heard: dict[Tap, Tensor], taps: tuple[Tap, ...]) -> Tensor:
     return heard[taps[0]] if len(taps) == 1 else torch.cat([heard[tap] for tap in taps], dim=-1)
 
 
-def hidden_states(model, taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor) -> dict[Tap, Tensor]:
+def hidden_states(
+    model: "PreTrainedModel", taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor
+) -> dict[Tap, Tensor]:
     """What passes at the taps, (B, T, H) each, for packed rows (B, T), without computing any logits.
 
     Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position

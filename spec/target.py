@@ -7,13 +7,16 @@ for every position of the prompt and every node of the tree. Knows nothing of dr
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from .proposal import Proposal
 from .taps import Tap
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,7 @@ class Target(Protocol):
     Committed state changes by `clear`, `read`, `commit` and `copy_rows` alone. Nothing of a row reaches another one.
     """
 
-    model: nn.Module | None  # that it runs; None while the run is at rest in a pool
+    model: "PreTrainedModel | None"  # that it runs; None while the run is at rest in a pool
 
     @property
     def traits(self) -> TargetTraits: ...

@@ -7,7 +7,7 @@ SpecInfer, Medusa, Sequoia.)
 """
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -96,13 +96,13 @@ class TreeShape:
             except TypeError:
                 raise ValueError(f"tree={text!r} is neither a shape like '4x2x1' nor a list of parents") from None
         kind, _, rest = text.partition(":")
-        sizes = [_whole_number(size) for size in rest.split("x")]
-        if kind == "dynamic" and len(sizes) == 3 and None not in sizes:
+        sizes = _whole_numbers(rest.split("x"))
+        if kind == "dynamic" and sizes is not None and len(sizes) == 3:
             return DynamicShape(*sizes)
         first, *others = text.split("+")
         tree = cls._static(first)
-        lengths = [_whole_number(other.removeprefix("chain:")) for other in others if other.startswith("chain:")]
-        if tree is None or None in lengths or len(lengths) < len(others):
+        lengths = _whole_numbers(other.removeprefix("chain:") for other in others if other.startswith("chain:"))
+        if tree is None or lengths is None or len(lengths) < len(others):
             raise ValueError(
                 f"tree {shown(text)!r} is neither 'chain:5' nor children per level like '4x2x1' nor both like "
                 "'4x2x1+chain:6' nor 'dynamic:24x6x4' (nodes, depth, width)"
@@ -114,11 +114,11 @@ class TreeShape:
     def _static(cls, text: str) -> "TreeShape | None":
         """`"chain:5"` or `"4x2x1"`; None for anything else."""
         kind, colon, length = text.partition(":")
-        counts = [_whole_number(count) for count in text.split("x")]
         if colon:
             count = _whole_number(length)
             return cls.chain(count) if kind == "chain" and count is not None else None
-        return cls.per_level(counts) if all(counts) else None
+        counts = _whole_numbers(text.split("x"))
+        return cls.per_level(counts) if counts is not None and all(counts) else None
 
     def __len__(self) -> int:
         return len(self.parents)
@@ -252,6 +252,13 @@ def shown(value: int | str) -> str:
     """`value` as a sentence can hold it."""
     text = str(value)
     return text if len(text) <= 48 else f"{text[:40]}…"
+
+
+def _whole_numbers(texts: Iterable[str]) -> list[int] | None:
+    """The numbers of some texts; None where one of them is none."""
+    numbers = [_whole_number(text) for text in texts]
+    found = [number for number in numbers if number is not None]
+    return found if len(found) == len(numbers) else None
 
 
 def _whole_number(text: str) -> int | None:

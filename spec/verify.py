@@ -12,13 +12,12 @@ refuses a proposal whose law it cannot treat. Nothing here reads a value on the 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from . import noise
-from .proposal import DraftSampling, Proposal
+from .proposal import DraftSampling, Noise, Proposal
 
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3  # Medusa's published thresholds
 
@@ -54,7 +53,7 @@ class Rule:
     function: Callable[[Tensor, Proposal, Tensor, Tensor], Verdict]  # of scores, proposal, keys and base, when drawing
     lossless: bool  # the text has the target's law
     same_text: bool  # for a seed it is the very text of plain decoding
-    coupling: Literal["shared", "own"]  # whose noise drafts are drawn with
+    coupling: Noise  # whose noise drafts are drawn with
 
 
 def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool) -> Verdict:
@@ -104,7 +103,9 @@ def _next_positions(base: Tensor, proposal: Proposal) -> Tensor:
     return base[:, None] + 1 + torch.arange(proposal.tree.max_depth + 1, device=base.device)
 
 
-def _target_draws(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool):
+def _target_draws(
+    scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool
+) -> tuple[Tensor, Tensor]:
     """The target's own next token at every node: best perturbed scores and tokens, both (B, N)."""
     if sampling:
         vocab = torch.arange(scores.shape[-1], device=scores.device)
@@ -168,7 +169,8 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
     node = torch.zeros_like(base)
     walking = torch.ones_like(base, dtype=torch.bool)
     target = scores[:, 0].softmax(-1)  # (B, V): what is left of the target's law at the node
-    for depth in range(tree.max_depth):
+    for level in range(tree.max_depth):
+        assert proposal.draft_logits is not None, "check() refuses a tree of several nodes without"
         draft_logits = proposal.draft_logits[rows, node]  # (B, V): -inf where a child was rejected
         children = (tree.parents == node[:, None]) & walking[:, None] & (proposal.tokens >= 0)  # (B, N)
         walking = torch.zeros_like(walking)
@@ -177,7 +179,7 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
             child = (offered * index).sum(-1)  # at most one; inductor's argmax over int8 can leave the range
             token = proposal.tokens.gather(1, child[:, None]).clamp(min=0)  # (B, 1)
             draft = draft_logits.softmax(-1)
-            odds = coins[:, depth, rank, None] * draft.gather(1, token) < target.gather(1, token)
+            odds = coins[:, level, rank, None] * draft.gather(1, token) < target.gather(1, token)
             present = offered.any(-1)
             accept = present & odds[:, 0]
             reject = (present & ~odds[:, 0])[:, None]
