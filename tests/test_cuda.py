@@ -33,9 +33,7 @@ WAYS = {
 }
 DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra", "beside"]
 RULES = ["match", "residual", "typical"]
-PAIRS = [
-    pair for pair in itertools.product(DRAFTERS, RULES, WAYS) if pair != ("ngram", "residual", "sampled")
-]
+PAIRS = [pair for pair in itertools.product(DRAFTERS, RULES, WAYS) if pair != ("ngram", "residual", "sampled")]
 COMPILED_PAIRS = [  # compiling takes seconds a pair
     ("none", "match", "greedy"), ("ngram", "match", "sampled"), ("model", "residual", "sampled"),
     ("beside", "match", "greedy"), ("hydra", "typical", "sampled"), ("markov", "residual", "sampled"),

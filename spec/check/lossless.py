@@ -244,4 +244,3 @@ def _prompts(rows: int, subject: Subject) -> tuple[Tensor, Tensor]:
     mask = (torch.arange(PROMPT_TOKENS) >= padding).long()
     ids = torch.cat([half, half], dim=1) * mask
     return ids.to(subject.device), mask.to(subject.device)
-

@@ -202,4 +202,3 @@ def weights_read(model) -> int:
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total if embeddings is head else total - embeddings.nbytes
-
