@@ -5,8 +5,11 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 (node i of a row sits at slot base + i, where base is the root's slot) but not what the tokens are for.
 """
 
+import inspect
+
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 
 from . import (
     attention,  # noqa: F401  (answers to "sdpa" while a slot forward runs)
@@ -18,6 +21,18 @@ from .masks import SlotView, showing
 from .tree import TokenTree
 
 
+def cache_argument(model) -> str:
+    """The name by which the forward of `model` takes its cache: `cache` since transformers 5.24, `past_key_values`
+    before it and in code that came with a checkpoint.
+
+    Of a wrapper, what is inside says so; where nothing does, it is the name that transformers itself uses."""
+    inner = getattr(model, "_orig_mod", model)
+    inner = getattr(inner, "get_base_model", lambda: inner)()
+    forwards = model.forward, type(model).forward, inner.forward, GenerationMixin.prepare_inputs_for_generation
+    arguments = (inspect.signature(forward).parameters for forward in forwards)
+    return next((name for taken in arguments for name in ("past_key_values", "cache") if name in taken), "cache")
+
+
 class SlotModel:
     """`model` with a cache of `capacity` slots a row, allocated once.
 
@@ -26,6 +41,7 @@ class SlotModel:
     def __init__(self, model, capacity: int, keep_hidden: bool = False):
         config = model.config.get_text_config()
         self.model = model
+        self.cache_argument = cache_argument(model)
         self.capacity = capacity
         self.cache = SlotCache(capacity, config.num_hidden_layers)
         # A drafted node may stand beyond the context, where it can never be committed.
@@ -48,9 +64,9 @@ class SlotModel:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
                 position_ids=view.query_positions.clamp(0, self.last_position),
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **{self.cache_argument: self.cache},
             )
         if self.keep_hidden:
             self.hidden = last_heard(heard)
