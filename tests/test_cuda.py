@@ -23,6 +23,8 @@ from tape import tape_executor
 
 from conftest import fitted_heads, noisy_copy, tiny_llama
 
+# torch warns of settings of the GPU.
+pytestmark = pytest.mark.filterwarnings("default::UserWarning:torch")
 CUDA = torch.cuda.is_available()
 cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
