@@ -26,6 +26,8 @@ _REFUSED: dict[str, tuple[Collection, str]] = {  # what is fine all the same, an
     "speculation_type": ({None}, "pass drafter= instead"),
     "assistant_early_exit": ({None}, "pass drafter= instead"),
     "use_mtp": ({None, False}, "pass drafter= instead"),
+    "cache": ({None}, "the slot cache is always used; leave it out"),
+    "past_key_values": ({None}, "the slot cache is always used; leave it out"),
     "cache_implementation": ({None}, "the slot cache is always used; leave it out"),
     "token_healing": ({None, False}, "token healing is not supported; use model.generate for it"),
     "output_attentions": ({None, False}, "attentions are not collected; use model.generate for them"),

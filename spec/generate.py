@@ -53,7 +53,7 @@ from .tree import DynamicShape, TreeShape
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """transformers' output with the trace of the run and the seed that it drew from, None for a greedy text without
-    one. `past_key_values` is None: the slot cache is laid out by slot and ends with the call. Scores of a row that
+    one. It has no cache: the slot cache is laid out by slot and ends with the call. Scores of a row that
     has ended are zeros."""
 
     trace: Trace | None = None

@@ -9,6 +9,7 @@ captured. Draws are not made here.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -161,8 +162,9 @@ class Sampler:
         batch = len(self.prompt)
         for processor in self.per_path:
             if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
-                allowed = processor._prefix_allowed_tokens_fn  # the user's, to be asked for this row only
-                own = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(row, ids), 1)
+                # The user's function, to be asked for this row only; since transformers 5.24 copies have one place.
+                allowed = partial(processor._prefix_allowed_tokens_fn, row // processor._num_beams)
+                own = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(ids), 1)
                 scores = own(text[None], scores[None].clone())[0]
             else:
                 scores = processor(text.expand(batch, -1), scores.expand(batch, -1).clone())[row]

@@ -5,9 +5,11 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 (node i of a row sits at slot base + i, where base is the root's slot) but not what the tokens are for.
 """
 
+import inspect
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from . import attention, masks, native
 from .cache import SlotCache
@@ -18,6 +20,18 @@ from .target import Seen, Span, TargetTraits
 from .tree import TokenTree
 
 
+def cache_argument(model) -> str:
+    """The name by which the forward of `model` takes its cache: `cache` since transformers 5.24, `past_key_values`
+    before it and in code that came with a checkpoint.
+
+    Of a wrapper, what is inside says so; where nothing does, it is the name that transformers itself uses."""
+    inner = getattr(model, "_orig_mod", model)
+    inner = getattr(inner, "get_base_model", lambda: inner)()
+    forwards = model.forward, type(model).forward, inner.forward, GenerationMixin.prepare_inputs_for_generation
+    arguments = (inspect.signature(forward).parameters for forward in forwards)
+    return next((name for taken in arguments for name in ("past_key_values", "cache") if name in taken), "cache")
+
+
 class SlotModel:
     """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once."""
 
@@ -26,6 +40,7 @@ class SlotModel:
         attention.install()
         config = model.config.get_text_config()
         self.model: PreTrainedModel | None = model
+        self.cache_argument = cache_argument(model)
         self.capacity = capacity
         self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
         # A drafted node may stand beyond the context, where it can never be committed.
@@ -73,9 +88,9 @@ class SlotModel:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
                 position_ids=view.query_positions.clamp(0, self.last_position),
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=keep,
+                **{self.cache_argument: self.cache},
             )
         features = joined(heard, self.traits.taps)[:, -keep:] if self.traits.taps else None
         return Seen(out.logits.float(), features)

@@ -397,5 +397,3 @@ def test_requests_enter_and_leave_while_another_goes_on(name, lag, monkeypatch):
         assert text == alone(model, asked[one]), one
     assert texts["ending"] == free[: free.index(free[5]) + 1]
     runs.reset(model)
-
-

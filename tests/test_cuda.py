@@ -23,6 +23,8 @@ from tape import tape_executor
 
 from conftest import fitted_heads, noisy_copy, tiny_llama
 
+# torch warns of settings of the GPU.
+pytestmark = pytest.mark.filterwarnings("default::UserWarning:torch")
 CUDA = torch.cuda.is_available()
 cuda = pytest.mark.skipif(not CUDA, reason="no CUDA device")
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
@@ -33,9 +35,7 @@ WAYS = {
 }
 DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra", "beside"]
 RULES = ["match", "residual", "typical"]
-PAIRS = [
-    pair for pair in itertools.product(DRAFTERS, RULES, WAYS) if pair != ("ngram", "residual", "sampled")
-]
+PAIRS = [pair for pair in itertools.product(DRAFTERS, RULES, WAYS) if pair != ("ngram", "residual", "sampled")]
 COMPILED_PAIRS = [  # compiling takes seconds a pair
     ("none", "match", "greedy"), ("ngram", "match", "sampled"), ("model", "residual", "sampled"),
     ("beside", "match", "greedy"), ("hydra", "typical", "sampled"), ("markov", "residual", "sampled"),

@@ -91,6 +91,15 @@ def test_nothing_is_asked_behind_the_last_token(target, draft, ragged):
             paceline.generate(target, ids, mask, logits_processor=[Walled(25)], **more)
 
 
+def test_a_prefix_function_is_asked_for_copies_as_by_transformers(target, draft, ragged):
+    ids, mask = ragged
+    options = dict(do_sample=True, num_return_sequences=2, max_new_tokens=8)
+    forced = dict(prefix_allowed_tokens_fn=lambda place, text: [7 * place + len(text)])
+    truth = target.generate(ids, attention_mask=mask, **options, **forced)
+    for drafter in (None, "ngram", draft):
+        assert torch.equal(paceline.generate(target, ids, mask, drafter=drafter, **options, **forced), truth)
+
+
 def test_a_model_is_looked_at_again_when_it_changes(ragged):
     model = tiny_llama(attention_dropout=0.5)
     paceline.generate(model, *ragged, max_new_tokens=2)

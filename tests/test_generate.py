@@ -8,8 +8,9 @@ from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import executors
 from paceline.spec.noise import row_keys
+from paceline.spec.slots import cache_argument
 from paceline.spec.step import step
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
+from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 
 from conftest import noisy_copy, tiny_llama
@@ -297,6 +298,8 @@ REFUSALS = {
         dict(output_attentions=True, return_dict_in_generate=True),
         "attentions are not collected",
     ),
+    "a cache": (dict(cache=DynamicCache()), "slot cache"),
+    "a past": (dict(past_key_values=DynamicCache()), "slot cache"),
     "static cache": (dict(cache_implementation="static"), "slot cache"),
     "no cache": (dict(use_cache=False), "without a cache"),
 }
@@ -408,7 +411,8 @@ def test_a_draft_model_recomputes_nothing(target, ragged, monkeypatch):
         length = int(engine.state.lengths[row])
         kept = length - 2  # all but the leaf that may be missing, and the root
         with torch.no_grad():
-            truth = drafter.model(engine.state.tokens[row : row + 1, :kept], use_cache=True).past_key_values
+            out = drafter.model(engine.state.tokens[row : row + 1, :kept], use_cache=True)
+            truth = out[cache_argument(drafter.model)]
         # A row that had ended earlier is followed no further than its last own step.
         layer = engine.session.slots.cache.layers[1]
         mine = layer.by_row(layer.keys)[row, : kept - 4]  # (T, H * D)

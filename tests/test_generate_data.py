@@ -299,6 +299,7 @@ def chat_server(monkeypatch):
     thread.start()
     yield f"http://127.0.0.1:{serving.server_address[1]}/v1"
     serving.shutdown()
+    serving.server_close()
 
 
 def by_server(url, *arguments):

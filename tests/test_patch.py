@@ -10,6 +10,7 @@ import warnings
 import paceline
 import pytest
 import torch
+from paceline.spec.slots import cache_argument
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList, pipeline
 
 from conftest import tiny_llama
@@ -78,8 +79,8 @@ CALLS = {
         ids, GenerationConfig(**GREEDY), None, StoppingCriteriaList([Until(14)]), lambda row, text: [*range(30)], False
     ),
     "empty": lambda m, ids: m.generate(
-        ids, assistant_model=None, streamer=None, past_key_values=None, inputs_embeds=None, token_type_ids=None,
-        negative_prompt_ids=None, synced_gpus=None, custom_generate=None, num_beams=1, **GREEDY,
+        ids, assistant_model=None, streamer=None, inputs_embeds=None, token_type_ids=None, negative_prompt_ids=None,
+        synced_gpus=None, custom_generate=None, num_beams=1, **{cache_argument(m): None}, **GREEDY,
     ),
     "of trainers": lambda m, ids: m.generate(
         ids, generation_config=GenerationConfig(**GREEDY), disable_compile=True, synced_gpus=False

@@ -18,7 +18,11 @@ class Journal:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")  # noqa: SIM115 (kept open, closed by `close`)
-        self.records = list(self._whole_lines())
+        try:
+            self.records = list(self._whole_lines())
+        except ValueError:
+            self.close()
+            raise
 
     def _whole_lines(self):
         self.file.seek(0)

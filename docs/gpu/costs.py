@@ -1,6 +1,6 @@
 """The largest costs of a decoding step: operators by their own time, of eager steps with a tree of eight nodes.
 
-    python docs/gpu/costs.py [cuda|cpu] [SHAPE]
+python docs/gpu/costs.py [cuda|cpu] [SHAPE]
 """
 
 import sys
