@@ -67,9 +67,10 @@ class SlotModel:
 
     def read(self, span: Span) -> Tensor | None:
         self.cache.rows = span.rows
-        features = self.forward_text(span.tokens, span.positions, reach=span.reach, logits=False).features
-        self.cache.rows = None
-        return features
+        try:
+            return self.forward_text(span.tokens, span.positions, reach=span.reach, logits=False).features
+        finally:
+            self.cache.rows = None
 
     def forward(self, proposal: Proposal, base: Tensor) -> Seen:
         return self.forward_nodes(proposal.tokens, base, proposal.tree)
