@@ -137,6 +137,7 @@ def test_pipelines_that_sample(model, tokenizer):
     assert [text["generated_text"] for text in texts] == [PROMPT + text for text in written]
 
 
+@pytest.mark.filterwarnings("default")  # what lm-eval uses is its own affair
 def test_lm_eval(model, tokenizer):
     harness = pytest.importorskip("lm_eval.models.huggingface", reason="lm-eval is not installed")
     from lm_eval.api.instance import Instance
@@ -294,6 +295,7 @@ def test_saving_and_wrapping(model, ids, tmp_path):
     assert torch.equal(loaded.generate(ids, **GREEDY), expected)
 
 
+@pytest.mark.filterwarnings("default")  # what PEFT uses is its own affair
 def test_peft(model, ids):
     peft = pytest.importorskip("peft", reason="PEFT is not installed")
     wrapped = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(init_lora_weights=False)).eval()
