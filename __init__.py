@@ -9,7 +9,7 @@ from importlib import import_module
 _PUBLIC = {
     "generate": ".spec.generate",
     **dict.fromkeys(("patch", "unpatch"), ".spec.patch"),
-    "load_target": ".spec.models",
+    "load_target": ".spec.target.load",
     "load_drafter": ".drafters",
     "TreeShape": ".spec.tree",
     "Trace": ".spec.trace",

@@ -77,7 +77,7 @@ def _best(target: "PreTrainedModel") -> "Drafter":
 
 def _trained(name_or_path: str | Path, target: "PreTrainedModel") -> "Drafter":
     """Heads or a draft model, by shipped name, short name, folder or hub id."""
-    from ..spec.models import NAMED
+    from ..spec.target.load import NAMED
     from .folder import read_folder
     from .shipped import shipped_folder
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal
 from ..spec.state import DecodeState
-from ..spec.target import Span
+from ..spec.target.protocol import Span
 from ..spec.tree import TokenTree, TreeShape
 
 COPIED = 2  # tokens of the second's part of the default tree, a chain

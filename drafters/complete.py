@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..spec.models import NAMED, load_target
+from ..spec.target.load import NAMED, load_target
 from .folder import read_folder
 
 if TYPE_CHECKING:

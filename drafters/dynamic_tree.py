@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree
-from .draft_model import ModelDraftSession
+from .draft_session import ModelDraftSession
 
 # Every edge costs a little, so that a child never ties with its parent and cannot be chosen without it.
 _EDGE = 1e-3

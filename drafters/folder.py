@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..spec.planner import Rates
+from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
 from .kinds import KINDS
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..spec.models import NAMED, cache_folder
+from ..spec.paths import cache_folder
 from ..spec.proposal import Drafter
+from ..spec.target.load import NAMED
 from . import load_drafter, shipped
 
 if TYPE_CHECKING:

@@ -45,8 +45,8 @@ class Kind:
 
 KINDS = {
     "ngram": Kind(".ngram:NgramDrafter", weights=False, follows_any_tree=True),
-    "medusa": Kind(".medusa:MedusaDrafter", "..training.medusa:MedusaObjective", follows_any_tree=True),
-    "draft_lm": Kind(".draft_model:ModelDrafter", "..training.draft_lm:DraftObjective"),
+    "medusa": Kind(".medusa:MedusaDrafter", "..training.objectives.heads:MedusaObjective", follows_any_tree=True),
+    "draft_lm": Kind(".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective"),
 }
 MODEL = "draft_lm"  # the kind of an ordinary model, whose config names none
 

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..spec.planner import Rates, default_tree
+from ..spec.plan.trees import Rates, default_tree
 from ..spec.proposal import DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
-from ..spec.taps import HEAD, lm_head
-from ..spec.target import Span
+from ..spec.target.protocol import Span
+from ..spec.target.taps import HEAD, lm_head
 from .folder import DrafterFolder, target_identity, write_folder
 from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree

@@ -35,17 +35,17 @@ from .arguments import (
     setting,
     whole_number,
 )
-from .attach import attach
-from .executors import choose
-from .lockstep import Lockstep, ScoreBook
+from .criteria import Lockstep, ScoreBook
+from .engines.executors import choose
+from .engines.runs import RunSpec, open_run
 from .loop import decode
 from .noise import row_keys
-from .plans import automatic_shape, read_shape
+from .plan.store import automatic_shape, read_shape
 from .proposal import Drafter, NoDrafter, is_drafter
 from .request import Request
 from .rows import Rows
-from .runs import RunSpec, open_run
 from .sampling import Sampler
+from .target.selftest import attach
 from .trace import Event, Trace
 from .tree import DynamicShape, TreeShape
 

@@ -6,7 +6,7 @@ is stopped is cut.
 
 from collections.abc import Callable, Sequence
 
-from .lockstep import Lockstep, ScoreBook
+from .criteria import Lockstep, ScoreBook
 from .request import Request
 from .rows import Arrival, Rows
 from .trace import Event, Trace

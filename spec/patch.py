@@ -22,12 +22,12 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import loop
 from .arguments import WITHOUT_EFFECT, check_writable, setting
-from .attach import attach
-from .executors import NAMES
+from .engines.executors import NAMES
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
-from .plans import read_shape
+from .plan.store import read_shape
 from .proposal import Drafter, NoDrafter, is_drafter
+from .target.selftest import attach
 from .trace import Event
 from .verify import RULES
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from . import noise
-from .taps import Tap
+from .target.taps import Tap
 from .tree import DynamicShape, TokenTree, TreeShape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .state import DecodeState
-    from .target import Span
+    from .target.protocol import Span
 
 Law = Literal["deterministic", "iid", "without_replacement"]
 Noise = Literal["own", "shared"]  # the drafter's, or the target's

@@ -16,15 +16,15 @@ import torch
 from transformers import PreTrainedModel
 
 from .arguments import whole_number
-from .attach import attach
-from .executors import Eager
-from .models import context_length, end_ids
+from .engines.executors import Eager
+from .engines.runs import RunSpec, make_engine, open_run
 from .noise import row_keys
 from .proposal import Drafter, NoDrafter
 from .request import Request
 from .rows import Arrival, Rows
-from .runs import RunSpec, make_engine, open_run
 from .sampling import Sampler, warpers
+from .target.load import context_length, end_ids
+from .target.selftest import attach
 from .tree import DynamicShape, TreeShape
 
 

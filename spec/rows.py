@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .executors import Executor
+from .engines.executors import Executor
 from .request import Request
 from .state import NO_TICKET
-from .step import StepResult
-from .step_report import RowReport, unpack_report
+from .step import RowReport, StepResult, unpack_report
 
 
 class Stopwatch:

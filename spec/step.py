@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .proposal import DraftSession
+from .proposal import DraftSession, Proposal
 from .sampling import Sampler
 from .state import DecodeState
-from .step_report import pack_report
-from .target import Target, spans
+from .target.protocol import Target, spans
+from .trace import Event
 from .verify import Verdict, verify
 
 
@@ -22,7 +22,7 @@ from .verify import Verdict, verify
 class StepResult:
     """What a step did, for the host; the texts are in the state."""
 
-    report: Tensor  # (B, 2N + D + 7): see step_report.py
+    report: Tensor  # (B, 2N + D + 7): see pack_report
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
     logits: Tensor | None  # (B, N, V) float32, where asked for
     scores: Tensor | None  # (B, N, V), processed, where asked for
@@ -104,3 +104,55 @@ def write(state: DecodeState, verdict: Verdict) -> None:
     state.lengths += count
     state.committed.copy_(count)
     state.done |= ended | (state.lengths >= state.limits) | state.failed
+
+
+_SCALARS = 6
+
+
+def pack_report(state: DecodeState, proposal: Proposal, verdict: Verdict) -> Tensor:  # (B, 2N + D + 7)
+    """The report of the step that has just written `verdict` to `state`."""
+    scalars = [verdict.accepted, verdict.bonus, state.committed, state.done, state.failed, state.ticket]
+    parents = proposal.tree.parents.expand_as(proposal.tokens)
+    return torch.cat([proposal.tokens, parents, verdict.path, torch.stack(scalars, dim=1)], dim=1)
+
+
+@dataclass(frozen=True, slots=True)
+class RowReport:
+    """One row of a step's report."""
+
+    tokens: list[int]
+    parents: list[int]
+    path: list[int]
+    accepted: int
+    bonus: int
+    committed: int
+    done: bool
+    failed: bool
+    ticket: int
+
+    def event(self, row: int, step: int, seconds: dict[str, float]) -> Event:
+        nodes = self.path[1 : self.accepted + 1]
+        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds)
+        event.keep(self.committed)
+        return event
+
+
+def unpack_report(report: Tensor, levels: int) -> list[RowReport]:
+    """The rows of a report (B, 2N + D + 7) of a tree with D + 1 `levels`, root included."""
+    nodes = (report.shape[1] - levels - _SCALARS) // 2
+    return [_row(numbers, nodes, levels) for numbers in report.tolist()]
+
+
+def _row(numbers: list[int], nodes: int, levels: int) -> RowReport:
+    accepted, bonus, committed, done, failed, ticket = numbers[-_SCALARS:]
+    return RowReport(
+        tokens=numbers[:nodes],
+        parents=numbers[nodes : 2 * nodes],
+        path=numbers[2 * nodes : 2 * nodes + levels],
+        accepted=accepted,
+        bonus=bonus,
+        committed=committed,
+        done=bool(done),
+        failed=bool(failed),
+        ticket=ticket,
+    )

@@ -49,8 +49,8 @@ def noisy_copy(model, noise=0.02, seed=1):
 
 def target_view(model, input_ids):
     """What the frozen target sees on rows (B, T) of one document each."""
-    from paceline.spec.taps import HEAD, listening, put_taps
-    from paceline.training.objective import TargetView
+    from paceline.spec.target.taps import HEAD, listening, put_taps
+    from paceline.training.objectives.objective import TargetView
 
     put_taps(model, (HEAD,))
     with torch.no_grad(), listening() as heard:
@@ -67,8 +67,8 @@ def whole_rows(input_ids):
 def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
     """Heads of three levels that have learned a little of the model's own text: right now and then."""
     from paceline.drafters.medusa import HeadSettings, MedusaHeads
-    from paceline.training.known_tokens import frequent_tokens
-    from paceline.training.medusa import MedusaObjective
+    from paceline.training.objectives.heads import MedusaObjective
+    from paceline.training.objectives.known_tokens import frequent_tokens
 
     torch.manual_seed(seed)
     vocab = model.config.vocab_size
@@ -94,7 +94,7 @@ def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
 @contextmanager
 def as_traced(*models):
     """Linear layers of `models` compute as they do where a compiler traces them."""
-    from paceline.spec.packing import packed_linears
+    from paceline.spec.kernels.linears import packed_linears
 
     with pytest.MonkeyPatch.context() as patch, packed_linears(models):
         patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)

@@ -16,8 +16,7 @@ import time
 
 import datasets  # noqa: F401
 import torch
-from paceline.spec import cli, commands, refill  # noqa: F401
-from paceline.training import data, generate, ledger, prepare  # noqa: F401
+from paceline.spec.cli import main as cli
 
 
 def start(arguments):

@@ -2,7 +2,7 @@
 
 import random
 
-from paceline.spec.runfile import Record
+from paceline.spec.bench.runfile import Record
 from paceline.spec.trace import Event
 
 PARENTS = [-1, 0, 0, 1, 3]

@@ -10,7 +10,8 @@ import sys
 from contextlib import contextmanager
 
 import torch
-from paceline.spec import arguments, executors, runs
+from paceline.spec import arguments
+from paceline.spec.engines import executors, runs
 from paceline.spec.step import step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode

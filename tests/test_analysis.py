@@ -1,8 +1,8 @@
 """Figures of run files made by hand against the same figures worked out otherwise."""
 
 import pytest
-from paceline.spec.analysis import analyse, percentiles
-from paceline.spec.runfile import read_run
+from paceline.spec.bench.analysis import analyse, percentiles
+from paceline.spec.bench.runfile import read_run
 
 import runs
 

@@ -7,10 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from paceline.spec import attention, native, runs
-from paceline.spec.masks import SlotView, showing
-from paceline.spec.packing import has_bfloat16
-from paceline.spec.slots import SlotModel
+from paceline.spec.engines import runs
+from paceline.spec.kernels import native
+from paceline.spec.kernels.cpu import has_bfloat16
+from paceline.spec.target import attention
+from paceline.spec.target.masks import SlotView, showing
+from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
 from torch import nn
 

@@ -3,9 +3,10 @@
 import json
 
 import pytest
-from paceline.spec import cli, pool
-from paceline.spec.methods import parse_methods
-from paceline.spec.runfile import read_run
+from paceline.spec.bench.methods import parse_methods
+from paceline.spec.bench.runfile import read_run
+from paceline.spec.cli import main as cli
+from paceline.spec.engines import pool
 from tape import tape_executor
 
 from conftest import noisy_copy, tiny_llama
@@ -120,7 +121,7 @@ def test_batches_and_sampling_give_the_text_of_single_prompts(pair, tmp_path):
 
 def test_where_a_lossy_rule_leaves_the_text_the_margin_is_kept(pair, tmp_path, monkeypatch):
     """A baseline whose text is bent at one place is told from the method's there."""
-    from paceline.spec.methods import Decoder
+    from paceline.spec.bench.methods import Decoder
 
     plain = Decoder.decode
 

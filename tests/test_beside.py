@@ -9,10 +9,10 @@ from paceline.drafters.beside import COPIED, Beside, divided
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import cli
-from paceline.spec.calibration import Replay, aligned, plan_side_by_side, walk_together
-from paceline.spec.planner import grow
-from paceline.spec.planning import calibrate
+from paceline.spec.cli import main as cli
+from paceline.spec.cli.planning import calibrate
+from paceline.spec.plan.replay import Replay, aligned, plan_side_by_side, walk_together
+from paceline.spec.plan.trees import grow
 from paceline.spec.proposal import NO_TOKEN, DraftRequest, DraftSampling
 from paceline.spec.tree import TreeShape
 from test_medusa import open_session

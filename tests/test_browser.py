@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from paceline.spec import cli
+from paceline.spec.cli import main as cli
 
 import runs
 

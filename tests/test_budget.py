@@ -1,13 +1,13 @@
 """The plan before a run, and `paceline train` as a user runs it."""
 
 import pytest
-from paceline.spec import cli
-from paceline.spec.models import load_target
+from paceline.spec.cli import main as cli
+from paceline.spec.target.load import load_target
 from paceline.training import config as configuration
 from paceline.training.budget import make_plan
-from paceline.training.draft_lm import DraftObjective
+from paceline.training.data.rows import open_data
+from paceline.training.objectives.draft_lm import DraftObjective
 from paceline.training.optimisation import adamw
-from paceline.training.rows import open_data
 from paceline.training.train import objective_of
 from training_runs import random_rows, settings, write_data, write_target
 

@@ -4,8 +4,8 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
-from paceline.spec.calibration import WIDE, Replay, follow, plan_by_replay
-from paceline.spec.planner import Acceptance
+from paceline.spec.plan.replay import WIDE, Replay, follow, plan_by_replay
+from paceline.spec.plan.trees import Acceptance
 from paceline.spec.tree import TreeShape
 
 from conftest import noisy_copy, tiny_llama

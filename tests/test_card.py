@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub.errors import HFValidationError
-from paceline.spec import cli
+from paceline.spec.cli import main as cli
 from paceline.training.card import card, escaped, fenced, write_card
 
 from conftest import fitted_heads

@@ -9,16 +9,19 @@ from dataclasses import replace
 import pytest
 import torch
 from paceline.drafters.untrained import untrained
-from paceline.spec import captures, cli, curves, step
+from paceline.spec import step
+from paceline.spec.bench.divergence import rounding_can_swap
 from paceline.spec.check import captured, machine, shapes, verdict
 from paceline.spec.check.budget import Clock, NotHere, OutOfTime, Task, run_tasks
 from paceline.spec.check.lossless import DRAFTS, Lossless
 from paceline.spec.check.record import FAILS, HOLDS, NOT_HERE, Check, Finding, Part
 from paceline.spec.check.steps import SIZES
 from paceline.spec.check.subject import Subject, all_executors
-from paceline.spec.margin import rounding_can_swap
-from paceline.spec.slots import SlotModel
+from paceline.spec.cli import main as cli
+from paceline.spec.engines import captures
+from paceline.spec.plan import step_times
 from paceline.spec.state import DecodeState
+from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TreeShape
 from paceline.spec.verify import Verdict
 from tape import TapeExecutor, tape_executor
@@ -118,15 +121,15 @@ def executor_that_fails_while_timed(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(curves, "_forward_alone", broken)
+    monkeypatch.setattr(step_times, "_forward_alone", broken)
 
 
 def heads_that_learn_nan(monkeypatch):
-    monkeypatch.setattr("paceline.training.medusa.MedusaObjective.forward", _nan_losses)
+    monkeypatch.setattr("paceline.training.objectives.heads.MedusaObjective.forward", _nan_losses)
 
 
 def _nan_losses(self, batch, seen):
-    from paceline.training.objective import Losses
+    from paceline.training.objectives.objective import Losses
 
     counts = torch.zeros(self.depths, dtype=torch.int64)
     total = sum(parameter.sum() for parameter in self.parameters()) * torch.nan

@@ -8,7 +8,7 @@ import sys
 from functools import partial
 
 import pytest
-from paceline.spec import cli
+from paceline.spec.cli import main as cli
 
 from conftest import tiny_llama
 

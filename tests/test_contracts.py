@@ -11,16 +11,17 @@ import pytest
 import torch
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import packing, runs
-from paceline.spec.executors import Compiled, Eager
+from paceline.spec.engines import runs
+from paceline.spec.engines.executors import Compiled, Eager
+from paceline.spec.engines.runs import open_engine
+from paceline.spec.kernels import linears
 from paceline.spec.noise import row_keys
 from paceline.spec.proposal import NO_TOKEN, DrafterTraits, NoDrafter, Proposal
 from paceline.spec.request import Request, RowSampling
 from paceline.spec.rows import Rows
-from paceline.spec.runs import open_engine
 from paceline.spec.sampling import Sampler, warpers
-from paceline.spec.slots import SlotModel
-from paceline.spec.target import Seen, TargetTraits
+from paceline.spec.target.protocol import Seen, TargetTraits
+from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
 from paceline.spec.verify import draft_sampling
 from tape import TapeExecutor, tape_executor
@@ -199,14 +200,14 @@ class Transposed:
 
 def test_a_backend_is_a_line_in_the_table(ragged, monkeypatch):
     backend, model = Transposed(), tiny_llama(seed=5).double()
-    monkeypatch.setattr(packing, "BACKENDS", [backend, *packing.BACKENDS])
+    monkeypatch.setattr(linears, "BACKENDS", [backend, *linears.BACKENDS])
     options = dict(do_sample=False, max_new_tokens=8)
     text = paceline.generate(model, *ragged, executor="compiled", **options)
-    linears = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
-    assert backend.traced >= len(linears) and all(layer.packed_weight.backend is backend for layer in linears)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert backend.traced >= len(layers) and all(layer.packed_weight.backend is backend for layer in layers)
     assert torch.equal(text, paceline.generate(model, *ragged, executor="eager", **options))
     single = tiny_llama(seed=5)
-    packing.pack([single])
+    linears.pack([single])
     assert not any(layer.__dict__.get("packed_weight") and layer.packed_weight.backend is backend
                    for layer in single.modules())  # fmt: skip
 

@@ -13,10 +13,11 @@ from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import cli, executors, pool, runs
 from paceline.spec.check.captured import STEPS, captured_tasks
 from paceline.spec.check.record import HOLDS
 from paceline.spec.check.subject import Subject
+from paceline.spec.cli import main as cli
+from paceline.spec.engines import executors, pool, runs
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.refill import Text, decode_texts
 from tape import tape_executor

@@ -7,13 +7,13 @@ import pytest
 import torch
 from paceline.drafters.complete import complete
 from paceline.spec import step as step_module
-from paceline.spec.models import load_target
-from paceline.training.draft_lm import DraftObjective, Known, chain_statistics, next_tokens
-from paceline.training.draft_network import from_layers
-from paceline.training.objective import NO_LABEL, acceptance
+from paceline.spec.target.load import load_target
+from paceline.training.data.rows import Rows
+from paceline.training.objectives.draft_lm import DraftObjective, Known, chain_statistics, next_tokens
+from paceline.training.objectives.draft_network import from_layers
+from paceline.training.objectives.objective import NO_LABEL, acceptance
+from paceline.training.objectives.target import OnlineTarget, ScaledHead
 from paceline.training.ranks import judge_of
-from paceline.training.rows import Rows
-from paceline.training.target import OnlineTarget, ScaledHead
 from safetensors.torch import save_file
 from test_target import tiny
 from training_runs import random_rows, write_data, write_target
@@ -36,7 +36,7 @@ def model(folder):
 
 @pytest.fixture(scope="module")
 def batch(tmp_path_factory):
-    from paceline.training.rows import open_data
+    from paceline.training.data.rows import open_data
 
     splits, _ = open_data(write_data(tmp_path_factory.mktemp("rows"), random_rows(3), random_rows(1)))
     rows: Rows = splits["train"]

@@ -4,7 +4,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
-from paceline.spec import runs
+from paceline.spec.engines import runs
 from paceline.spec.tree import DynamicShape, TreeShape
 from tape import tape_executor
 
@@ -91,7 +91,7 @@ def test_dynamic_trees_are_captured(ragged, monkeypatch):
 
 
 def test_a_dynamic_step_is_one_graph(ragged):
-    from paceline.spec.curves import open_idle
+    from paceline.spec.plan.step_times import open_idle
     from paceline.spec.step import step
     from torch._dynamo.testing import CompileCounter
 

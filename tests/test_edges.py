@@ -9,11 +9,11 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec.attach import attach
-from paceline.spec.models import load_target
 from paceline.spec.proposal import DraftRequest, DraftSampling
 from paceline.spec.request import Request
 from paceline.spec.state import DecodeState
+from paceline.spec.target.load import load_target
+from paceline.spec.target.selftest import attach
 from paceline.spec.tree import TreeShape
 from safetensors.torch import load_file, save_file
 from transformers import LogitsProcessor
@@ -196,7 +196,7 @@ def test_weights_that_lack_a_tensor_are_refused(tmp_path, tokenizer):
 
 
 def test_tokenizers_that_return_more_than_ids(tmp_path, tokenizer, capsys):
-    from paceline.spec import cli
+    from paceline.spec.cli import main as cli
 
     tiny_llama().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)

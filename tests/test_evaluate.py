@@ -12,12 +12,12 @@ from paceline.drafters import shipped
 from paceline.drafters.folder import target_identity
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import cli
-from paceline.spec.planner import best_tree, expected_tokens
+from paceline.spec.cli import main as cli
+from paceline.spec.plan.trees import best_tree, expected_tokens
 from paceline.spec.tree import TreeShape
-from paceline.training.medusa import MedusaObjective
-from paceline.training.objective import NO_LABEL
-from paceline.training.prompts import digest, read_digests, turns_of, write_digests
+from paceline.training.data.prompts import digest, read_digests, turns_of, write_digests
+from paceline.training.objectives.heads import MedusaObjective
+from paceline.training.objectives.objective import NO_LABEL
 from paceline.training.ranks import spans, walk
 from paceline.training.train import run
 from training_runs import random_rows, settings, write_data, write_target

@@ -6,9 +6,9 @@ explicit positions and masks must be refused with a sentence.
 
 import pytest
 import torch
-from paceline.spec.attach import attach
-from paceline.spec.slots import SlotModel
-from paceline.spec.target import spans
+from paceline.spec.target.protocol import spans
+from paceline.spec.target.selftest import attach
+from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from paceline.drafters.folder import target_fingerprint
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
-from paceline.training.medusa import MedusaObjective
+from paceline.training.objectives.heads import MedusaObjective
 from safetensors.torch import load_file, save_file
 
 from conftest import fitted_heads, noisy_copy, tiny_llama

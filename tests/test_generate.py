@@ -6,10 +6,10 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import executors
+from paceline.spec.engines import executors
 from paceline.spec.noise import row_keys
-from paceline.spec.slots import cache_argument
 from paceline.spec.step import step
+from paceline.spec.target.slots import cache_argument
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopPLogitsWarper
 

@@ -7,11 +7,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import paceline
 import pytest
 import torch
-from paceline.spec import cli
-from paceline.training import server as server_module
-from paceline.training.generate import _said
-from paceline.training.ledger import own_seed
-from paceline.training.prompts import Prompt, Unusable, read_prompts, sift, turns_of
+from paceline.spec.cli import main as cli
+from paceline.training.data import server as server_module
+from paceline.training.data.answers import _said
+from paceline.training.data.ledger import own_seed
+from paceline.training.data.prompts import Prompt, Unusable, read_prompts, sift, turns_of
 from paceline.training.records import Journal
 from transformers import PreTrainedTokenizerFast
 

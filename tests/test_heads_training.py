@@ -7,13 +7,13 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
-from paceline.spec.taps import HEAD
+from paceline.spec.target.taps import HEAD
 from paceline.spec.tree import TreeShape
-from paceline.training import medusa
-from paceline.training.known_tokens import frequent_tokens
-from paceline.training.medusa import MedusaObjective
-from paceline.training.objective import NO_LABEL, Losses, acceptance, labelled
-from paceline.training.target import ScaledHead
+from paceline.training.objectives import heads as heads_objective
+from paceline.training.objectives.heads import MedusaObjective
+from paceline.training.objectives.known_tokens import frequent_tokens
+from paceline.training.objectives.objective import NO_LABEL, Losses, acceptance, labelled
+from paceline.training.objectives.target import ScaledHead
 
 from conftest import fitted_heads, target_view, tiny_llama, whole_rows
 
@@ -92,8 +92,8 @@ def test_losses_equal_the_slow_reference(target, monkeypatch, mode, known, weigh
     objective = MedusaObjective(heads, *weights)
     total, counted, hits, tried = slow_losses(objective, batch, seen)
     slow = torch.autograd.grad(total, list(objective.parameters()), allow_unused=True)
-    for chunk in (medusa._CHUNK, 1):  # all positions at once; one at a time
-        monkeypatch.setattr(medusa, "_CHUNK", chunk)
+    for chunk in (heads_objective._CHUNK, 1):  # all positions at once; one at a time
+        monkeypatch.setattr(heads_objective, "_CHUNK", chunk)
         objective.zero_grad()
         losses = objective(batch, seen)
         losses.total.backward()
@@ -221,7 +221,7 @@ def test_no_tensor_of_tokens_times_vocabulary_is_ever_made(target, monkeypatch):
             return out
 
     text = torch.randint(1, 61, (4, 64))
-    monkeypatch.setattr(medusa, "_CHUNK", 61 * 3 * 10)
+    monkeypatch.setattr(heads_objective, "_CHUNK", 61 * 3 * 10)
     for mode in MODES:
         objective = MedusaObjective(MedusaHeads.make(HeadSettings(mode, heads=3, rank=8), target), 1.0, 1.0)
         seen = target_view(target, text)

@@ -15,11 +15,11 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import executors, pool, runs
-from paceline.spec.executors import CompiledLater
-from paceline.spec.module_state import addresses, fingerprint, structure
-from paceline.spec.packing import pack
-from paceline.spec.plans import plan_path
+from paceline.spec.engines import executors, pool, runs
+from paceline.spec.engines.executors import CompiledLater
+from paceline.spec.engines.module_state import addresses, fingerprint, structure
+from paceline.spec.kernels.linears import pack
+from paceline.spec.plan.store import plan_path
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.refill import Text, decode_texts
 from tape import TapeExecutor, tape_executor

@@ -10,7 +10,7 @@ import torch
 from paceline.drafters.kinds import KINDS, MODEL, Kind
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.proposal import DrafterTraits, NoDrafter, is_drafter
-from paceline.training.objective import Objective
+from paceline.training.objectives.objective import Objective
 from paceline.training.ranks import judge_of
 from paceline.training.train import objective_of
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paceline.training.losses import NAMES, check_mixture, mixed_loss
+from paceline.training.objectives.losses import NAMES, check_mixture, mixed_loss
 from torch import nn
 
 

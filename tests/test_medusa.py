@@ -8,8 +8,9 @@ import pytest
 import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.spec import noise
+from paceline.spec.kernels.cpu import is_x86
+from paceline.spec.kernels.linears import pack
 from paceline.spec.noise import row_keys
-from paceline.spec.packing import is_x86, pack
 from paceline.spec.proposal import DraftRequest, DraftSampling
 from paceline.spec.request import Request, RowSampling
 from paceline.spec.state import DecodeState
@@ -227,9 +228,9 @@ def test_what_heads_cannot_do_is_refused_in_a_sentence(target, heads, ragged):
 
 def test_heads_can_be_calibrated_and_planned_for(target, heads):
     """With the planner's deep wide tree, whose nodes below the last head stay empty and count for nothing."""
-    from paceline.spec.planner import Acceptance
-    from paceline.spec.planning import calibrate
-    from paceline.spec.plans import plan_path
+    from paceline.spec.cli.planning import calibrate
+    from paceline.spec.plan.store import plan_path
+    from paceline.spec.plan.trees import Acceptance
 
     drafter = MedusaDrafter(heads["hydra", None])
     prompts = [{"input_ids": torch.randint(1, 61, (1, 5))} for _ in range(3)]

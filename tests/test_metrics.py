@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from paceline.spec import metrics
-from paceline.spec.planner import Acceptance
+from paceline.spec.plan.trees import Acceptance
 from paceline.spec.trace import Event, Trace
 from paceline.spec.tree import TreeShape
 

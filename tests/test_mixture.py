@@ -5,7 +5,7 @@ import json
 from collections import Counter
 
 import pytest
-from paceline.training.mixture import Mixture, Source, load_mixture
+from paceline.training.data.mixture import Mixture, Source, load_mixture
 
 
 @pytest.fixture(scope="module")

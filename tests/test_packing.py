@@ -6,8 +6,10 @@ import pickle
 import paceline
 import pytest
 import torch
-from paceline.spec import native, runs
-from paceline.spec.packing import has_bfloat16, is_x86, pack, packed_linears
+from paceline.spec.engines import runs
+from paceline.spec.kernels import native
+from paceline.spec.kernels.cpu import has_bfloat16, is_x86
+from paceline.spec.kernels.linears import pack, packed_linears
 from torch import nn
 
 from conftest import as_traced, tiny_llama

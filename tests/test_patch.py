@@ -10,7 +10,7 @@ import warnings
 import paceline
 import pytest
 import torch
-from paceline.spec.slots import cache_argument
+from paceline.spec.target.slots import cache_argument
 from transformers import AutoModelForCausalLM, GenerationConfig, StoppingCriteria, StoppingCriteriaList, pipeline
 
 from conftest import tiny_llama

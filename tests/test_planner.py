@@ -9,7 +9,7 @@ import paceline
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from paceline.spec.planner import (
+from paceline.spec.plan.trees import (
     Acceptance,
     Plan,
     best_tree,
@@ -180,7 +180,7 @@ def test_predicted_tokens_per_step_come_true(target, draft):
 
 def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, tokenizer):
     """Calibrate, measure and plan a tiny pair, then decode with the kept plan and with the file."""
-    from paceline.spec import cli
+    from paceline.spec.cli import main as cli
 
     from conftest import noisy_copy, tiny_llama
 

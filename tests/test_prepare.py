@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from paceline.spec import cli
-from paceline.training.documents import Document, Reader, Unfit, tokenizer_fingerprint
-from paceline.training.packing import pack, pieces, plan
-from paceline.training.prepare import Settings, prepare
-from paceline.training.rows import open_data
+from paceline.spec.cli import main as cli
+from paceline.training.data.documents import Document, Reader, Unfit, tokenizer_fingerprint
+from paceline.training.data.packing import pack, pieces, plan
+from paceline.training.data.prepare import Settings, prepare
+from paceline.training.data.rows import open_data
 
 from conftest import tiny_llama
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import paceline
 import pytest
 import torch
-from paceline.spec.models import load_target
+from paceline.spec.target.load import load_target
 from test_trainer import assert_same_curve, assert_same_end, weights
 from training_runs import children, exit_codes, lines, random_rows, settings, write_data, write_target
 

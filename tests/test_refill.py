@@ -7,10 +7,10 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec import executors, runs
-from paceline.spec.attach import attach
+from paceline.spec.engines import executors, runs
 from paceline.spec.refill import Text, decode_texts
 from paceline.spec.rows import Rows
+from paceline.spec.target.selftest import attach
 from paceline.spec.tree import TreeShape
 from tape import tape_executor
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from paceline.spec import cli
-from paceline.spec.runfile import read_run
-from paceline.spec.tokens import chips, visible
+from paceline.spec.bench.runfile import read_run
+from paceline.spec.bench.token_chips import chips, visible
+from paceline.spec.cli import main as cli
 
 import runs
 

@@ -16,10 +16,10 @@ import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.kept import kept_drafter
-from paceline.spec import attach as attach_module
-from paceline.spec import cli
-from paceline.spec.attach import TOLERANCE, attach, self_test, unsteadiness
+from paceline.spec.cli import main as cli
 from paceline.spec.refill import Text, decode_texts
+from paceline.spec.target import selftest
+from paceline.spec.target.selftest import TOLERANCE, attach, self_test, unsteadiness
 from paceline.spec.tree import MOST_DEPTH, MOST_NODES, DynamicShape, TokenTree, TreeShape
 from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
@@ -101,7 +101,7 @@ def test_a_model_too_unsteady_to_be_checked_is_refused_for_that():
     forward = model.forward
     model.forward = lambda **inputs: _noisy(forward(**inputs), 3.0)
     sentence(lambda: attach(model), "LlamaForCausalLM gives other logits for the same tokens", "activations")
-    assert unsteadiness(model) > attach_module.UNSTEADY
+    assert unsteadiness(model) > selftest.UNSTEADY
 
 
 def _noisy(out, spread):
@@ -111,7 +111,7 @@ def _noisy(out, spread):
 
 def test_a_steady_model_costs_no_second_look(monkeypatch):
     looks = []
-    monkeypatch.setattr(attach_module, "unsteadiness", lambda model: looks.append(model))
+    monkeypatch.setattr(selftest, "unsteadiness", lambda model: looks.append(model))
     attach(tiny_llama(vocab=64))
     assert not looks
 
@@ -384,7 +384,7 @@ def test_shapes_made_directly_have_the_same_bounds(tmp_path):
         sentence(make, "; draft a s")
     plan = dict(tokens_per_step=1.0, speedup=1.0, seconds_per_step=1.0, plain_seconds=1.0)
     (tmp_path / "plan.json").write_text(json.dumps({"parents": [-1, *[0] * 9000], **plan}))
-    from paceline.spec.plans import read_shape
+    from paceline.spec.plan.store import read_shape
 
     sentence(lambda: read_shape(str(tmp_path / "plan.json"), None), f"more than {MOST_NODES} nodes")
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from paceline.spec.runfile import Difference, RunWriter, read_run
+from paceline.spec.bench.runfile import Difference, RunWriter, read_run
 
 import runs
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from paceline.spec.statistics import quotient_interval, ratio_interval, wilson
+from paceline.spec.bench.intervals import quotient_interval, ratio_interval, wilson
 
 
 @pytest.mark.parametrize("prompts", [24, 80])

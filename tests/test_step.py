@@ -15,8 +15,8 @@ from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter, NgramSession
-from paceline.spec import captures, executors, pool, runs
-from paceline.spec.packing import is_x86
+from paceline.spec.engines import captures, executors, pool, runs
+from paceline.spec.kernels.cpu import is_x86
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.step import step
 from tape import tape_executor

@@ -7,8 +7,9 @@ from dataclasses import replace
 import paceline
 import pytest
 import torch
-from paceline.drafters.draft_model import ModelDrafter, StaticDraftSession
-from paceline.spec.taps import HEAD, is_tap, layer_stacks
+from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.draft_session import StaticDraftSession
+from paceline.spec.target.taps import HEAD, is_tap, layer_stacks
 
 from conftest import noisy_copy, tiny_llama
 from test_families import SUPPORTED, build

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from paceline.spec.taps import HEAD, hidden_states
-from paceline.training.rows import open_data
-from paceline.training.target import (
+from paceline.spec.target.taps import HEAD, hidden_states
+from paceline.training.data.rows import open_data
+from paceline.training.objectives.target import (
     ROWS_PER_FILE,
     OfflineTarget,
     OnlineTarget,

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from paceline.spec.models import load_target
+from paceline.spec.target.load import load_target
 from paceline.training import config as configuration
 from paceline.training import train
 from paceline.training.config import Optimisation
-from paceline.training.draft_lm import DraftObjective
+from paceline.training.data.rows import open_data, rows_of_step
+from paceline.training.objectives.draft_lm import DraftObjective
+from paceline.training.objectives.target import OnlineTarget
 from paceline.training.optimisation import adamw, schedule
-from paceline.training.rows import open_data, rows_of_step
-from paceline.training.target import OnlineTarget
 from paceline.training.train import run
 from safetensors.torch import load_file
 from training_runs import (

@@ -9,9 +9,9 @@ import torch
 import transformers
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
-from paceline.spec.slots import cache_argument
-from paceline.spec.taps import HEAD, hidden_states
-from paceline.training.target import OnlineTarget
+from paceline.spec.target.slots import cache_argument
+from paceline.spec.target.taps import HEAD, hidden_states
+from paceline.training.objectives.target import OnlineTarget
 from packaging.version import Version
 from torch import nn
 from transformers import LlamaForCausalLM

@@ -13,7 +13,7 @@ import torch
 import yaml
 from paceline import configs
 from paceline.training import config as configuration
-from paceline.training.packing import pack
+from paceline.training.data.packing import pack
 from torch.distributed.tensor import DTensor
 
 from conftest import tiny_llama
@@ -125,7 +125,9 @@ def children(config: configuration.Config, resume: bool = False, ranks: int = 1,
     """Start a run in `ranks` processes, by DDP or sharded by FSDP2, forked from one that has imported all there is to
     import."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["training_runs", "paceline.training.train", "paceline.training.draft_lm"])
+    context.set_forkserver_preload(
+        ["training_runs", "paceline.training.train", "paceline.training.objectives.draft_lm"]
+    )
     port = free_port()
     arguments = [(config, resume, rank, ranks, port, sharded) for rank in range(ranks)]
     processes = [context.Process(target=train_in_process, args=each, daemon=True) for each in arguments]

@@ -2,7 +2,7 @@
 
 Knows neither drafters nor decoding."""
 
-from ..spec.planner import Acceptance, Rates, expected_tokens
+from ..spec.plan.trees import Acceptance, Rates, expected_tokens
 from ..spec.tree import TreeShape
 
 WIDTH = 10  # ranks that are told apart

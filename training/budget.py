@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .config import Config
-from .rows import Rows
+from .data.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,9 +16,9 @@ import jinja2
 import yaml
 from safetensors import safe_open
 
-from ..spec.planner import Acceptance
+from ..spec.plan.trees import Acceptance
 from .config import Config
-from .prompts import DIGESTS, read_digests, write_digests
+from .data.prompts import DIGESTS, read_digests, write_digests
 from .records import shown, write_whole
 
 

@@ -16,24 +16,24 @@ from tqdm import tqdm
 
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
-from ..spec.commands import load
+from ..spec.cli.commands import load
+from ..spec.cli.planning import calibrate, first_turns
 from ..spec.console import table
-from ..spec.executors import choose
-from ..spec.planner import MODEST, Acceptance, Plan, best_tree
-from ..spec.planning import calibrate, first_turns
-from ..spec.plans import plan_path, read_shape
+from ..spec.engines.executors import choose
+from ..spec.plan.store import plan_path, read_shape
+from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
 from ..spec.refill import Text, decode_texts
 from ..spec.tree import TreeShape
 from .acceptance import WIDTH, record
 from .card import write_card
+from .data.documents import file_fingerprint
+from .data.packing import pack
+from .data.prompts import digest, read_digests, turns_of
+from .data.rows import check_tokenizer, open_data
 from .decoding import Prompts, Settings, by_category, counted, decode
-from .documents import file_fingerprint
-from .objective import Batch, count_ranks
-from .packing import pack
-from .prompts import digest, read_digests, turns_of
+from .objectives.objective import Batch, count_ranks
 from .ranks import accuracies, judge_of, spans, walk
 from .records import shown, write_whole
-from .rows import check_tokenizer, open_data
 from .versions import versions
 
 ROWS = 8  # judged together

@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from . import config as configuration
-from .medusa import MedusaObjective
-from .target import OnlineTarget
+from .objectives.heads import MedusaObjective
+from .objectives.target import OnlineTarget
 from .trainer import Trainer
 
 KNOWN_TOKENS = 8192  # as in the recipes for heads

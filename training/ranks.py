@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..drafters.kinds import KINDS
-from ..spec.planner import depth_within
+from ..spec.plan.trees import depth_within
 from ..spec.tree import TreeShape
-from .objective import NO_LABEL, Judge
+from .objectives.objective import NO_LABEL, Judge
 
 
 def judge_of(drafter, model, depths: int) -> Judge | None:

@@ -24,20 +24,20 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .. import load_drafter
 from ..drafters.kinds import KINDS
-from ..spec.models import load_target
-from ..spec.packing import emulates_bfloat16, has_bfloat16
-from ..spec.planning import first_turns
+from ..spec.cli.planning import first_turns
+from ..spec.kernels.cpu import emulates_bfloat16, has_bfloat16
 from ..spec.provenance import target_fingerprint
+from ..spec.target.load import load_target
 from . import config as configuration
 from .budget import make_plan
 from .card import write_card, write_record
 from .config import Config, suggest
+from .data.documents import tokenizer_fingerprint
+from .data.rows import Rows, check_tokenizer, fingerprint, open_data
 from .decoding import Settings, counted, decode
-from .documents import tokenizer_fingerprint
 from .metrics import check_trackers
-from .objective import Objective
-from .rows import Rows, check_tokenizer, fingerprint, open_data
-from .target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, lm_head, write_hidden_states
+from .objectives.objective import Objective
+from .objectives.target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, lm_head, write_hidden_states
 from .trainer import Trainer
 from .versions import versions
 

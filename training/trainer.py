@@ -21,14 +21,14 @@ from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from ..spec.planner import MODEST, Acceptance, best_tree
+from ..spec.plan.trees import MODEST, Acceptance, best_tree
 from .acceptance import WIDTH, record
 from .checkpoint import Checkpoints, differences, gather, read_state, restore, write_json, write_state
 from .config import Config
+from .data.rows import Rows, rows_of_step
 from .metrics import Report, Tally
-from .objective import Batch, Losses, TargetView, count_ranks
+from .objectives.objective import Batch, Losses, TargetView, count_ranks
 from .optimisation import adamw, schedule
-from .rows import Rows, rows_of_step
 from .signals import first_signal
 
 

@@ -8,7 +8,7 @@ import sys
 import torch
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.check import shapes
-from paceline.spec.curves import open_idle
+from paceline.spec.plan.step_times import open_idle
 from paceline.spec.tree import TreeShape
 
 STEPS, ROWS = 10, 20

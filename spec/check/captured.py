@@ -6,9 +6,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ..executors import Executor
+from ..engines.executors import Executor
+from ..engines.pool import pool_of
 from ..generate import SpeculativeOutput, generate
-from ..pool import pool_of
 from ..rows import Rows
 from ..step import Engine, step
 from ..trace import Event

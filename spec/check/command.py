@@ -18,9 +18,10 @@ from pathlib import Path
 
 import torch
 
-from .. import native, provenance
-from ..attach import check_kind
-from ..runs import reset
+from .. import provenance
+from ..engines.runs import reset
+from ..kernels import native
+from ..target.selftest import check_kind
 from . import shapes
 from .budget import Clock, NotHere, Task, run_tasks
 from .lossless import Lossless

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from .. import noise
-from ..attach import attach, self_test
-from ..curves import wait_for
+from ..bench.divergence import parting, rounding_can_swap
+from ..engines.pool import pool_of
+from ..engines.runs import keep
 from ..generate import SpeculativeOutput, generate
-from ..margin import parting, rounding_can_swap
-from ..pool import pool_of
+from ..plan.step_times import wait_for
 from ..proposal import NoDrafter
-from ..runs import keep
 from ..sampling import warpers
-from ..slots import SlotModel
-from ..target import spans
+from ..target.protocol import spans
+from ..target.selftest import attach, self_test
+from ..target.slots import SlotModel
 from ..tree import TokenTree, TreeShape
 from .budget import Clock, Task, absent, single
 from .captured import captured_tasks

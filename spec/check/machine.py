@@ -11,7 +11,7 @@ import psutil
 import torch
 
 from .. import provenance
-from ..curves import wait_for
+from ..plan.step_times import wait_for
 from .budget import NotHere, Task, single
 from .record import Finding
 from .subject import Subject

@@ -12,8 +12,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from ..models import load_target, resolve
-from ..packing import emulates_bfloat16
+from ..kernels.cpu import emulates_bfloat16
+from ..target.load import load_target, resolve
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..curves import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
-from ..executors import Executor
-from ..pool import pool_of
+from ..engines.executors import Executor
+from ..engines.pool import pool_of
+from ..plan.step_times import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
 from ..proposal import NoDrafter
 from ..tree import TreeShape
 from .budget import Clock, Task, absent

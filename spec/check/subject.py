@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..executors import EXECUTORS, choose
+from ..engines.executors import EXECUTORS, choose
 from ..proposal import Drafter
 from .budget import NotHere
 from .shapes import free_bytes

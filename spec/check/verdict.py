@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from ..captures import keep_verdict
+from ..engines.captures import keep_verdict
 from .record import FAILS, HOLDS, NOT_HERE, Check
 
 COMPARED_TEXTS, COMPARED_SIZES = 6, 3  # from which on one capture is said to be right, and faster than the other

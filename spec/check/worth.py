@@ -7,7 +7,7 @@ Not to speculate is one of its choices.
 
 from collections.abc import Iterator
 
-from ..planner import choose_tree
+from ..plan.trees import choose_tree
 from .budget import Task, absent, single
 from .record import Finding
 from .steps import Steps

@@ -1,0 +1,70 @@
+"""What the sessions of a draft model share, and the one that fills a fixed tree.
+
+The cache follows the accepted path; only the last accepted token can be missing from it (a leaf is never forwarded), so
+each step starts with the last two committed tokens. Knows nothing of verification.
+"""
+
+from typing import Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..spec.proposal import DraftRequest, Proposal
+from ..spec.state import DecodeState
+from ..spec.target.protocol import Span
+from ..spec.target.slots import SlotModel
+from .static_tree import StaticTree
+
+
+class ModelDraftSession:
+    """What every run of a draft model has: a cache, and how a step begins."""
+
+    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
+        self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
+        self.slots = SlotModel(model, request.batch, request.capacity)
+
+    @property
+    def packable(self) -> list[torch.nn.Module]:
+        return self.slots.packable
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots.nbytes
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        self.slots.clear(rows)
+
+    def read(self, span: Span, features: Tensor | None) -> None:
+        self.slots.read(span)
+
+    def copy_rows(self, other: Self, rows: Tensor) -> None:
+        self.slots.copy_rows(other.slots, rows)
+
+    def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
+        """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
+        the last tree. A row of one token has none before it: that column is padding. (B, 1, V')"""
+        pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
+        tokens = state.tokens.gather(1, pair.clamp(min=0))
+        return self.slots.forward_text(tokens, pair).logits
+
+
+class StaticDraftSession(ModelDraftSession):
+    """A fixed tree: the inner nodes of each level are forwarded together."""
+
+    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
+        super().__init__(model, request, vocabulary)
+        self.static = StaticTree(request, vocabulary)
+
+    def propose(self, state: DecodeState) -> Proposal:
+        base = state.lengths - 1
+
+        def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
+            if depth == 0:
+                return self._root_logits(state, base)  # (B, 1, V')
+            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner).logits  # (B, n, V')
+
+        return self.static.fill(state, logits_of)
+
+    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
+        self.slots.commit(base, path, count)

@@ -1,0 +1,224 @@
+"""`paceline report` and `paceline compare`: run files as a page, as Markdown, as JSON, and against each other.
+
+One HTML file that needs nothing else: pictures inline, no script, no network.
+"""
+
+import json
+import sys
+from argparse import Namespace
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+
+from jinja2 import Environment
+
+from ..check.differences import compare_checks, read_check
+from ..console import table
+from ..verify import RULES
+from . import drawing
+from .analysis import FEW, analyse, check_comparable, paired
+from .intervals import Interval, quotient_interval
+from .runfile import Run, read_run
+from .token_chips import COMMAND, chips, visible
+
+GAINS = {"speedup": "speed-up", "speedup_of_steps": "in steps alone", "over_transformers": "over transformers"}
+OVERVIEW = ["method", "tokens/step", "tokens/s", *GAINS.values(), "identical texts"]
+HEADER = [
+    "category", "prompts", "tokens", "tokens/step", "accepted / examined", "tokens/s", "plain tokens/s",
+    *GAINS.values(),
+]  # fmt: skip
+
+
+def report(args: Namespace) -> None:
+    """The command `paceline report`."""
+    runs = [_read(path) for path in args.runs]
+    figures = analyse(runs)
+    if not (args.output or args.markdown or args.json):
+        args.markdown = "-"
+    if args.output:
+        _put(args.output, page(figures, runs))
+    if args.markdown:
+        _put(args.markdown, markdown(figures))
+    if args.json:
+        _put(args.json, json.dumps(figures, indent=1) + "\n")
+
+
+def _read(path: str) -> Run:
+    run = read_run(path)
+    if run.warning:
+        print(run.warning, file=sys.stderr)
+    return run
+
+
+def _put(path: str, text: str) -> None:
+    if path == "-":
+        sys.stdout.write(text)
+        return
+    try:
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another place") from error
+
+
+def page(figures: dict, runs: list[Run]) -> str:
+    """The report as one HTML file."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"interval": interval, "visible": lambda value, *most: visible(str(value), *most)}
+    source = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
+    return environment.from_string(source).render(
+        **figures, verdict=verdict(figures), overview=[OVERVIEW, *overview(figures)], header=HEADER,
+        lines=lines(figures), draw=drawing, few=FEW, drafted=drafted, texts=_texts(figures, runs), whole=COMMAND,
+        megabytes=lambda size: f"{size / 1e6:,.1f}",
+    )  # fmt: skip
+
+
+def verdict(figures: dict) -> str:
+    """The headline: gain with its interval, tokens per step, and whether the text was the target's own."""
+    best = next((own for own in figures["methods"] if own["label"] == figures["best"]), None)
+    if best is None:
+        return "No method with a drafter was measured against plain decoding."
+    return (
+        f"{interval(best['speedup'], '×')} the speed of plain decoding · {best['tokens_per_step']['value']:.2f} "
+        f"tokens/step · {identity(best)} · {best['label']}"
+    )
+
+
+def identity(own: dict) -> str:
+    if not own["compared"]:
+        return "text not comparable with the baseline's"
+    words = f"output identical on {own['identical']}/{own['compared']} texts"
+    lossless = RULES[own["rule"]].lossless or own["temperature"] == 0
+    return words if lossless else f"{words} (rule {own['rule']} is not lossless)"
+
+
+def interval(value: dict | None, unit: str = "") -> str:
+    if value is None:
+        return "–"
+    bounds = "" if value["low"] is None else f" [{value['low']:.2f}, {value['high']:.2f}]"
+    return f"{value['value']:.2f}{unit}{bounds}"
+
+
+def overview(figures: dict) -> list[list[str]]:
+    """A table row for each method, of all prompts together."""
+    rows = []
+    for own in figures["methods"]:
+        row, same = own["overall"], f"{own['identical']} / {own['compared']}" if own["compared"] else "–"
+        rows.append([own["label"], _per_step(row), f"{row['rate']:.1f}", *_gains(row), same])
+    return rows
+
+
+def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
+    """(method, table rows by category, then together and the mean over categories)."""
+    plain = {own["label"]: own for own in figures["methods"]}
+    out = []
+    for own in figures["methods"]:
+        prefix = own["label"].removesuffix(own["name"])
+        baseline = plain.get(prefix + (own["baseline"] or own["name"]))
+        theirs = {row["name"]: row for row in [*baseline["categories"], baseline["overall"]]} if baseline else {}
+        rows = [_line(row, theirs.get(row["name"])) for row in [*own["categories"], own["overall"]]]
+        means = own["macro"]
+        shown = [_number(means["tokens_per_step"]), "", _number(means["rate"], 1), ""]
+        gains = [_number(means[key]) for key in GAINS]
+        out.append((own, [*rows, ["mean of categories", "", "", *shown, *gains]]))
+    return out
+
+
+def _line(row: dict, theirs: dict | None) -> list[str]:
+    acceptance = f"{row['accepted']} / {row['examined']}" if row["examined"] else "–"
+    rate = "–" if theirs is None else f"{theirs['rate']:.1f}"
+    return [
+        row["name"], str(row["prompts"]), str(row["tokens"]), _per_step(row), acceptance, f"{row['rate']:.1f}", rate,
+        *_gains(row),
+    ]  # fmt: skip
+
+
+def _per_step(row: dict) -> str:
+    return _number(row["tokens_per_step"] and row["tokens_per_step"]["value"])
+
+
+def _gains(row: dict) -> list[str]:
+    return [interval(row[key], "×") for key in GAINS]
+
+
+def _number(value: float | None, places: int = 2) -> str:
+    return "–" if value is None else f"{value:.{places}f}"
+
+
+def markdown(figures: dict) -> str:
+    """The verdict and every table, to paste."""
+    parts = [f"**{_cell(verdict(figures))}**\n", _table(OVERVIEW, overview(figures))]
+    for own, rows in lines(figures):
+        parts.append(f"### {_cell(own['label'])}\n")
+        if own["compared"]:
+            parts.append(f"{_cell(identity(own))}\n")
+        parts.append(_table(HEADER, rows))
+    return "\n".join(parts)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    body = [header, ["---", *["---:"] * (len(header) - 1)], *[[_cell(cell) for cell in row] for row in rows]]
+    return "".join(f"| {' | '.join(row)} |\n" for row in body)
+
+
+def _cell(text: str) -> str:
+    return visible(text).replace("|", "\\|").replace("<", "&lt;")
+
+
+def _texts(figures: dict, runs: list[Run]) -> list[tuple[str, list]]:
+    """The first three texts of the best method, token by token."""
+    best = next((own for own in figures["methods"] if own["label"] == figures["best"]), None)
+    if best is None:
+        return []
+    run = next(run for run in runs if best["label"] in (best["name"], f"{run.path.rsplit('/', 1)[-1]}: {best['name']}"))
+    kept = [record for record in run.of(best["name"]) if record.pieces and record.turn == 0 and record.repeat == 0]
+    return [(f"{record.prompt} ({record.category})", chips(record)) for record in kept[:3]]
+
+
+def compare(args: Namespace) -> int:
+    """The command `paceline compare A B`: exit code 1 where a method of B is worse than in A beyond noise. Two files of
+    `paceline check` are put side by side: exit code 1 where what holds in A fails in B.
+
+    What is compared is the speed-up over the baseline of the same run (for plain decoding, over transformers), so that
+    a machine that is slower today does not count, and tokens per step; tokens per second where there is neither."""
+    checks = [read_check(path) for path in args.runs]
+    if any(checks):
+        return compare_checks(args.runs, checks)
+    runs = [_read(path) for path in args.runs]
+    check_comparable(runs)
+    figures = [{own["name"]: own for own in run.methods} for run in runs]
+    names = [name for name in figures[0] if name in figures[1] and figures[0][name]["kind"] != "transformers"]
+    if not names:
+        raise ValueError(f"{args.runs[0]} and {args.runs[1]} have no method of the same name; measure the same methods")
+    rows, worse = [], []
+    for name in names:
+        for what, change in changes(runs[0], runs[1], name).items():
+            bad = change.high is not None and change.high < 1
+            worse += [name] * bad
+            word = "worse" if bad else "better" if change.low is not None and change.low > 1 else "no difference seen"
+            rows.append([visible(name), what, interval(asdict(change), "x"), word])
+    print(table(["method", "figure", "B / A", "verdict"], rows))
+    return 1 if worse else 0
+
+
+def changes(a: Run, b: Run, name: str) -> dict[str, Interval]:
+    """B's figures over A's, paired by prompt."""
+    about = next(own for own in b.methods if own["name"] == name)
+    theirs = next((own["name"] for own in b.methods if own["kind"] == "transformers"), None)
+    anchor = about["baseline"] or theirs
+    out = {}
+    if anchor is not None and a.of(anchor) and b.of(anchor):
+        sides = paired(b.of(anchor), b.of(name), a.of(anchor), a.of(name))
+        (s, t), (s1, t1), (s2, t2), (s3, t3) = ([[u[i] for u in side] for i in (0, 1)] for side in sides)
+        if s:
+            out[f"speed-up over {anchor}"] = quotient_interval([s, t1, t2, s3], [t, s1, s2, t3])
+    mine, before = paired(b.of(name), a.of(name))
+    if mine and about["kind"] == "drafted":
+        columns = [[u[i] for u in side] for side in (mine, before) for i in (1, 2)]
+        out["tokens per step"] = quotient_interval([columns[0], columns[3]], [columns[1], columns[2]])
+    if mine and not out:
+        columns = [[u[i] for u in side] for side in (mine, before) for i in (0, 1)]
+        out["tokens per second"] = quotient_interval([columns[1], columns[2]], [columns[0], columns[3]])
+    if not out:
+        raise ValueError(f"method {name!r} has no prompt in common in the two runs; measure the same prompts")
+    return out

@@ -1,0 +1,108 @@
+"""The commands `generate` and `models`, and what they share with `demo`."""
+
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..console import Streamer, colours, summary_line, table
+from ..generate import SpeculativeOutput
+from ..generate import generate as generate_tokens
+from ..paths import cache_folder
+from ..proposal import Drafter
+from ..target.load import NAMED, load_target
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
+    """The model and tokenizer that the options name."""
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return load_target(args.model, args.dtype, device, args.trust_remote_code)
+
+
+def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Drafter | None]:
+    """The model, tokenizer and drafter that the options name."""
+    model, tokenizer = load_model(args)
+    drafter = None
+    if args.drafter != "none":
+        from ... import load_drafter
+
+        drafter = load_drafter(args.drafter, model)
+    return model, tokenizer, drafter
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool, device: torch.device) -> dict:
+    """Token ids and mask of a prompt, through the chat template where `chat`."""
+    if not chat:
+        batch = tokenizer(text, return_tensors="pt")
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    if not tokenizer.chat_template:
+        raise ValueError("--chat needs a model with a chat template and this one has none; use --prompt")
+    messages = [{"role": "user", "content": text}]
+    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def generate(args: Namespace) -> None:
+    text = args.prompt if args.prompt is not None else args.chat if args.chat is not None else _read(args.prompt_file)
+    if not text:
+        raise ValueError("the prompt is empty; give it at least one character")
+    if not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature {args.temperature} is not a number of at least 0; 0 is greedy")
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p} is not above 0 and at most 1")
+    model, tokenizer, drafter = load(args)
+    sampling: dict = {"do_sample": False}
+    if args.temperature > 0:
+        sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+    prompt = encode(tokenizer, text, args.chat is not None, model.device)
+    streamer = Streamer(tokenizer, colours())
+    started = time.perf_counter()
+    out = generate_tokens(
+        model,
+        **prompt,
+        drafter=drafter,
+        tree=args.tree,
+        verify=args.verify,
+        seed=args.seed,
+        executor=args.executor,
+        trace_file=args.trace,
+        max_new_tokens=args.max_new_tokens,
+        return_dict_in_generate=True,
+        on_step=None if args.json else streamer.on_step,
+        **sampling,
+    )
+    seconds = time.perf_counter() - started
+    assert isinstance(out, SpeculativeOutput) and out.trace is not None
+    tokens = out.sequences[0, prompt["input_ids"].shape[1] :].tolist()
+    summary = out.trace.summary()
+    if args.json:
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        print(json.dumps({"text": text, "tokens": tokens, "seed": out.seed, "total_seconds": seconds, **summary}))
+        return
+    streamer.end()
+    drawn = f"; seed {out.seed}" if args.temperature > 0 else ""
+    print(summary_line(summary, len(tokens), seconds) + drawn, file=sys.stderr)
+
+
+def _read(path: str) -> str:
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--prompt-file {path} cannot be read ({error})") from error
+
+
+def models(args: Namespace) -> None:
+    rows = []
+    for name, model in NAMED.items():
+        cached = cache_folder() / name
+        where = str(cached) if (cached / "config.json").is_file() else "not fetched yet"
+        rows.append([name, model.hub_id, where])
+    print(table(["name", "hub id", "in the cache"], rows))
+    print("\nAny folder or hub id of a causal LM works too; a numerical self-test decides when it is first used.")

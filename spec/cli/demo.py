@@ -1,0 +1,130 @@
+"""`paceline demo`: a few real prompts on a real model, with and without speculation, side by side."""
+
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..bench.divergence import margin, parting
+from ..console import BOLD, GREEN, PLAIN, Streamer, colours, table
+from ..engines.executors import LONG_RUN, choose
+from ..generate import SpeculativeOutput, generate
+from ..proposal import Drafter
+from ..trace import Event
+from .commands import encode, load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PROMPTS = {
+    "rewrite code": (
+        "Rename the variable `x` to `count` in this code and print the whole code again:\n\n"
+        "def total(items):\n    x = 0\n    for item in items:\n        if item.price > 0:\n"
+        "            x = x + item.price\n        else:\n            x = x - item.discount\n    return x\n"
+    ),
+    "correct a text": (
+        "Copy this text and correct its spelling mistakes: The river Rhone rises in the Swiss Alps and flows "
+        "trough Lake Geneva and southeastern France before it reaches the Mediteranean Sea. Near its mouth at "
+        "Arles, the river Rhone divides into two branches, the Great Rhone and the Little Rhone."
+    ),
+    "answer a question": "Why is the sky blue during the day and red in the evening?",
+}
+
+
+def demo(args: Namespace) -> None:
+    model, tokenizer, drafter = load(args)
+    if drafter is None:
+        raise ValueError("--drafter none leaves nothing to show; choose a drafter, for instance ngram")
+    if args.executor == "auto":
+        args.executor = choose("auto", model.device, LONG_RUN, capturable=True, compiled_before=False)
+    if args.executor == "compiled":
+        print("compiling the steps takes about a minute each, once on a machine; --executor eager does without")
+    coloured = colours()
+    paint = (lambda text, colour: f"{colour}{text}{PLAIN}") if coloured else (lambda text, colour: text)
+    prompts = {
+        title: encode(tokenizer, text, bool(tokenizer.chat_template), model.device) for title, text in PROMPTS.items()
+    }
+    for prompt in prompts.values():  # a step of each, so that what is made on first use is there
+        for warmed in (None, drafter):
+            _generate(args, model, prompt, warmed, stopping_criteria=[After(0)])
+    rows, totals, notes = [], [0, 0.0, 0.0, 0], []
+    for title, prompt in prompts.items():
+        print(f"\n{paint(title, BOLD)}: {PROMPTS[title].splitlines()[0][:90]}\n")
+        plain, plain_seconds = _timed(args, model, prompt, None)
+        streamer = Streamer(tokenizer, coloured)
+        fast, seconds = _timed(args, model, prompt, drafter, streamer.on_step)
+        streamer.end()
+        width = prompt["input_ids"].shape[1]
+        same = torch.equal(plain.sequences, fast.sequences)
+        if not same:
+            notes.append(f"{title}: {_difference(model, plain.sequences[0], fast.sequences[0], width)}")
+        counts = plain.sequences.shape[1] - width, fast.sequences.shape[1] - width
+        assert fast.trace is not None
+        summary = fast.trace.summary()
+        rates = counts[0] / plain_seconds, counts[1] / seconds
+        rows.append([title, *_figures(*rates, summary["tokens_per_step"]), "yes" if same else "no"])
+        step_tokens = (counts[1], plain_seconds * counts[1] / counts[0], seconds, summary["num_spec_steps"])
+        totals = [total + new for total, new in zip(totals, step_tokens)]
+    tokens, plain_seconds, seconds, steps = totals
+    together = _figures(tokens / plain_seconds, tokens / seconds, tokens / steps)
+    rows.append(["together", *together, "no" if notes else "yes"])
+    key = f" ({paint('green', GREEN)}: drafted and accepted)" if coloured else ""
+    print(f"\n{args.model}, {str(model.dtype).removeprefix('torch.')}, drafter {drafter.name}, greedy{key}\n")
+    header = ["prompt", "plain tokens/s", "with drafter", "speed-up", "tokens per step", "identical"]
+    print(table(header, rows))
+    for note in notes:
+        print(note)
+    if notes and model.dtype != torch.float32:
+        print("Lower precision rounds such ties differently in a longer forward; compare --dtype float32.")
+    sys.stdout.flush()
+
+
+def _figures(plain: float, fast: float, per_step: float) -> list[str]:
+    return [f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}x", f"{per_step:.2f}"]
+
+
+def _generate(
+    args: Namespace, model: "PreTrainedModel", prompt: dict, drafter: Drafter | None, **options
+) -> SpeculativeOutput:
+    options |= {"do_sample": False, "max_new_tokens": args.max_new_tokens, "return_dict_in_generate": True}
+    tree = args.tree if drafter is not None else None
+    out = generate(model, **prompt, drafter=drafter, tree=tree, executor=args.executor, **options)
+    assert isinstance(out, SpeculativeOutput)
+    return out
+
+
+def _timed(
+    args: Namespace,
+    model: "PreTrainedModel",
+    prompt: dict,
+    drafter: Drafter | None,
+    on_step: Callable[[list[Event]], None] | None = None,
+) -> tuple[SpeculativeOutput, float]:
+    started = time.perf_counter()
+    out = _generate(args, model, prompt, drafter, on_step=on_step)
+    return out, time.perf_counter() - started
+
+
+def _difference(model: "PreTrainedModel", plain: torch.Tensor, fast: torch.Tensor, width: int) -> str:
+    """Where two greedy texts part, and how close the two best logits are there."""
+    place = parting(plain.tolist(), fast.tolist())
+    assert place is not None
+    apart, spacing = margin(model, plain[:place].tolist())
+    name = str(model.dtype).removeprefix("torch.")
+    return (
+        f"differs from token {place - width + 1} on, where the two best logits are "
+        f"{apart:.3g} apart; {name} numbers of that size are {spacing:.2g} apart"
+    )
+
+
+class After:
+    """A stopping criterion: a length."""
+
+    def __init__(self, length: int):
+        self.length = length
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs) -> torch.Tensor:
+        return torch.full((len(input_ids),), input_ids.shape[1] >= self.length, device=input_ids.device)

@@ -1,0 +1,178 @@
+"""`paceline plan` and `paceline profile`: calibrate a drafter, measure the device, plan the tree.
+
+A plan is kept in the cache for (target, drafter, device, dtype, executor, rule, temperature) and is what
+`tree="auto"` looks up.
+"""
+
+import sys
+from argparse import Namespace
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+from ..bench.runfile import read_run
+from ..console import table
+from ..engines.executors import choose
+from ..plan import step_times
+from ..plan.replay import Replay, follow, plan_by_replay, plan_side_by_side
+from ..plan.store import plan_path
+from ..plan.trees import Acceptance, Plan, Rates, choose_tree
+from ..prompts import read_prompts
+from ..proposal import Drafter, parts_of
+from ..provenance import target_fingerprint
+from ..rows import Stopwatch
+from ..tree import TreeShape
+from ..verify import draft_sampling
+from .commands import encode, load
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def calibrate(
+    model: "PreTrainedModel", drafter: Drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int
+) -> Replay:
+    """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
+
+    Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
+    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=len(prompts) < 2)
+    return Replay(
+        [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
+    )
+
+
+def plan(args: Namespace) -> None:
+    """The command `paceline plan`."""
+    model, tokenizer, drafter = load(args)
+    if drafter is None:
+        raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
+    drawing = draft_sampling(args.verify, args.temperature > 0)
+    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    parts = parts_of(drafter)
+    if args.run and len(parts) > 1:
+        raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
+    if len(parts) > 1 and drawing.noise == "own":
+        raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
+    measured = step_times.measure(model, parts, executor, sampling=drawing)
+    if args.run:
+        rates = [measured_acceptance(args, model).rates()]
+        planned = choose_tree(rates[0], measured.target, measured.drafts[0])
+    else:
+        prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
+        how = args.verify, args.temperature, args.max_new_tokens
+        replays = [calibrate(model, part, prompts, *how) for part in parts]
+        alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
+        if len(parts) == 1:
+            planned = alone[0]
+            rates = [replays[0].rates(planned.shape)]
+        else:
+            planned = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
+            rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
+    _show([part.name for part in parts], rates, measured, planned)
+    if len(parts) > 1:
+        print("; ".join(f"{part.name} alone: {own.speedup:.2f} times" for part, own in zip(parts, alone)))
+    path = plan_path(model, drafter, executor, args.verify, args.temperature)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    planned.save(path)
+    if args.output:
+        planned.save(args.output)
+    print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
+
+
+def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance:
+    """Counts over a run file: the methods of the drafter, rule and temperature that are planned for. What their trees
+    did not try is not known, so a run with a wide tree tells most. Raises ValueError where there is no such method."""
+    run = read_run(args.run)
+    if run.warning:
+        print(run.warning, file=sys.stderr)
+    if run.header["setup"]["fingerprint"] != target_fingerprint(model)[:16]:
+        raise ValueError(f"{args.run} was measured on another model than {args.model}; give that one as --model")
+    asked = args.drafter, args.verify, args.temperature
+    names = [own["name"] for own in run.methods if (own["drafter"], own["rule"], own["temperature"]) == asked]
+    events = [event for name in names for record in run.of(name) for event in record.events]
+    if not events:
+        drafted = [own for own in run.methods if own["kind"] == "drafted"]
+        known = ", ".join(f"{own['drafter']} ({own['rule']}, {own['temperature']:g})" for own in drafted)
+        raise ValueError(
+            f"{args.run} holds no measurement of drafter {args.drafter}, rule {args.verify}, temperature "
+            f"{args.temperature:g}; it has {known or 'no drafter'}"
+        )
+    return Acceptance.of(events)
+
+
+def profile(args: Namespace) -> None:
+    """The command `paceline profile`: the device's curves, and where a step's time goes."""
+    model, _, drafter = load(args)
+    drafter = step_times.Blank() if drafter is None else drafter
+    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    parts = parts_of(drafter)
+    measured = step_times.measure(model, parts, executor)
+    _show_target(measured)
+    for part, costs in zip(parts, measured.drafts):
+        _show_draft(part.name, measured, costs)
+    shape = drafter.default_shape if len(parts) > 1 else TreeShape.chain(15)
+    step, forward = step_times.own_cost(model, drafter, executor, shape)
+    print(
+        f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
+        f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
+    )
+    recording = step_times.recording_cost(shape.max_depth)
+    print(
+        f"recording and writing the trace of a row takes {recording * 1e3:.2f} ms, {recording / step:.2%} of that step"
+    )
+    if executor == "eager":
+        watch_phases(model, drafter, shape)
+
+
+def watch_phases(model: "PreTrainedModel", drafter: Drafter, shape: TreeShape, repeats: int = 20) -> None:
+    """Print the shares of an eager step."""
+    runner = step_times.open_idle(model, "eager", drafter, shape)
+    phases: dict[str, list[float]] = {}
+    with torch.no_grad():
+        for _ in range(repeats):
+            watch = Stopwatch(model.device)
+            runner.run(watch.mark)
+            for phase, seconds in watch.seconds().items():
+                phases.setdefault(phase, []).append(seconds)
+    medians = {phase: sorted(values)[len(values) // 2] for phase, values in phases.items()}
+    total = sum(medians.values())
+    rows = [[phase, f"{seconds * 1e3:.2f}", f"{seconds / total:.1%}"] for phase, seconds in medians.items()]
+    print(f"\nan eager step of {len(shape)} nodes\n" + table(["phase", "ms", "share"], rows))
+
+
+def first_turns(
+    path: str, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", most: int | None = None
+) -> list[tuple[str, dict]]:
+    """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, or `most` of them, spread over it."""
+    chat = bool(tokenizer.chat_template)
+    prompts = read_prompts(path, most)
+    return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
+
+
+def _show_target(measured: step_times.Curves) -> None:
+    plain = measured.target[1]
+    rows = [[str(n), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for n, seconds in measured.target.items()]
+    print(table(["nodes", "step ms", "of plain"], rows))
+
+
+def _show_draft(name: str, measured: step_times.Curves, costs: dict[int, float]) -> None:
+    plain = measured.target[1]
+    rows = [[str(depth), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for depth, seconds in costs.items()]
+    print(f"\n{name}\n" + table(["draft levels", "ms", "of plain"], rows))
+
+
+def _show(names: list[str], rates: list[Rates], measured: step_times.Curves, planned: Plan) -> None:
+    _show_target(measured)
+    for name, own, costs in zip(names, rates, measured.drafts):
+        _show_draft(name, measured, costs)
+        width = max((len(row) for row in own), default=0)
+        rows = [
+            [str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(own)
+        ]
+        print("\n" + table(["p: depth", *(f"rank {rank}" for rank in range(width))], rows))
+    shape = planned.shape
+    print(
+        f"\n{len(shape)} nodes, depth {shape.max_depth}: {planned.tokens_per_step:.2f} tokens per step expected, "
+        f"{planned.speedup:.2f} times plain decoding\nparents {list(shape.parents)}"
+    )

@@ -1,0 +1,149 @@
+"""The pool of a target: engines with their executors, kept where making them is expensive.
+
+A kept run is given out only while nobody uses it, and only to a call whose target and drafter are in the state that it
+was made for (module_state.py), or whose drafter is an equal one. A pool goes with its model: an engine at rest does not
+hold on to its target. Knows nothing of how runs are made.
+"""
+
+import threading
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+import psutil
+import torch
+
+from ..proposal import Drafter, parts_of
+from ..step import Engine
+from .module_state import addresses, fingerprint, structure
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .executors import Executor
+    from .runs import RunSpec
+
+KEPT = 8  # engines per model
+KEPT_SHARE = 0.25  # of the device's memory that their caches may take
+
+
+@dataclass(slots=True, eq=False)
+class KeptRun:
+    """An engine with its executor, and the state of the models that it is bound to."""
+
+    spec: "RunSpec"
+    drafter: Drafter
+    engine: Engine
+    executor: "Executor"
+    target_state: tuple[int, int]  # structure and addresses
+    drafter_state: tuple[tuple[int, int], ...]
+    in_use: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return self.engine.nbytes
+
+    def wake(self, model: "PreTrainedModel") -> None:
+        """Let the engine run its target again, which it does not hold on to at rest."""
+        self.engine.target.model = model
+
+
+@dataclass(slots=True, eq=False)
+class EnginePool:
+    """The kept runs of one target, the one used last at the end."""
+
+    most: int = 0  # how many to keep, where a caller wants more than usual
+    runs: list[KeptRun] = field(default_factory=list)
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+    def alike(self, spec: "RunSpec", target: tuple[int, int] | None, drafter: Drafter) -> list[KeptRun]:
+        """The kept runs for `spec`, in use or not, the one used last first."""
+        with self.lock:
+            runs = [run for run in reversed(self.runs) if run.spec == spec and run.target_state == target]
+            return [run for run in runs if self._drafts_alike(run, drafter)]
+
+    def take(
+        self, spec: "RunSpec", target: tuple[int, int] | None, model: "PreTrainedModel", drafter: Drafter
+    ) -> KeptRun | None:
+        """The kept run for `spec`, marked as in use; None where there is none that nobody uses. Forgets runs whose
+        target's weights lie elsewhere now."""
+        if target is None:
+            return None
+        with self.lock:
+            self.runs = [run for run in self.runs if run.in_use or run.target_state[1] == target[1]]
+            run = next((run for run in self.alike(spec, target, drafter) if not run.in_use), None)
+            if run is not None:
+                self.runs.remove(run)
+                self.runs.append(run)
+                run.in_use = True
+                run.wake(model)
+            return run
+
+    def _drafts_alike(self, run: KeptRun, drafter: Drafter) -> bool:
+        """Whether `run` drafts what `drafter` would: it is bound to that very object, or to one of equal weights."""
+        if state_of(run.drafter) != run.drafter_state:
+            return False
+        if run.drafter is drafter or run.drafter == drafter:
+            return True
+        return bool(modules_of(drafter)) and _identity(drafter) == _identity(run.drafter)
+
+    def add(self, run: KeptRun) -> None:
+        with self.lock:
+            self.runs.append(run)
+            self._shrink(run.engine.state.tokens.device)
+
+    def give_back(self, run: KeptRun) -> None:
+        with self.lock:
+            run.in_use, run.engine.target.model = False, None
+
+    def _shrink(self, device: torch.device) -> None:
+        """Forget the runs used longest ago, as far as nobody uses them, until count and memory are within bounds."""
+        most, share = max(KEPT, self.most), KEPT_SHARE * _device_bytes(device)
+        for run in list(self.runs):
+            if len(self.runs) <= most and sum(kept.nbytes for kept in self.runs) <= share:
+                return
+            if not run.in_use:
+                self.runs.remove(run)
+
+
+_pools: "WeakKeyDictionary[torch.nn.Module, EnginePool]" = WeakKeyDictionary()
+
+
+def pool_of(model: "PreTrainedModel") -> EnginePool:
+    """The pool of a target, made on first use."""
+    return _pools.setdefault(model, EnginePool())
+
+
+def target_state(model: "PreTrainedModel") -> tuple[int, int]:
+    """What a kept run depends on in its target; takes a few milliseconds."""
+    return structure(model), addresses(model)
+
+
+def forget(model: "PreTrainedModel") -> None:
+    """Let go of all that is kept for `model`."""
+    _pools.pop(model, None)
+
+
+def modules_of(drafter: Drafter) -> list[torch.nn.Module]:
+    """The modules that a drafter, or each of the drafters side by side, holds."""
+    return [module for part in parts_of(drafter) for module in part.traits.modules]
+
+
+def state_of(drafter: Drafter) -> tuple[tuple[int, int], ...]:
+    return tuple((structure(module), addresses(module)) for module in modules_of(drafter))
+
+
+def _identity(drafter: Drafter) -> tuple:
+    """Equal for drafters that draft alike: of one kind, with the same weights and the same known tokens."""
+    alike = []
+    for part in parts_of(drafter):
+        known, modules = part.traits.vocabulary, part.traits.modules
+        tokens = None if known is None else tuple(known.tolist())
+        alike.append((type(part), tokens, fingerprint(modules)) if modules else part)
+    return tuple(alike)
+
+
+def _device_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total

@@ -1,0 +1,193 @@
+"""Runs: an engine and its executor for a call, made for it or taken from the pool of its target.
+
+Temperatures, seeds, ends of text and the like are data of a run, so that what is compiled or captured once serves every
+call of the same batch, tree, capacity and drafter.
+"""
+
+import contextlib
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import PreTrainedModel
+
+from ..kernels.linears import pack
+from ..proposal import Drafter, DraftRequest, DraftSampling
+from ..sampling import Sampler
+from ..state import DecodeState
+from ..step import Engine
+from ..target.protocol import Target
+from ..target.slots import SlotModel
+from ..tree import DynamicShape, TreeShape
+from ..verify import draft_sampling
+from .executors import EXECUTORS, PATIENCE, CompiledLater, Executor, choose
+from .pool import EnginePool, KeptRun, forget, pool_of, state_of, target_state
+
+
+@dataclass(frozen=True, slots=True)
+class RunSpec:
+    """What an engine is made for, beside target and drafter; equal specs can share one. As asked for, `executor` may be
+    "auto" and `capacity` and `eos` what is needed; as kept, they are settled."""
+
+    shape: TreeShape | DynamicShape
+    rule: str
+    executor: str
+    batch: int
+    capacity: int  # of one row: the text, the tree behind it, and the padding slot
+    eos: int  # how many end-of-text ids
+    keep_scores: bool
+    sampling: tuple  # the sampler's signature
+
+    def settled(self, executor: str) -> "RunSpec":
+        """With `executor`, and the slots and end-of-text ids that it takes."""
+        eos = max(8, 1 << max(self.eos - 1, 0).bit_length())
+        return replace(self, executor=executor, capacity=settled_capacity(self.capacity, executor), eos=eos)
+
+
+def settled_capacity(needed: int, executor: str) -> int:
+    """Slots for `needed` ones: in whole 64s where a size costs nothing, in powers of two where each size is compiled or
+    captured."""
+    return -(-needed // 64) * 64 if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
+
+
+_making = threading.RLock()  # one step is compiled or captured at a time
+
+
+@contextlib.contextmanager
+def open_run(
+    model: PreTrainedModel, drafter: Drafter, asked: RunSpec, sampler: Sampler, new_tokens: int
+) -> Iterator[Executor]:
+    """The executor of an engine for a run of `new_tokens` tokens in all, for the time of the block.
+
+    Where the kept engine is in use (by another thread, or by the call that this one is inside of), or "auto" chose an
+    executor that fails, the run is eager. Raises ValueError for a drafter of another vocabulary or a named executor
+    that cannot run."""
+    mine, theirs = model.config.get_text_config().vocab_size, drafter.traits.vocab_size
+    if theirs not in (None, mine):
+        raise ValueError(
+            f"drafter {drafter.name!r} has a vocabulary of {theirs} tokens and the target one of {mine}; use a drafter "
+            "made for this target's tokenizer"
+        )
+    pool = pool_of(model)
+    target = target_state(model) if pool.runs and asked.executor != "eager" else None
+    compiled_before = asked.executor == "auto" and bool(pool.alike(asked.settled("compiled"), target, drafter))
+    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before)
+    if asked.executor == "auto" and name == "compiled" and not compiled_before:
+        with _begun_eagerly(pool, model, drafter, asked.settled(name), sampler) as begun:
+            yield begun
+        return
+    run = None if name == "eager" else _kept_or_made(pool, target, model, drafter, asked, sampler, name)
+    if run is None:
+        engine = make_engine(model, drafter, asked.settled("eager"), sampler)
+        yield EXECUTORS["eager"](engine)
+        return
+    try:
+        yield run.executor
+    finally:
+        pool.give_back(run)
+
+
+@contextlib.contextmanager
+def _begun_eagerly(
+    pool: EnginePool, model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler
+) -> Iterator[Executor]:
+    """A run that compiles only if it goes on for long; what it has compiled is kept."""
+    engine = make_engine(model, drafter, spec, sampler)
+    executor = CompiledLater(engine, PATIENCE)
+    try:
+        yield executor
+    finally:
+        if executor.compiled is not None:
+            run = _kept_run(model, drafter, engine, spec, executor.compiled)
+            pool.give_back(run)
+            pool.add(run)
+
+
+def _kept_or_made(
+    pool: EnginePool,
+    target: tuple[int, int] | None,
+    model: PreTrainedModel,
+    drafter: Drafter,
+    asked: RunSpec,
+    sampler: Sampler,
+    name: str,
+) -> KeptRun | None:
+    """A run in the pool, marked as in use; None where the call has to be eager. `target` is the state of the model,
+    None where nothing was kept for it."""
+    spec = asked.settled(name)
+    if run := pool.take(spec, target, model, drafter):
+        pack(run.engine.packable)  # again, where weights have changed
+        return run
+    if pool.alike(spec, target, drafter):  # in use
+        return None
+    with _making:
+        if run := pool.take(spec, target_state(model), model, drafter):  # made by another thread in the meantime
+            return run
+        try:
+            run = _made(model, drafter, spec, sampler)
+        except ValueError as error:
+            if asked.executor != "auto":
+                raise
+            print(f"{error} (which runs now)", file=sys.stderr)
+            return None
+    pool.add(run)
+    return run
+
+
+def _made(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> KeptRun:
+    engine = make_engine(model, drafter, spec, sampler)
+    return _kept_run(model, drafter, engine, spec, EXECUTORS[spec.executor](engine))
+
+
+def _kept_run(model: PreTrainedModel, drafter: Drafter, engine: Engine, spec: RunSpec, executor: Executor) -> KeptRun:
+    """To be called once the executor is made, when whatever a first forward sets in the models is set."""
+    return KeptRun(spec, drafter, engine, executor, target_state(model), state_of(drafter), in_use=True)
+
+
+def make_engine(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:
+    """An engine for `spec` with fresh buffers."""
+    target = SlotModel(model, spec.batch, spec.capacity, drafter.traits.taps)
+    drawing = draft_sampling(spec.rule, sampler.do_sample)
+    return open_engine(target, drafter, spec.shape, sampler, drawing, spec.rule, spec.eos, spec.keep_scores)
+
+
+def open_engine(
+    target: Target,
+    drafter: Drafter,
+    shape: TreeShape | DynamicShape,
+    sampler: Sampler,
+    drawing: DraftSampling,
+    rule: str,
+    eos: int,
+    keep_scores: bool = False,
+) -> Engine:
+    """The parts of a run with their buffers, as many rows as the target has; each is done until a text is admitted.
+
+    `eos` is how many end-of-text ids a row may have. Raises ValueError for a shape that the drafter cannot fill."""
+    if isinstance(shape, DynamicShape) and not drafter.traits.fills_dynamic:
+        raise ValueError(
+            f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model as drafter"
+        )
+    traits = target.traits
+    sizes = traits.batch, traits.capacity
+    return Engine(
+        state=DecodeState.empty(*sizes, eos, traits.device),
+        target=target,
+        session=drafter.open(DraftRequest(*sizes, traits.vocab_size, traits.device, shape, drawing, target.model)),
+        sampler=sampler,
+        rule=rule,
+        keep_scores=keep_scores,
+    )
+
+
+def keep(model: PreTrainedModel, engines: int) -> None:
+    """Let `model` keep as many, where that is more than usual, for a caller that comes back to all of them."""
+    pool_of(model).most = engines
+
+
+def reset(model: PreTrainedModel) -> None:
+    """Free the engines kept for `model`, their caches and their compiled steps."""
+    forget(model)
+    torch._dynamo.reset()

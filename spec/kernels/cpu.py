@@ -1,0 +1,17 @@
+"""What this processor can do, as torch sees it."""
+
+import torch
+
+
+def is_x86() -> bool:
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX")
+
+
+def has_bfloat16() -> bool:
+    """Whether oneDNN takes bfloat16 on this CPU."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether products of many rows take several times as long in bfloat16 as in float32 there."""
+    return device.type == "cpu" and is_x86() and not torch.cpu._is_avx512_bf16_supported()

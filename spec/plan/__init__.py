@@ -1,0 +1,1 @@
+"""Which tree to draft: acceptance, step times, and the plans that are kept."""

@@ -1,0 +1,167 @@
+"""Calibration: what a drafter has to offer at every position of the target's own text, and what a tree makes of it.
+
+p as seen by the steps of one tree is biased for another: a deep tree leaps over the easy places, so that its steps
+begin at the hard ones. So the text is decoded one token a step while a wide tree is drafted at each, and the
+decoding of any tree within the wide one is replayed from that. Knows no clock.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..engines.executors import Eager
+from ..engines.runs import open_engine
+from ..noise import row_keys
+from ..proposal import Drafter
+from ..request import Request
+from ..rows import Rows
+from ..sampling import Sampler, warpers
+from ..target.load import end_ids
+from ..target.slots import SlotModel
+from ..trace import Event
+from ..tree import TreeShape
+from ..verify import draft_sampling
+from .trees import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
+
+# What drafters are like, roughly: the tree with which an unknown one is calibrated is planned for this.
+_PRIOR = [[0.65 * 0.4**rank for rank in range(8)] for _ in range(8)]
+WIDE = TreeShape(tuple(grow(_PRIOR, 48, 8)[0]))
+ROUNDS = 6  # of planning for the positions at which the last plan's steps begin
+
+
+@dataclass(frozen=True)
+class Replay:
+    """For each text the events of a wide tree at all of its positions, each with the whole path that would have
+    been accepted there."""
+
+    texts: list[list[Event]]
+
+    def walk(self, shape: TreeShape) -> list[Event]:
+        """The events of the positions at which decoding with `shape` begins its steps."""
+        visited = []
+        for events in self.texts:
+            position = 0
+            while position < len(events):
+                visited.append(events[position])
+                position += 1 + depth_within(_ranks(events[position]), shape)
+        return visited
+
+    def reach(self, shape: TreeShape) -> list[list[int]]:
+        """How many drafted tokens a step with `shape` would accept, at all positions of each text."""
+        return [[depth_within(_ranks(event), shape) for event in events] for events in self.texts]
+
+    def tokens_per_step(self, shape: TreeShape) -> float:
+        return sum(map(len, self.texts)) / len(self.walk(shape))
+
+    def rates(self, shape: TreeShape) -> Rates:
+        """p[depth][rank] as the steps of `shape` meet it."""
+        return Acceptance.of(self.walk(shape)).rates()
+
+
+def _ranks(event: Event) -> Iterator[int]:
+    """The ranks of the accepted nodes among their siblings."""
+    parent = 0
+    for node in event.accepted:
+        yield event.parents[:node].count(parent)  # elder siblings
+        parent = node
+
+
+def plan_by_replay(replay: Replay, target_seconds: dict[int, float], draft_seconds: dict[int, float]) -> Plan:
+    """The tree with the least time per token in the replay. Planned with p at all positions, then with p as the
+    planned tree's own steps meet it, until no new tree comes up; not to speculate is one of the choices."""
+    plain = target_seconds[1]
+    shape, best, seen = TreeShape.chain(0), Plan((-1,), 1.0, 1.0, plain, plain), set()
+    for _ in range(ROUNDS):
+        found = choose_tree(replay.rates(shape), target_seconds, draft_seconds)
+        shape = found.shape
+        if shape in seen or len(shape) == 1:
+            break
+        seen.add(shape)
+        tokens = replay.tokens_per_step(shape)
+        found = replace(found, tokens_per_step=tokens, speedup=plain * tokens / found.seconds_per_step)
+        best = max(best, found, key=lambda plan: plan.speedup)
+    return best
+
+
+def plan_side_by_side(
+    replays: tuple[Replay, Replay], target_seconds: dict[int, float], draft_seconds: tuple[dict[int, float], ...]
+) -> Plan:
+    """The same for two drafters behind one root, of which the second drafts a chain: every tree of the first that
+    `grow` finds with every length of the chain, replayed together. Not to speculate is one of the choices; one of
+    the drafters alone is not."""
+    first, second = aligned(replays)
+    plain, depths, most = target_seconds[1], [max(own) for own in draft_seconds], max(target_seconds)
+    parents, _ = grow(first.rates(TreeShape.chain(0)), most - 1, depths[0])
+    chains = [(TreeShape.chain(length), second.reach(TreeShape.chain(length))) for length in range(1, depths[1] + 1)]
+    best = Plan((-1,), 1.0, 1.0, plain, plain)
+    for size in range(2, len(parents) + 1):
+        tree = TreeShape(tuple(parents[:size]))
+        reach = first.reach(tree)
+        for chain, copied in chains[: most - size]:
+            shape = tree.beside(chain)
+            seconds = interpolate(target_seconds, len(shape))
+            seconds += sum(interpolate(own, part.max_depth) for own, part in zip(draft_seconds, (tree, chain)))
+            tokens, steps = walk_together(reach, copied)
+            found = Plan(shape.parents, tokens / steps, plain * tokens / steps / seconds, seconds, plain)
+            best = max(best, found, key=lambda plan: plan.speedup)
+    return best
+
+
+def aligned(replays: tuple[Replay, Replay]) -> tuple[Replay, Replay]:
+    """Both replays as far as they follow the same texts, which may part at near-ties in low precision."""
+    cut: tuple[list, list] = [], []
+    for pair in zip(*(replay.texts for replay in replays)):
+        same = (own.tokens[0] == other.tokens[0] for own, other in zip(*pair))
+        length = sum(itertools.takewhile(bool, same))
+        for kept, events in zip(cut, pair):
+            kept.append(events[:length])
+    return Replay(cut[0]), Replay(cut[1])
+
+
+def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int, int]:
+    """Tokens and steps of decoding texts in which two drafters reach that far at each position, the farther taken."""
+    steps = 0
+    for own, other in zip(first, second, strict=True):
+        position = 0
+        while position < len(own):
+            position += 1 + max(own[position], other[position])
+            steps += 1
+    return sum(map(len, first)), steps
+
+
+@torch.no_grad()
+def follow(
+    model: PreTrainedModel,
+    drafter: Drafter,
+    prompt: Mapping[str, Tensor],
+    rule: str,
+    temperature: float,
+    new_tokens: int,
+    seed: int,
+) -> list[Event]:
+    """Decode `prompt` (input_ids (1, P)) one token a step, up to `new_tokens` or an end of text, drafting the wide
+    tree at each."""
+    ids = prompt["input_ids"].to(model.device)
+    ends = tuple(end_ids(model))
+    sampler = Sampler(warpers(temperature), temperature > 0, ids, ids.new_zeros(1))
+    drawing = draft_sampling(rule, temperature > 0)
+    capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
+    target = SlotModel(model, 1, capacity, drafter.traits.taps)
+    engine = open_engine(target, drafter, WIDE, sampler, drawing, rule, len(ends))
+    (key,) = row_keys([seed], 1, "cpu").tolist()
+    rows, events = Rows(Eager(engine), 512), []
+    rows.admit({0: Request(ids[0].tolist(), 1, tuple(key), ends, sampler.row_sampling)})
+    while True:
+        arrival = rows.step()
+        report = arrival.reports[0]
+        if report.failed:
+            raise ValueError("calibration met scores that are NaN; check the model's weights and dtype")
+        accepted = report.path[1 : report.accepted + 1]
+        events.append(Event(0, arrival.number, report.tokens, report.parents, accepted, report.bonus))
+        if len(events) == new_tokens or rows.text(0)[-1] in ends:
+            return events
+        rows.extend(0, 1)

@@ -1,0 +1,57 @@
+"""Where plans are kept, and how `tree=` is read: a shape, a planned file, or "auto" for the kept plan."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..engines.module_state import fingerprint
+from ..paths import cache_folder
+from ..proposal import Drafter, parts_of
+from ..tree import DynamicShape, TreeShape
+from .trees import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def plan_path(model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float) -> Path:
+    """The file of the plan for a target and drafter on this device, with this executor, rule and temperature."""
+    cuda = model.device.type == "cuda"
+    device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    weights = [fingerprint(part.traits.modules) or repr(part) for part in parts_of(drafter)]
+    key = [
+        model.config.to_json_string(), drafter.name, weights, device, str(model.dtype), executor, rule,
+        round(temperature, 2), torch.__version__,
+    ]  # fmt: skip
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    return cache_folder() / "plans" / f"{digest}.json"
+
+
+def automatic_shape(
+    model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float
+) -> TreeShape:
+    """The shape of the kept plan; a root alone where not to speculate is best. Raises ValueError where no
+    plan has been made."""
+    path = plan_path(model, drafter, executor, rule, temperature)
+    if not path.is_file():
+        raise ValueError(
+            f"tree='auto' has no plan for drafter {drafter.name!r}, executor {executor!r}, rule {rule!r} and "
+            f"temperature {temperature:g} on this model and device; make one with paceline plan, or pass a tree"
+        )
+    return Plan.load(path).shape
+
+
+def read_shape(
+    tree: str | Path | Sequence[int] | TreeShape | DynamicShape | None, drafter: Drafter | None
+) -> TreeShape | DynamicShape:
+    """The shape that `tree=` means, "auto" excepted; None is the drafter's own, which only then has to be given."""
+    if tree is None:
+        assert drafter is not None
+        return drafter.default_shape
+    if isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json")):
+        return Plan.load(tree).shape
+    return TreeShape.parse(tree)

@@ -1,0 +1,180 @@
+"""The planner: from measured acceptance and measured times to the tree with the least time per token.
+
+Sequoia (arXiv:2402.12374, section 3.1) assumes that whether a child is the accepted one depends on its rank
+only; here on its depth and rank: p[d][r] is the probability that the child of rank r of an accepted node at
+depth d is accepted. A node is worth the product of p along its path, and a tree the sum over its nodes plus
+one for the bonus. With p non-increasing in rank no child is worth more than its parent or its elder
+sibling, so the n most valuable nodes are a tree, and a heap finds them; the tests hold it against the dynamic
+programme. Pure numbers: knows no models, tensors or clocks.
+"""
+
+import heapq
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from ..metrics import offers
+from ..trace import Event
+from ..tree import TreeShape
+
+Rates = list[list[float]]  # p[depth][rank]
+MODEST = 16  # nodes of a tree where no times are known
+
+
+@dataclass
+class Acceptance:
+    """Counts from which p is estimated: of `trials[d][r]` times that an accepted node at depth d was offered
+    a child of rank r, the child was accepted `hits[d][r]` times."""
+
+    hits: list[list[int]]
+    trials: list[list[int]]
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> "Acceptance":
+        """Count over a trace."""
+        return cls(*offers(events))
+
+    def rates(self, weight: float = 20.0) -> Rates:
+        """p[d][r], non-increasing in rank, summing to at most 1.
+
+        A cell with few trials leans on the same rank one depth up, as if that had been seen `weight` times;
+        isotonic regression over ranks (pool adjacent violators) removes the noise that is left."""
+        rates: Rates = []
+        for hits, trials in zip(self.hits, self.trials):
+            above = rates[-1] if rates else []
+            row, sizes = [], []
+            for rank, (hit, trial) in enumerate(zip(hits, trials)):
+                prior = above[rank] if rank < len(above) else 0.0
+                lean = weight if rates else 0.0
+                row.append((hit + lean * prior) / max(trial + lean, 1e-9))
+                sizes.append(trial + lean)
+            rates.append(non_increasing(row, sizes))
+        return rates
+
+
+def non_increasing(values: list[float], weights: list[float]) -> list[float]:
+    """The non-increasing sequence closest to `values` in weighted squares (pool adjacent violators)."""
+    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
+    for value, weight in zip(values, weights):
+        block = (value, max(weight, 1e-9), 1)
+        while blocks and blocks[-1][0] < block[0]:
+            mean, size, length = blocks.pop()
+            total = size + block[1]
+            block = ((mean * size + block[0] * block[1]) / total, total, length + block[2])
+        blocks.append(block)
+    return [mean for mean, _, length in blocks for _ in range(length)]
+
+
+def grow(rates: Rates, nodes: int, depth: int) -> tuple[list[int], list[float]]:
+    """The best tree of each size up to `nodes` (root included) within `depth`.
+
+    Returns the parents in order of value and the expected tokens per step of the first 1, 2, ... nodes; it
+    ends early where no node is worth anything. `rates` must be non-increasing in rank."""
+    parents, depths, expected = [-1], [0], [1.0]
+    heap: list[tuple[float, int, int, float]] = []  # -value, parent, rank, value of the parent
+
+    def offer(parent: int, rank: int, parent_value: float) -> None:
+        level = depths[parent]
+        if level < min(depth, len(rates)) and rank < len(rates[level]) and rates[level][rank] > 0:
+            heapq.heappush(heap, (-parent_value * rates[level][rank], parent, rank, parent_value))
+
+    offer(0, 0, 1.0)
+    while heap and len(parents) < nodes:
+        negative, parent, rank, parent_value = heapq.heappop(heap)
+        parents.append(parent)
+        depths.append(depths[parent] + 1)
+        expected.append(expected[-1] - negative)
+        offer(len(parents) - 1, 0, -negative)
+        offer(parent, rank + 1, parent_value)
+    return parents, expected
+
+
+def best_tree(rates: Rates, nodes: int, depth: int) -> tuple[TreeShape, float]:
+    """The tree of at most `nodes` nodes and `depth` levels with the most expected tokens per step."""
+    parents, expected = grow(rates, nodes, depth)
+    return TreeShape(tuple(parents)), expected[-1]
+
+
+def default_tree(rates: Rates, depth: int, on_cpu: bool) -> TreeShape:
+    """The tree that a drafter takes where nobody has planned for the device: one of a modest size, by `rates` alone.
+    It is small on a CPU, where a step of 8 nodes takes 1.2 to 1.5 times as long as one of up to 4."""
+    return best_tree(rates, 4 if on_cpu else MODEST, depth)[0]
+
+
+def expected_tokens(rates: Rates, shape: TreeShape) -> float:
+    """Expected tokens per step of any tree under `rates`."""
+    values, total = [1.0], 1.0
+    for node, parent in enumerate(shape.parents[1:], 1):
+        level, rank = shape.depths[parent], shape.children[parent].index(node)
+        known = level < len(rates) and rank < len(rates[level])
+        values.append(values[parent] * rates[level][rank] if known else 0.0)
+        total += values[-1]
+    return total
+
+
+def depth_within(ranks: Iterable[int], shape: TreeShape) -> int:
+    """How deep the path whose nodes have these ranks among their siblings lies within `shape`; a negative rank is
+    no node."""
+    node = depth = 0
+    for rank in ranks:
+        if not 0 <= rank < len(shape.children[node]):
+            break
+        node, depth = shape.children[node][rank], depth + 1
+    return depth
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A planned tree and what it is expected to bring; a JSON file that `tree=` takes."""
+
+    parents: tuple[int, ...]
+    tokens_per_step: float  # predicted
+    speedup: float  # predicted, against plain decoding with the same executor
+    seconds_per_step: float
+    plain_seconds: float
+
+    @property
+    def shape(self) -> TreeShape:
+        return TreeShape(tuple(self.parents))
+
+    def save(self, path: str | Path) -> None:
+        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Plan":
+        """Read a plan. Raises ValueError for a file that is not one."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            plan = cls(**{**data, "parents": tuple(data["parents"])})
+        except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+            raise ValueError(f"plan {path} cannot be read ({error}); make one with paceline plan") from error
+        TreeShape(plan.parents)  # refuse what is no tree
+        return plan
+
+
+def choose_tree(rates: Rates, target_seconds: Mapping[int, float], draft_seconds: Mapping[int, float]) -> Plan:
+    """The tree that minimises seconds per token.
+
+    `target_seconds[n]` is what a step costs beside drafting when it verifies n nodes, measured for some n, 1
+    among them, and interpolated between; `draft_seconds[d]` what drafting d levels costs (0 for 0 levels).
+    Not to speculate is one of the choices.
+    """
+    plain = target_seconds[1]
+    best = Plan((-1,), 1.0, 1.0, plain, plain)
+    for depth in range(1, min(max(draft_seconds), len(rates)) + 1):
+        parents, expected = grow(rates, max(target_seconds), depth)
+        for size in range(2, len(parents) + 1):
+            seconds = interpolate(target_seconds, size) + interpolate(draft_seconds, depth)
+            if seconds / expected[size - 1] < best.seconds_per_step / best.tokens_per_step:
+                gain = plain * expected[size - 1] / seconds
+                best = Plan(tuple(parents[:size]), expected[size - 1], gain, seconds, plain)
+    return replace(best, parents=best.shape.parents)  # level by level
+
+
+def interpolate(curve: Mapping[int, float], at: int) -> float:
+    """Linear between the measured points of `curve`, which must reach from at most `at` to at least `at`."""
+    below = max(point for point in curve if point <= at)
+    above = min(point for point in curve if point >= at)
+    share = (at - below) / (above - below) if above > below else 0.0
+    return curve[below] + share * (curve[above] - curve[below])

@@ -1,0 +1,1 @@
+"""How a Hugging Face model is run: slots, masks and attention of a tree, taps, self-test, and loading."""

@@ -1,0 +1,62 @@
+"""Grouped-query attention for short query blocks over a long slot cache.
+
+transformers' sdpa repeats keys and values for every query head whenever a mask is given, over the whole
+preallocated buffer. Here the query heads of a group are packed beside their tree nodes instead, so that
+each key is read once: (B, H, n, D) becomes (B, Hkv, H/Hkv * n, D). On a CPU a few queries are attended by code
+of our own, which also looks at no slot beyond those in use. Once installed it answers to "sdpa" in transformers'
+attention registry while a slot forward runs, and hands everything else to the function that stood there.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..kernels import native
+from .masks import active_view
+
+LONGEST = 128  # query tokens; beyond it a prompt is read, where the stock kernel is as good
+OURS = 64  # query tokens that our own code attends: any tree worth drafting on a CPU
+FEW = 64  # queries of a group of heads that it takes at a time
+_stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # what stood in the registry
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention signature: query (B, H, n, D), key (B, Hkv, T, D), value (B, Hkv, T, Dv), a
+    boolean mask (B, 1, n, T); returns (B, n, H, Dv) and no weights."""
+    batch, heads, nodes, width = query.shape
+    groups = heads // key.shape[1]
+    biased = kwargs.get("position_bias") is not None
+    if active_view() is None or attention_mask is None or biased or nodes > LONGEST:
+        return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if nodes <= OURS and groups <= FEW and native.can_attend(query, key, value, attention_mask):
+        scale = width**-0.5 if scaling is None else scaling
+        blocks = zip(query.split(FEW // groups, dim=2), attention_mask.split(FEW // groups, dim=2))
+        parts = [torch.ops.paceline.slot_attention(own, key, value, mask, scale) for own, mask in blocks]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
+    if groups == 1:
+        return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    packed = query.reshape(batch, key.shape[1], groups * nodes, width)
+    mask = attention_mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * nodes, -1)
+    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
+    return out.view(batch, heads, nodes, -1).transpose(1, 2).contiguous(), None
+
+
+def install() -> None:
+    """Let `packed_attention` stand in transformers' registry; once is as good as often."""
+    global _stock
+    if ALL_ATTENTION_FUNCTIONS["sdpa"] is not packed_attention:
+        _stock = ALL_ATTENTION_FUNCTIONS["sdpa"]
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = packed_attention

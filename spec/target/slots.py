@@ -1,0 +1,142 @@
+"""A causal LM over slots: the one way in which targets and draft models are run.
+
+`SlotModel` pairs an unmodified Hugging Face model with a slot cache and forwards tokens at explicit
+slots, positions and visibility. It holds the buffers of one decoding run; it knows the tree's layout
+(node i of a row sits at slot base + i, where base is the root's slot) but not what the tokens are for.
+"""
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from ..kernels import native
+from ..proposal import Proposal
+from ..tree import TokenTree
+from . import attention, masks
+from .cache import SlotCache
+from .masks import SlotView, showing
+from .protocol import Seen, Span, TargetTraits
+from .taps import Tap, feature_sizes, joined, listening, put_taps
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """The name by which the forward of `model` takes its cache: `cache` since transformers 5.24, `past_key_values`
+    before it and in code that came with a checkpoint.
+
+    Of a wrapper, what is inside says so; where nothing does, it is the name that transformers itself uses."""
+    inner = getattr(model, "_orig_mod", model)
+    inner = getattr(inner, "get_base_model", lambda: inner)()
+    forwards = model.forward, type(model).forward, inner.forward, GenerationMixin.prepare_inputs_for_generation
+    arguments = (inspect.signature(forward).parameters for forward in forwards)
+    return next((name for taken in arguments for name in ("past_key_values", "cache") if name in taken), "cache")
+
+
+class SlotModel:
+    """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once."""
+
+    def __init__(self, model: PreTrainedModel, batch: int, capacity: int, taps: tuple[Tap, ...] = ()):
+        masks.install()
+        attention.install()
+        config = model.config.get_text_config()
+        self.model: PreTrainedModel | None = model
+        self.cache_argument = cache_argument(model)
+        self.capacity = capacity
+        self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
+        # A drafted node may stand beyond the context, where it can never be committed.
+        self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
+        self.slot_index = torch.arange(capacity, device=model.device)
+        self.twice: Tensor | None = None  # (2,): node 0 and node 0, where it is not forwarded alone
+        put_taps(model, taps)
+        sizes = batch, capacity, model.device, config.vocab_size
+        self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
+        if model.device.type == "cpu" and native.prepare() and model.dtype == torch.bfloat16:
+            self.twice = torch.zeros(2, dtype=torch.long)
+
+    @property
+    def nbytes(self) -> int:
+        return self.cache.nbytes
+
+    @property
+    def packable(self) -> list[nn.Module]:
+        assert self.model is not None, "a run at rest is woken first"
+        return [self.model]
+
+    def clear(self, rows: Tensor | None = None) -> None:
+        self.cache.clear(rows)
+
+    def read(self, span: Span) -> Tensor | None:
+        self.cache.rows = span.rows
+        try:
+            return self.forward_text(span.tokens, span.positions, reach=span.reach, logits=False).features
+        finally:
+            self.cache.rows = None
+
+    def forward(self, proposal: Proposal, base: Tensor) -> Seen:
+        return self.forward_nodes(proposal.tokens, base, proposal.tree)
+
+    def commit(self, base: Tensor, path: Tensor, count: Tensor) -> None:
+        self.cache.compact(base, path, count)
+
+    def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
+        self.cache.copy_rows(other.cache, rows)
+
+    def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
+        """Forward `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`, none with `idle_head`."""
+        assert self.model is not None, "a run at rest is woken first"
+        self.cache.aim(slots, view.visible.shape[2])
+        with showing(view), listening(idle_head) as heard:
+            out = self.model(
+                input_ids=tokens.clamp(min=0),
+                position_ids=view.query_positions.clamp(0, self.last_position),
+                use_cache=True,
+                logits_to_keep=keep,
+                **{self.cache_argument: self.cache},
+            )
+        features = joined(heard, self.traits.taps)[:, -keep:] if self.traits.taps else None
+        return Seen(out.logits.float(), features)
+
+    def forward_text(self, tokens: Tensor, slots: Tensor, reach: int | None = None, logits: bool = True) -> Seen:
+        """Committed text (B, n): each token stands at the slot of its position and sees all slots up to its own, none
+        of which is at `reach` or beyond it.
+
+        Slots below 0 mean padding and go to the last slot. Logits are those of the last column, and features those of
+        all where no `logits` are wanted."""
+        padding = slots < 0
+        positions = slots.clamp(min=0)
+        seen = self.slot_index[:reach]
+        visible = seen <= positions[:, :, None]  # (B, n, reach)
+        view = SlotView(positions, seen.expand(len(tokens), -1), visible)
+        whole = not logits and bool(self.traits.taps)
+        where = torch.where(padding, self.capacity - 1, slots)
+        return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=whole)
+
+    def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Seen:
+        """See tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
+
+        On a CPU, sums over a single row may be taken in another order than over each of several, and a bfloat16 result
+        is now and then rounded otherwise. A tree that is one node of one row is therefore forwarded twice, up to the
+        LM head, so that plain decoding rounds as drafted decoding does. It costs a few per cent of the step, most of
+        which is reading weights."""
+        index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
+        if nodes is not None or tokens.numel() > 1 or self.twice is None:
+            return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
+        index = self.twice  # data to a compiler, which would else make one row of the two
+        view = self.view_of_nodes(base, tree, index)
+        return self._run(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
+
+    def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
+        """What the nodes `index` (n,) may see: the committed text, their ancestors and themselves."""
+        depths, ancestors = tree.depths, tree.ancestors
+        inside = self.slot_index - base[:, None]  # (B, capacity): the node at each slot
+        is_node = (inside >= 0) & (inside < tree.size)
+        inside = inside.clamp(0, tree.size - 1)
+        rows = ancestors[:, index].expand(len(base), -1, -1)  # (B, n, N)
+        related = rows.gather(2, inside[:, None].expand(-1, len(index), -1))
+        key_depths = depths.expand(len(base), -1).gather(1, inside)
+        return SlotView(
+            query_positions=base[:, None] + depths[:, index],
+            key_positions=torch.where(is_node, base[:, None] + key_depths, self.slot_index),
+            visible=torch.where(is_node[:, None], related, (self.slot_index < base[:, None])[:, None]),
+        )

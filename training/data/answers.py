@@ -1,0 +1,174 @@
+"""Self-distillation: the target answers prompts, in its own words, by this project's batched decoding.
+
+What a job becomes is a function of its prompt, its temperature, the seed and the settings, not of the order, the
+batch or the number of times that the run was killed (up to near-ties in low precision). Knows nothing of
+training.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ...spec.refill import Text, decode_texts
+from ...spec.target.load import context_length, end_ids
+from ..records import Journal
+from .ledger import Job, Ledger, own_seed
+from .prompts import Prompt, Unusable, user_prefix
+
+SLACK = 16  # tokens a turn may take more when its text is tokenized again
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    top_p: float
+    max_new_tokens: int
+    seed: int
+
+
+@dataclass(slots=True, eq=False)
+class Conversation:
+    """A job under way."""
+
+    job: Job
+    messages: list[dict]
+    token_ids: list[list[int]] = field(default_factory=list)  # of each answer
+    finished: bool = True
+
+    @classmethod
+    def begin(cls, job: Job) -> "Conversation":
+        system = [] if job.prompt.system is None else [{"role": "system", "content": job.prompt.system}]
+        return cls(job, [*system, {"role": "user", "content": job.prompt.turns[0]}])
+
+    def record(self, sampling: Sampling) -> dict:
+        return {
+            "id": self.job.id,
+            "messages": self.messages,
+            "source": self.job.prompt.source,
+            "temperature": self.job.temperature,
+            "top_p": sampling.top_p,
+            "seed": self.job.seed,
+            "finished": self.finished,
+            "tokens": sum(map(len, self.token_ids)),
+            "token_ids": self.token_ids,
+        }
+
+
+def templated(tokenizer, messages: list[dict]) -> list[int]:
+    """Token ids of a conversation up to where the next answer begins."""
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+class Answering:
+    """Turns jobs into texts for `decode_texts` and its results into records."""
+
+    def __init__(self, model, tokenizer, ledger: Ledger, sampling: Sampling):
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "the tokenizer has no chat template, so there is nothing to answer in; use an instruct model"
+            )
+        self.tokenizer, self.ledger, self.sampling = tokenizer, ledger, sampling
+        self.context = context_length(model) or 1 << 30
+        self.ends = end_ids(model)
+
+    def texts(self, jobs: list[Job]) -> list[Text]:
+        """The first turns; jobs that the context cannot hold are skipped."""
+        made = []
+        for job in jobs:
+            conversation = Conversation.begin(job)
+            try:
+                tokens = templated(self.tokenizer, conversation.messages)
+                room = self._room(job, len(tokens))
+            except Exception as error:  # whatever a template raises for messages that it does not take
+                self.ledger.skip(job.id, f"the chat template refuses it ({error})")
+                continue
+            if room > self.context:
+                reason = f"{room} tokens with the answers, and the model's context is {self.context}"
+                self.ledger.skip(job.id, reason)
+                continue
+            made.append(Text(tokens, self.sampling.max_new_tokens, job.seed, room, conversation))
+        return made
+
+    def _room(self, job: Job, first: int) -> int:
+        """Tokens that the whole conversation can come to."""
+        room = first + self.sampling.max_new_tokens
+        for turn in job.prompt.turns[1:]:
+            user = templated(self.tokenizer, [{"role": "user", "content": turn}])
+            room += len(user) + self.sampling.max_new_tokens + SLACK
+        return room
+
+    def finish(self, text: Text, tokens: list[int], failed: bool) -> Text | None:
+        """Take an answer; the text of the next turn, if there is one."""
+        own: Conversation = text.name
+        if failed:
+            self.ledger.fail(own.job.id, f"the scores after {len(tokens)} tokens are NaN")
+            return None
+        own.finished = bool(tokens) and tokens[-1] in self.ends
+        answer = self.tokenizer.decode(tokens[:-1] if own.finished else tokens, skip_special_tokens=True)
+        own.messages.append({"role": "assistant", "content": answer})
+        own.token_ids.append(tokens)
+        turns = own.job.prompt.turns
+        if own.finished and len(own.token_ids) < len(turns):
+            messages = [*own.messages, {"role": "user", "content": turns[len(own.token_ids)]}]
+            ids = templated(self.tokenizer, messages)
+            if len(ids) + self.sampling.max_new_tokens <= text.room:
+                own.messages = messages
+                return Text(ids, self.sampling.max_new_tokens, text.seed, text.room, own)
+        self.ledger.add(own.record(self.sampling))
+        return None
+
+
+def answer(model, tokenizer, jobs: list[Job], ledger: Ledger, sampling: Sampling, **decoding) -> None:
+    """Answer all jobs, one temperature after the other; `decoding` is handed to `decode_texts`."""
+    answering = Answering(model, tokenizer, ledger, sampling)
+    for temperature in dict.fromkeys(job.temperature for job in jobs):
+        texts = answering.texts([job for job in jobs if job.temperature == temperature])
+        sampled = {"temperature": temperature, "top_p": sampling.top_p}
+        calls = {"progress": ledger.progress, "enough": lambda: ledger.full}
+        decode_texts(model, texts, answering.finish, **sampled, **calls, **decoding)
+
+
+def invent(
+    model, tokenizer, path: Path, beginnings: list[str], count: int, sampling: Sampling, **decoding
+) -> list[Prompt | Unusable]:
+    """`count` user turns that the target writes where its chat template expects one (Magpie, arXiv:2406.08464), going
+    on from each of `beginnings` in turn: from "" whatever comes to it, from "Summarize:" a text to summarise.
+
+    Kept in the journal `path`, so that a run that was killed goes on; what is empty or does not end is unusable."""
+    prefix = user_prefix(tokenizer)
+    begun = [tokenizer(prefix + own, add_special_tokens=False)["input_ids"] for own in beginnings]
+    ends = end_ids(model)
+    with Journal(path) as journal, tqdm(total=count, unit="turn", desc="inventing", disable=None) as bar:
+        turns = {record["id"]: record for record in journal.records if record["id"] < count}
+        bar.update(len(turns))
+
+        def finish(text: Text, own: list[int], failed: bool) -> None:
+            ended = bool(own) and own[-1] in ends and not failed
+            said = _said(tokenizer, text.tokens, own[:-1]) if ended else ""
+            turn = (beginnings[text.name % len(beginnings)] + said).strip() if said.strip() else ""
+            turns[text.name] = {"id": text.name, "turn": turn, "ended": ended}
+            journal.add(turns[text.name])
+            bar.update()
+
+        room = max(map(len, begun)) + sampling.max_new_tokens
+        seeds = [own_seed(sampling.seed, f"self/{number}") for number in range(count)]
+        texts = [
+            Text(begun[number % len(begun)], sampling.max_new_tokens, seeds[number], room, number)
+            for number in range(count)
+            if number not in turns
+        ]
+        decode_texts(model, texts, finish, temperature=1.0, top_p=sampling.top_p, **decoding)
+    return [_invented(turns[number]) for number in range(count)]
+
+
+def _said(tokenizer, before: list[int], tokens: list[int]) -> str:
+    """The text of `tokens` behind those `before`, with the space between them, which some decoders take off a start."""
+    whole, first = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *tokens], before))
+    return whole[len(first) :]
+
+
+def _invented(record: dict) -> Prompt | Unusable:
+    if record["turn"]:
+        return Prompt((record["turn"],), None, "self")
+    reason = "the invented turn is empty" if record["ended"] else "the invented turn does not end"
+    return Unusable(f"self:{record['id'] + 1}", reason)

@@ -1,0 +1,138 @@
+"""The commands `paceline data generate` and `paceline data prepare`: options to calls, and what is printed."""
+
+import sys
+from pathlib import Path
+
+from .prompts import Prompt, Unusable, read_beginnings, read_prompts, sift, turns_of
+
+
+def data(args) -> None:
+    """`paceline data STEP`."""
+    {"generate": generate, "prepare": prepare}[args.step](args)
+
+
+def generate(args) -> None:
+    """`paceline data generate`."""
+    from .answers import Sampling
+
+    temperatures = _temperatures(args.temperatures)
+    if not 0 < args.top_p <= 1:
+        raise ValueError(f"--top-p {args.top_p} is not above 0 and at most 1")
+    if (args.prompts is None) == (args.source is None):
+        raise ValueError("give either a file or data set of prompts, or --source self")
+    if args.beginnings and args.source is None:
+        raise ValueError("--beginnings are of turns that the target invents; add --source self")
+    if args.server and (args.source or args.compare_transformers):
+        raise ValueError("--server answers prompts only; make them with --source self on a model that is here")
+    sampling = Sampling(args.top_p, args.max_new_tokens, args.seed)
+    if args.compare_transformers:
+        _compare(args, sampling, temperatures)
+        return
+    if not args.output:
+        raise ValueError("give the JSONL file to write with -o FILE")
+    _generate(args, sampling, temperatures)
+
+
+def _generate(args, sampling, temperatures: list[float]) -> None:
+    from .answers import answer
+    from .ledger import Ledger
+
+    excluded = turns_of(args.exclude) if args.exclude else set()
+    beginnings = read_beginnings(args.beginnings) if args.beginnings else None
+    settings = {"model": str(args.model), "server": args.server, "top_p": args.top_p}
+    settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "beginnings": beginnings}
+    ledger = Ledger(args.output, settings, args.limit_tokens)
+    try:
+        if args.server:
+            from .server import Server, answer_by
+
+            server = Server(args.server, args.model, sampling)
+            entries = list(sift(read_prompts(args.prompts, args.split), excluded))
+            answer_by(server, ledger.open_jobs(entries, temperatures, args.repeats, args.seed), ledger, args.batch)
+        else:
+            model, tokenizer, decoding = _local(args)
+            entries = _entries(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
+            jobs = ledger.open_jobs(entries, temperatures, args.repeats, args.seed)
+            answer(model, tokenizer, jobs, ledger, sampling, **decoding)
+    finally:
+        ledger.close()
+    print(ledger.summary())
+    if ledger.failed:
+        print(f"run the same command again to try the failed ones again; see {ledger.problems.path}", file=sys.stderr)
+
+
+def _local(args):
+    """The model, its tokenizer and how to decode."""
+    from ...spec.cli.commands import load
+    from ...spec.plan.store import read_shape
+
+    model, tokenizer, drafter = load(args)
+    tree = read_shape(args.tree, drafter) if drafter is not None else None
+    return model, tokenizer, {"batch": args.batch, "drafter": drafter, "tree": tree, "executor": args.executor}
+
+
+def _entries(
+    args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
+) -> list[Prompt | Unusable]:
+    if args.source is None:
+        return list(sift(read_prompts(args.prompts, args.split), excluded))
+    from .answers import invent
+
+    turns = Path(args.output).with_suffix(".turns.jsonl")
+    return list(sift(invent(model, tokenizer, turns, beginnings, args.count, sampling, **decoding), excluded))
+
+
+def _compare(args, sampling, temperatures: list[float]) -> None:
+    from .throughput import compare
+
+    if args.prompts is None:
+        raise ValueError("--compare-transformers needs a file or data set of prompts")
+    model, tokenizer, decoding = _local(args)
+    prompts = [entry for entry in read_prompts(args.prompts, args.split) if isinstance(entry, Prompt)][: args.count]
+    compare(model, tokenizer, prompts, temperatures, sampling, **decoding)
+
+
+def prepare(args) -> None:
+    """`paceline data prepare`."""
+    from .prepare import Settings, prepare
+
+    name = args.tokenizer or args.model
+    tokenizer, ends = load_tokenizer(name, args.trust_remote_code)
+    settings = Settings(args.length, args.held_out, args.seed, args.tokens)
+    made = prepare(args.sources, args.output, tokenizer, str(name), ends, settings)
+    for split, count in made["counts"].items():
+        share = count["tokens"] / max(1, count["rows"] * args.length)
+        print(
+            f"{split}: {count['documents']:,} documents, {count['tokens']:,} tokens, {count['loss_tokens']:,} of them "
+            f"to learn from, {count['rows']:,} rows of {args.length} ({share:.1%} full)"
+        )
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False):
+    """A tokenizer by folder, short name or hub id, and the ids that end its model's turn."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    from ...spec.target.load import resolve
+
+    where = resolve(str(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever transformers and the hub raise for a bad source
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__}: {detail})") from error
+    try:
+        found = GenerationConfig.from_pretrained(where).eos_token_id
+    except OSError:
+        found = None  # a folder of a tokenizer alone
+    ids = found if isinstance(found, list) else [found]
+    return tokenizer, frozenset(own for own in [*ids, tokenizer.eos_token_id] if own is not None)
+
+
+def _temperatures(text: str) -> list[float]:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = [-1.0]
+    if not all(0 <= temperature < float("inf") for temperature in found):
+        raise ValueError(f"--temperatures {text!r} is no list of numbers of at least 0; write it like 0,0.7,1.0")
+    return list(dict.fromkeys(found))
