@@ -1,35 +1,33 @@
 """The one training loop, for every objective, on accelerate.
 
 A step reads `batch` rows, the same ones whatever the number of processes, sums the loss over all counted tokens
-of all micro-batches and processes, and divides the gradient by their number. Everything random is seeded by
-(seed, step, process), so that a run goes on exactly where a checkpoint left it. Knows nothing of drafters.
+(passes.py) and divides the gradient by their number. Everything random is seeded by (seed, step, process), so that a run
+goes on exactly where a checkpoint left it. Knows nothing of drafters.
 """
 
 import contextlib
 import copy
 import dataclasses
 import math
-import signal
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor
 
 from ..spec.plan.trees import MODEST, Acceptance, best_tree
-from .acceptance import WIDTH, record
+from .acceptance import record
 from .checkpoint import Checkpoints, differences, gather, read_state, restore, write_json, write_state
 from .config import Config
 from .data.rows import Rows, rows_of_step
 from .metrics import Report, Tally
-from .objectives.objective import Batch, Losses, TargetView, count_ranks
+from .objectives.objective import Objective
 from .optimisation import adamw, schedule
-from .signals import first_signal
+from .passes import Passes
+from .signals import Stop, first_signal
 
 
 class Trainer:
@@ -42,7 +40,7 @@ class Trainer:
         self,
         config: Config,
         accelerator: Accelerator,
-        objective: nn.Module,
+        objective: Objective,
         target,
         splits: dict[str, Rows],
         identity: dict,
@@ -52,8 +50,8 @@ class Trainer:
         ranks, batch = accelerator.num_processes, config.optimisation.batch
         if batch % ranks:
             raise ValueError(f"optimisation.batch {batch} does not divide by {ranks} processes; choose a multiple")
-        self.config, self.accelerator, self.target = config, accelerator, target
-        self.splits, self.identity, self.documents, self.decoding = splits, identity, documents, decoding
+        self.config, self.accelerator, self.splits = config, accelerator, splits
+        self.identity, self.documents, self.decoding = identity, documents, decoding
         self.depths = objective.depths
         self.steps = 0
         # Under FSDP2 the weights are shards; this copy takes the whole ones to save itself.
@@ -64,12 +62,12 @@ class Trainer:
         optimizer = adamw(objective, config.optimisation)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         self.objective = accelerator.unwrap_model(self.model)
+        self.stop = Stop()
+        self.passes = Passes(config, accelerator, self.model, self.objective, target, splits, self.stop)
         self.checkpoints = Checkpoints(Path(config.run.folder), config.run.keep)
         self.step, self.window, self.tokens = 0, Tally(), 0.0
         self.best: dict | None = None  # step and tokens_per_step
         self.acceptance = -1, Acceptance([], [])  # the step evaluated last, and what was counted there
-        self.signal: int | None = None  # that this process got
-        self.stopping: int | None = None  # that all processes have heard of
 
     def train(self, steps: int) -> int | None:
         """Train up to step `steps`; the number of the signal that stopped it, if one did.
@@ -77,9 +75,9 @@ class Trainer:
         Raises ValueError where the loss is no number or a checkpoint cannot be written; earlier ones stay."""
         self.steps, run = steps, self.config.run
         report = Report(Path(run.folder), self.accelerator, steps, self.step, dataclasses.asdict(self.config))
-        with first_signal(self._heed), contextlib.closing(self), contextlib.closing(report):
+        with first_signal(self.stop.heed), contextlib.closing(self), contextlib.closing(report):
             started, tokens = time.perf_counter(), self.tokens
-            while self.step < steps and self.stopping is None:
+            while self.step < steps and self.stop.heard is None:
                 rate, norm = self._train_step()
                 report.bar.update()
                 speed = (self.tokens - tokens) / (time.perf_counter() - started)
@@ -91,17 +89,14 @@ class Trainer:
                 better = False
                 if self.step % run.evaluate_every == 0 or self.step == steps:
                     better = self._evaluate(report)
-                if self.step % run.save_every == 0 or better or self.step == steps or self.stopping is not None:
+                if self.step % run.save_every == 0 or better or self.step == steps or self.stop.heard is not None:
                     self.save()
-        return self.stopping
-
-    def _heed(self, number: int) -> None:
-        self.signal = number
+        return self.stop.heard
 
     def close(self) -> None:
         """Leave the other processes. The wrapper goes first: as the last owner of the process group it would hold the
         interpreter while it waits for gloo's threads, and they may be waiting for the interpreter."""
-        self.model = self.objective
+        self.model = self.passes.model = self.objective
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
@@ -110,11 +105,11 @@ class Trainer:
         accelerator, settings = self.accelerator, self.config.optimisation
         rate = self._begin_step()
         rows = rows_of_step(self.step, settings.batch, len(self.splits["train"]), self.config.run.seed)
-        tally = self._gradient(rows)
+        tally = self.passes.gradient(rows)
         if not math.isfinite(tally.total):
             raise self._not_a_number("the loss", rows)
         if tally.counted:  # else there is nothing to learn from these rows
-            factor = self._nominal() / tally.counted
+            factor = self.passes.nominal() / tally.counted
             for parameter in self.objective.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
@@ -136,98 +131,12 @@ class Trainer:
             group["lr"] = group["highest"] * share
         return self.config.optimisation.learning_rate * share
 
-    def _nominal(self) -> int:
-        """A number of tokens to scale sums by before the true one is known, so that float16 can hold them."""
-        return self.config.optimisation.batch * self.splits["train"].length
-
-    def _gradient(self, rows: list[int]) -> Tally:
-        """Leave the gradient of the summed loss of `rows`, divided by the nominal count, in the parameters."""
-        accelerator, micro = self.accelerator, self.config.optimisation.micro_batch
-        self.model.train()
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
-        parts = [mine[start : start + micro] for start in range(0, len(mine), micro)]
-        # Wrappers average gradients over the processes; the sum is wanted.
-        scale = accelerator.num_processes / self._nominal()
-        sums = self._zeros()
-        for number, part in enumerate(parts):
-            last = number == len(parts) - 1
-            with contextlib.nullcontext() if last else accelerator.no_sync(self.model):
-                losses, numbers = self._forward(*self._read("train", part))
-                accelerator.backward(losses.total * scale)
-            sums += numbers
-        return self._reduce(sums)
-
-    def _read(self, split: str, rows: list[int], counting: int | None = None) -> tuple[Batch, TargetView | None]:
-        """Some rows, and what the target saw on them; rows from place `counting` on count for nothing."""
-        batch = self.splits[split].batch(rows, self.accelerator.device)
-        if counting is not None:
-            batch["loss_mask"][counting:] = 0
-            batch["document"][counting:] = -1
-        seen = self.target.view(batch, split, rows) if self.objective.taps else None
-        return batch, seen
-
-    def _forward(self, batch: Batch, seen: TargetView | None) -> tuple[Losses, Tensor]:
-        """The losses of a batch, and their sums as one vector."""
-        with self.accelerator.autocast():  # the wrappers of other kinds do it themselves, FSDP2 does not
-            losses = self.model(batch, seen)
-        tokens = (batch["document"] >= 0).sum()
-        sums = self._zeros()
-        sums[:3] = torch.stack([losses.total.detach().to(sums), losses.counted.to(sums), tokens.to(sums)])
-        sums[3:-1] = torch.cat([losses.hits.to(sums), losses.tried.to(sums)])
-        return losses, sums
-
-    def _zeros(self) -> Tensor:
-        """total, counted, tokens, hits, tried, stop."""
-        device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
-        return torch.zeros(4 + 2 * self.depths, dtype=dtype, device=device)
-
-    def _reduce(self, sums: Tensor) -> Tally:
-        """The sums over all processes. A signal that any of them got reaches all of them on the way."""
-        sums[-1] = self.signal is not None
-        values = self.accelerator.reduce(sums, "sum").tolist()
-        if values[-1]:
-            self.stopping = self.signal or signal.SIGTERM
-        return Tally(*values[:3], hits=values[3 : 3 + self.depths], tried=values[3 + self.depths : -1])
-
-    @torch.no_grad()
-    def evaluate(self) -> Tally:
-        """The tally over the held-out rows; the same number of forwards in every process."""
-        accelerator, micro = self.accelerator, self.config.optimisation.micro_batch
-        count = min(len(self.splits.get("held_out", ())), self.config.data.held_out_rows)
-        self.model.eval()
-        sums, ranks = self._zeros(), []
-        with self._whole_weights():
-            for start in range(0, count, micro * accelerator.num_processes):
-                first = start + accelerator.process_index * micro
-                rows = list(range(first, min(first + micro, count)))
-                read = self._read("held_out", rows or [0], counting=len(rows))
-                sums += self._forward(*read)[1]
-                ranks.append(self.objective.label_ranks(*read))
-        if count:
-            counts = count_ranks(ranks, self.depths, WIDTH)
-            both = torch.tensor([counts.hits, counts.trials], device=accelerator.device)  # (2, depths, width)
-            self.acceptance = self.step, Acceptance(*accelerator.reduce(both, "sum").tolist())
-        return self._reduce(sums)
-
-    @contextlib.contextmanager
-    def _whole_weights(self):
-        """Within, weights that FSDP2 shards are whole outside of forwards too, and afterwards they are shards again:
-        after a forward that no backward follows they would stay whole, and strangers to the optimizer."""
-        parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
-        for part in parts:
-            part.unshard()
-        try:
-            yield
-        finally:
-            for part in parts:
-                part.reshard()
-
     def _evaluate(self, report: Report) -> bool:
         """Evaluate on held-out text; whether it is the best so far."""
-        tally = self.evaluate()
+        tally, acceptance = self.passes.evaluate()
         if not tally.counted:
             return False
+        self.acceptance = self.step, acceptance
         if not math.isfinite(tally.total):
             raise self._not_a_number("the loss on held-out text", [])
         figures = tally.figures("eval")
@@ -268,7 +177,9 @@ class Trainer:
                 tally = self.window
             else:
                 self._begin_step()
-                tally = self._gradient(rows_of_step(step, self.config.optimisation.batch, len(self.splits["train"]), 0))
+                tally = self.passes.gradient(
+                    rows_of_step(step, self.config.optimisation.batch, len(self.splits["train"]), 0)
+                )
             tokens += tally.tokens if step else 0.0
         self.optimizer.zero_grad()
         return tokens / (time.perf_counter() - started), tally.total / max(tally.counted, 1.0)
