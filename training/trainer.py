@@ -1,8 +1,8 @@
 """The one training loop, for every objective, on accelerate.
 
 A step reads `batch` rows, the same ones whatever the number of processes, sums the loss over all counted tokens
-(passes.py) and divides the gradient by their number. Everything random is seeded by (seed, step, process), so that a run
-goes on exactly where a checkpoint left it. Knows nothing of drafters.
+(passes.py) and divides the gradient by their number. Everything random is seeded by (seed, step, process), so that a
+run goes on exactly where a checkpoint left it. Knows nothing of drafters.
 """
 
 import contextlib
