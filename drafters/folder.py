@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
 from .kinds import KINDS
@@ -95,11 +96,10 @@ def write_folder(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -
     """Write weights and config, each whole or not at all, the config last: without it a folder is no drafter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights, settings = folder / ".model.safetensors.part", folder / ".config.json.part"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
-    settings.write_text(json.dumps({"paceline_format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
-    os.replace(weights, folder / "model.safetensors")
-    os.replace(settings, folder / "config.json")
+    with whole(folder / "model.safetensors") as weights:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, weights, metadata={"format": "pt"})
+    with whole(folder / "config.json") as settings:
+        settings.write_text(json.dumps({"paceline_format": FORMAT, **config}, indent=2) + "\n", encoding="utf-8")
 
 
 def read_folder(name_or_path: str | Path) -> DrafterFolder | None:

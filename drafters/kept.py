@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..spec.paths import cache_folder
+from ..spec.files import cache_folder
 from ..spec.proposal import Drafter
 from ..spec.target.load import NAMED
 from . import load_drafter, shipped

@@ -48,6 +48,11 @@ def conversation_ids(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> 
     if not tokenizer.chat_template:
         return tokenizer("\n".join(turns) if len(turns) > 1 else turns[0])["input_ids"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    return templated_ids(tokenizer, messages)
+
+
+def templated_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[dict]) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to where the next answer begins."""
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 

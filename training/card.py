@@ -7,7 +7,6 @@ can be written again whenever one of them changes. Nothing in it is typed by han
 
 import json
 import math
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -16,6 +15,7 @@ import jinja2
 import yaml
 from safetensors import safe_open
 
+from ..spec.files import whole
 from ..spec.plan.trees import Acceptance
 from .config import Config
 from .data.prompts import DIGESTS, read_digests, write_digests
@@ -58,9 +58,8 @@ def write_card(folder: Path) -> None:
         raise ValueError(
             f"the card of {folder} cannot be written ({type(error).__name__}: {error}); train or evaluate again"
         ) from error
-    unfinished = folder / ".README.md.part"
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, folder / "README.md")
+    with whole(folder / "README.md") as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def card(folder: Path) -> str:

@@ -2,11 +2,12 @@
 
 import importlib.util
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tqdm.auto import tqdm
+
+from ..spec.files import whole
 
 
 def tokens_per_step(hits: list[float], tried: list[float]) -> float:
@@ -101,6 +102,5 @@ def _forget_after(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except ValueError:
             pass
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(kept), encoding="utf-8")
-    os.replace(unfinished, path)
+    with whole(path) as unfinished:
+        unfinished.write_text("".join(kept), encoding="utf-8")

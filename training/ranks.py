@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..drafters.kinds import KINDS
+from ..spec.plan.replay import step_positions
 from ..spec.plan.trees import depth_within
 from ..spec.tree import TreeShape
 from .objectives.objective import NO_LABEL, Judge
@@ -43,9 +44,7 @@ def walk(found: Iterable[Tensor], shape: TreeShape) -> tuple[int, int]:
     """The steps that greedy decoding with this tree takes over answers (m, D) each, and the tokens that they bring."""
     steps = tokens = 0
     for ranks in found:
-        place, rows = 0, ranks.tolist()
-        while place < len(rows):
-            place += 1 + depth_within(rows[place], shape)
-            steps += 1
-        tokens += len(rows)
+        reach = [depth_within(row, shape) for row in ranks.tolist()]
+        steps += sum(1 for _ in step_positions(len(reach), reach.__getitem__))
+        tokens += len(reach)
     return steps, tokens

@@ -8,6 +8,8 @@ import json
 import os
 from pathlib import Path
 
+from ..spec.files import whole
+
 
 class Journal:
     """Records appended to `path`, one JSON object a line, each on the disk before `add` returns.
@@ -68,11 +70,5 @@ def shown(value):
 
 def write_whole(path: str | Path, data: dict) -> None:
     """Write a JSON file so that a kill leaves the old one or the new one."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".new")
-    with open(beside, "w", encoding="utf-8") as file:
-        json.dump(data, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    with whole(path) as beside:
+        beside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -6,13 +6,13 @@ round them. Knows nothing of models or of how anything is measured.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from ..console import table
+from ..files import whole
 
 HOLDS: "Verdict" = "holds"
 FAILS: "Verdict" = "fails"
@@ -153,9 +153,5 @@ def _cell(text: str) -> str:
 
 def write_json(path: Path, value: dict) -> None:
     """Write `path` whole or not at all."""
-    beside = path.with_name(f".{path.name}.unfinished")
-    try:
+    with whole(path) as beside:
         beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

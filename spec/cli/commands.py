@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..console import Streamer, colours, summary_line, table
+from ..files import cache_folder
 from ..generate import SpeculativeOutput
 from ..generate import generate as generate_tokens
-from ..paths import cache_folder
 from ..proposal import Drafter
 from ..target.load import NAMED, load_target
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from ..paths import cache_folder
+from ..files import cache_folder
 
 
 def verdict_path(device: torch.device) -> Path:

@@ -21,8 +21,8 @@ from weakref import WeakSet
 
 import torch
 
+from ..files import cache_folder
 from ..kernels.linears import pack, packed_linears
-from ..paths import cache_folder
 from ..step import Engine, StepResult, step
 from .captures import compiled_capture_is_better
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..paths import cache_folder
+from ..files import cache_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "linear.cpp", "operators.cpp")]
 MAX_WIDTH = 512  # as in attention.cpp

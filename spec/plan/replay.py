@@ -6,8 +6,9 @@ decoding of any tree within the wide one is replayed from that. Knows no clock.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -42,17 +43,15 @@ class Replay:
 
     def walk(self, shape: TreeShape) -> list[Event]:
         """The events of the positions at which decoding with `shape` begins its steps."""
-        visited = []
-        for events in self.texts:
-            position = 0
-            while position < len(events):
-                visited.append(events[position])
-                position += 1 + depth_within(_ranks(events[position]), shape)
-        return visited
+        return [
+            events[position]
+            for events in self.texts
+            for position in step_positions(len(events), partial(_accepted, events, shape))
+        ]
 
     def reach(self, shape: TreeShape) -> list[list[int]]:
         """How many drafted tokens a step with `shape` would accept, at all positions of each text."""
-        return [[depth_within(_ranks(event), shape) for event in events] for events in self.texts]
+        return [[_accepted(events, shape, position) for position in range(len(events))] for events in self.texts]
 
     def tokens_per_step(self, shape: TreeShape) -> float:
         return sum(map(len, self.texts)) / len(self.walk(shape))
@@ -60,6 +59,19 @@ class Replay:
     def rates(self, shape: TreeShape) -> Rates:
         """p[depth][rank] as the steps of `shape` meet it."""
         return Acceptance.of(self.walk(shape)).rates()
+
+
+def _accepted(events: list[Event], shape: TreeShape, position: int) -> int:
+    return depth_within(_ranks(events[position]), shape)
+
+
+def step_positions(length: int, reach: Callable[[int], int]) -> Iterator[int]:
+    """The positions of a text of `length` tokens at which decoding begins its steps, where one that begins at a
+    position has `reach(position)` drafted tokens accepted."""
+    position = 0
+    while position < length:
+        yield position
+        position += 1 + reach(position)
 
 
 def _ranks(event: Event) -> Iterator[int]:
@@ -124,13 +136,11 @@ def aligned(replays: tuple[Replay, Replay]) -> tuple[Replay, Replay]:
 
 def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int, int]:
     """Tokens and steps of decoding texts in which two drafters reach that far at each position, the farther taken."""
-    steps = 0
-    for own, other in zip(first, second, strict=True):
-        position = 0
-        while position < len(own):
-            position += 1 + max(own[position], other[position])
-            steps += 1
-    return sum(map(len, first)), steps
+    count = 0
+    for one, other in zip(first, second, strict=True):
+        farther = [max(pair) for pair in zip(one, other, strict=True)]
+        count += sum(1 for _ in step_positions(len(farther), farther.__getitem__))
+    return sum(map(len, first)), count
 
 
 @torch.no_grad()

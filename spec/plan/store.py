@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..engines.module_state import fingerprint
-from ..paths import cache_folder
+from ..files import cache_folder
 from ..proposal import Drafter, parts_of
 from ..tree import DynamicShape, TreeShape
 from .trees import Plan

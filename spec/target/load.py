@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-from ..paths import cache_folder
+from ..files import cache_folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ...spec.prompts import templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import context_length, end_ids
 from ..records import Journal
@@ -54,11 +55,6 @@ class Conversation:
         }
 
 
-def templated(tokenizer, messages: list[dict]) -> list[int]:
-    """Token ids of a conversation up to where the next answer begins."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-
-
 class Answering:
     """Turns jobs into texts for `decode_texts` and its results into records."""
 
@@ -77,7 +73,7 @@ class Answering:
         for job in jobs:
             conversation = Conversation.begin(job)
             try:
-                tokens = templated(self.tokenizer, conversation.messages)
+                tokens = templated_ids(self.tokenizer, conversation.messages)
                 room = self._room(job, len(tokens))
             except Exception as error:  # whatever a template raises for messages that it does not take
                 self.ledger.skip(job.id, f"the chat template refuses it ({error})")
@@ -93,7 +89,7 @@ class Answering:
         """Tokens that the whole conversation can come to."""
         room = first + self.sampling.max_new_tokens
         for turn in job.prompt.turns[1:]:
-            user = templated(self.tokenizer, [{"role": "user", "content": turn}])
+            user = templated_ids(self.tokenizer, [{"role": "user", "content": turn}])
             room += len(user) + self.sampling.max_new_tokens + SLACK
         return room
 
@@ -110,7 +106,7 @@ class Answering:
         turns = own.job.prompt.turns
         if own.finished and len(own.token_ids) < len(turns):
             messages = [*own.messages, {"role": "user", "content": turns[len(own.token_ids)]}]
-            ids = templated(self.tokenizer, messages)
+            ids = templated_ids(self.tokenizer, messages)
             if len(ids) + self.sampling.max_new_tokens <= text.room:
                 own.messages = messages
                 return Text(ids, self.sampling.max_new_tokens, text.seed, text.room, own)

@@ -9,9 +9,10 @@ import time
 from ...spec.console import table
 from ...spec.engines.executors import choose
 from ...spec.plan.step_times import wait_for
+from ...spec.prompts import templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import end_ids
-from .answers import Sampling, templated
+from .answers import Sampling
 from .prompts import Prompt
 
 ROUNDS = 2  # each way decodes a part of the prompts, in turns
@@ -19,7 +20,7 @@ ROUNDS = 2  # each way decodes a part of the prompts, in turns
 
 def compare(model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sampling, **decoding) -> float:
     """Print and return how many times transformers' tokens per second ours are, over all temperatures."""
-    ids = [templated(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    ids = [templated_ids(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     if not ids:
         raise ValueError("there is no prompt to compare with")
     batch = decoding["batch"]

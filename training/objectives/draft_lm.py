@@ -6,7 +6,6 @@ the text's and all depths before it were right. Knows nothing of optimisers or p
 """
 
 import copy
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig
 from ...drafters.draft_model import ModelDrafter
 from ...drafters.folder import FORMAT, target_identity
 from ...drafters.known_tokens import places, trimmed_head, write_known
+from ...spec.files import whole
 from ...spec.target.taps import HEAD, hidden_states
 from ..config import read
 from .draft_network import Sizes, make_network, share, target_weights
@@ -144,10 +144,10 @@ class DraftObjective(Objective):
             model.config.paceline_left_out = left_out
         model.save_pretrained(folder)
         if left_out:
-            file, unfinished = folder / "model.safetensors", folder / ".model.safetensors.part"
+            file = folder / "model.safetensors"
             kept = {name: tensor for name, tensor in load_file(file).items() if name not in left_out}
-            save_file(kept, unfinished, metadata={"format": "pt"})
-            os.replace(unfinished, file)
+            with whole(file) as unfinished:
+                save_file(kept, unfinished, metadata={"format": "pt"})
         if self.known is not None:
             write_known(folder, self.known.ids)
         if self.tokenizer is not None and not left_out:  # nothing but load_drafter reads a folder with gaps

@@ -4,7 +4,6 @@ Hidden states are taken by the taps that decoding uses too. Documents of a pack 
 (tests/test_target.py). Knows nothing of objectives.
 """
 
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
+from ...spec.files import whole
 from ...spec.target.taps import HEAD, Tap, feature_sizes, hidden_states
 from .objective import TargetView
 
@@ -134,12 +134,10 @@ def write_hidden_states(
             continue
         packs = data.batch(list(range(start, min(start + ROWS_PER_FILE, len(data)))))
         hidden = _document_by_document(model, taps, packs, batch * data.length)
-        unfinished = path.with_suffix(f".{os.getpid()}.unfinished")
         try:
-            save_file({_name(tap): states for tap, states in hidden.items()}, unfinished)
-            os.replace(unfinished, path)
+            with whole(path) as unfinished:
+                save_file({_name(tap): states for tap, states in hidden.items()}, unfinished)
         except (OSError, SafetensorError) as error:
-            unfinished.unlink(missing_ok=True)
             raise ValueError(f"hidden states cannot be written to {folder} ({error}); free some space") from error
 
 
