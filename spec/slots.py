@@ -20,7 +20,7 @@ from .target import Seen, Span, TargetTraits
 from .tree import TokenTree
 
 
-def cache_argument(model) -> str:
+def cache_argument(model: PreTrainedModel) -> str:
     """The name by which the forward of `model` takes its cache: `cache` since transformers 5.24, `past_key_values`
     before it and in code that came with a checkpoint.
 
