@@ -1,8 +1,15 @@
 """`generate`: a drop-in for `model.generate` whose text is the target's own.
 
-transformers prepares the generation config, the logits processors and the stopping criteria, exactly as
-for its own loop; then our loop decodes. What cannot be done is refused in one sentence before any
-token is decoded.
+The way of a call:
+
+    generate(model, ...)                  checks the arguments, finds the drafter and the tree
+      model.generate(custom_generate=)    transformers prepares its config, logits processors and stopping criteria,
+        _Call.decode                      exactly as for its own loop, and hands them over
+          open_run                        an engine: target, drafter session, state, sampler; kept or made (engines/)
+          loop.decode                     one request in each row
+            Rows.admit, Rows.step ...     prompts are read, then steps until all rows have ended (rows.py, step.py)
+
+What cannot be done is refused in one sentence before any token is decoded.
 """
 
 import copy

@@ -122,7 +122,7 @@ class SlotModel:
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
         if nodes is not None or tokens.numel() > 1 or self.twice is None:
             return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
-        index = self.twice  # data to a compiler, which would else make one row of the two
+        index = self.twice  # a tensor, so that torch.compile cannot merge the two equal rows
         view = self.view_of_nodes(base, tree, index)
         return self._run(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
 
