@@ -1,4 +1,4 @@
-"""The report in headless Chromium: no error, nothing beyond the screen, nothing on top of another."""
+"""The report and the picture in headless Chromium: no error, nothing beyond the screen, nothing on top of another."""
 
 import shutil
 from pathlib import Path
@@ -11,7 +11,7 @@ import runs
 pytestmark = pytest.mark.browser
 
 DOCS = Path(__file__).parents[1] / "docs"
-EXAMPLE = DOCS / "example-report.html"
+EXAMPLE, PICTURE = DOCS / "example-report.html", DOCS / "picture.svg"
 
 OVERLAPS = """() => {
   const blocks = [...document.querySelectorAll('h1,h2,h3,p,svg,.wide,.card,dt,dd')].filter(e => !e.closest('.card') ||
@@ -81,6 +81,24 @@ def test_the_page_is_whole(chromium, made_page, width, scheme, kept):
     assert bars and all(inside and drawn == pytest.approx(said, abs=0.03) for said, drawn, inside in bars)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+def test_the_picture_is_whole(chromium, made_page, scheme, kept):
+    path = PICTURE
+    if not kept:
+        path, (run,) = made_page.parent / "p.svg", made_page.parent.glob("*.jsonl")
+        assert cli.main(["report", str(run), "--picture", str(path)]) == 0
+    page = chromium.new_page(viewport={"width": 900, "height": 900}, color_scheme=scheme)
+    page.goto(path.as_uri())
+    assert page.evaluate(OVERLAPS) == []
+    outside = """() => [...document.querySelectorAll('text, rect')].filter(own => own.getBoundingClientRect().right >
+      document.documentElement.getBoundingClientRect().right).length"""
+    assert page.evaluate(outside) == 0
+    light = page.evaluate("getComputedStyle(document.querySelector('.paper')).fill") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
     page.close()
 
 

@@ -1,4 +1,5 @@
-"""`paceline report` and `paceline compare`: run files as a page, as Markdown, as JSON, and against each other.
+"""`paceline report` and `paceline compare`: run files as a page, as Markdown, as JSON, as a picture of some steps, and
+against each other.
 
 One HTML file that needs nothing else: pictures inline, no script, no network.
 """
@@ -14,7 +15,7 @@ from jinja2 import Environment
 
 from ..check.differences import compare_checks, read_check
 from ..console import table
-from . import drawing, wording
+from . import drawing, picture, wording
 from .analysis import FEW, analyse, check_comparable, paired
 from .intervals import Interval, quotient_interval
 from .runfile import Record, Run, read_run
@@ -34,7 +35,7 @@ def report(args: Namespace) -> None:
     """The command `paceline report`."""
     runs = [_read(path) for path in args.runs]
     figures = analyse(runs)
-    if not (args.output or args.markdown or args.json):
+    if not (args.output or args.markdown or args.json or args.picture):
         args.markdown = "-"
     if args.output:
         _put(args.output, page(figures, runs))
@@ -42,6 +43,8 @@ def report(args: Namespace) -> None:
         _put(args.markdown, markdown(figures))
     if args.json:
         _put(args.json, json.dumps(figures, indent=1) + "\n")
+    if args.picture:
+        _put(args.picture, drawn(figures, runs))
 
 
 def _read(path: str) -> Run:
@@ -154,6 +157,17 @@ def texts_with_pieces(own: dict, runs: list[Run]) -> list[Record]:
     """The first turns of a method whose tokens its run file spells out."""
     run = next(run for run in runs if own["label"] in (own["name"], f"{run.path.rsplit('/', 1)[-1]}: {own['name']}"))
     return [record for record in run.of(own["name"]) if record.pieces and record.turn == 0 and record.repeat == 0]
+
+
+def drawn(figures: dict, runs: list[Run]) -> str:
+    """Some steps of a text by the best method, or where plain decoding is missing by the first, as an SVG."""
+    drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
+    own = best_of(figures) or next(iter(drafted), None)
+    texts = [record for record in texts_with_pieces(own, runs) if record.events] if own else []
+    if own is None or not texts:
+        raise ValueError(f"{runs[0].path} has no text of a drafter to draw; measure one with paceline bench --methods")
+    about = f"{visible(figures['setup']['model'])} with {visible(own['label'])}, prompt {visible(texts[0].prompt)}"
+    return picture.picture(texts[0], own["tokens_per_step"]["value"], about)
 
 
 def compare(args: Namespace) -> int:
