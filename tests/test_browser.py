@@ -1,16 +1,17 @@
-"""The report in headless Chromium: no console error, nothing wider than the screen, nothing on top of anything else."""
+"""The report and the picture in headless Chromium: no error, nothing beyond the screen, nothing on top of another."""
 
 import shutil
 from pathlib import Path
 
 import pytest
-from paceline.spec.cli import main as cli
+from paceline.spec import cli
 
 import runs
 
 pytestmark = pytest.mark.browser
 
-EXAMPLE = Path(__file__).parents[1] / "docs" / "example-report.html"
+DOCS = Path(__file__).parents[1] / "docs"
+EXAMPLE, PICTURE = DOCS / "example-report.html", DOCS / "picture.svg"
 
 OVERLAPS = """() => {
   const blocks = [...document.querySelectorAll('h1,h2,h3,p,svg,.wide,.card,dt,dd')].filter(e => !e.closest('.card') ||
@@ -43,6 +44,14 @@ def chromium():
         browser.close()
 
 
+BARS = """() => [...document.querySelectorAll('.gain:not(.axis)')].map(row => {
+  const svg = row.querySelector('svg').getBoundingClientRect(), one = row.querySelector('.one').getBoundingClientRect();
+  const bar = row.querySelector('rect').getBoundingClientRect();
+  const said = parseFloat(row.querySelector('strong').textContent);
+  return [said, bar.width / (one.left - svg.left), bar.right <= svg.right];
+})"""
+
+
 @pytest.fixture(scope="module")
 def made_page(tmp_path_factory):
     """Of a run with hostile pieces and a long name."""
@@ -68,6 +77,35 @@ def test_the_page_is_whole(chromium, made_page, width, scheme, kept):
     assert problems == []
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.evaluate(OVERLAPS) == []
+    bars = page.evaluate(BARS)
+    assert bars and all(inside and drawn == pytest.approx(said, abs=0.03) for said, drawn, inside in bars)
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor") != "rgb(255, 255, 255)"
     assert dark == (scheme == "dark")
+    page.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+def test_the_picture_is_whole(chromium, made_page, scheme, kept):
+    path = PICTURE
+    if not kept:
+        path, (run,) = made_page.parent / "p.svg", made_page.parent.glob("*.jsonl")
+        assert cli.main(["report", str(run), "--picture", str(path)]) == 0
+    page = chromium.new_page(viewport={"width": 900, "height": 900}, color_scheme=scheme)
+    page.goto(path.as_uri())
+    assert page.evaluate(OVERLAPS) == []
+    outside = """() => [...document.querySelectorAll('text, rect')].filter(own => own.getBoundingClientRect().right >
+      document.documentElement.getBoundingClientRect().right).length"""
+    assert page.evaluate(outside) == 0
+    light = page.evaluate("getComputedStyle(document.querySelector('.paper')).fill") == "rgb(255, 255, 255)"
+    assert light == (scheme == "light")
+    page.close()
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["made", "kept"])
+def test_the_page_fits_on_paper(chromium, made_page, kept):
+    page = chromium.new_page(viewport={"width": 720, "height": 900}, color_scheme="light")
+    page.emulate_media(media="print")
+    page.goto((EXAMPLE if kept else made_page).as_uri())
+    assert page.evaluate("document.documentElement.scrollWidth") <= 720 and page.evaluate(OVERLAPS) == []
     page.close()

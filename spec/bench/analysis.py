@@ -27,7 +27,7 @@ def analyse(runs: list[Run]) -> dict:
                 label = about["name"] if len(runs) == 1 else f"{run.path.rsplit('/', 1)[-1]}: {about['name']}"
                 methods.append({"label": label, **method_figures(run, about)})
     drafted = [own for own in methods if own["kind"] == "drafted" and own["speedup"]]
-    best = max(drafted, key=lambda own: own["speedup"]["value"], default=None)
+    best = max(drafted, key=_assured, default=None)
     return {
         "setup": runs[0].header["setup"],
         "runs": [{key: run.header[key] for key in _ABOUT} | {"path": run.path} for run in runs],
@@ -38,6 +38,12 @@ def analyse(runs: list[Run]) -> dict:
 
 
 _ABOUT = ("created", "machine", "versions", "command", "commit", "memory")
+
+
+def _assured(own: dict) -> float:
+    """The gain that a method has at least; the estimate where no interval is known."""
+    gain = own["speedup"]
+    return gain["value"] if gain["low"] is None else gain["low"]
 
 
 def check_comparable(runs: list[Run]) -> None:
@@ -117,6 +123,7 @@ def row(name: str, records: list[Record], baselines: dict[str, list[Record]]) ->
         "drafted": figures["num_draft_tokens"],
         "examined": figures["num_examined_draft_tokens"],
         "speedup": None,
+        "beside_plain": len({turn[0] for turn in shared_turns(records, baselines.get("speedup", []))}),
         "over_transformers": None,
         "speedup_of_steps": _data(speedup(records, baselines.get("speedup", []), steps_alone=True)),
     }
@@ -141,9 +148,13 @@ def unit_sums(records: list[Record], steps_alone: bool = False) -> dict[int, tup
 
 def paired(*sides: list[Record], steps_alone: bool = False) -> list[list[tuple[float, int, int]]]:
     """Sums of each side over the turns that all sides have, unit by unit."""
-    turns = set.intersection(*[{(r.prompt, r.turn, r.repeat) for r in side} for side in sides])
+    turns = shared_turns(*sides)
     sums = [unit_sums([r for r in side if (r.prompt, r.turn, r.repeat) in turns], steps_alone) for side in sides]
     return [[own[unit] for unit in sums[0]] for own in sums]
+
+
+def shared_turns(*sides: list[Record]) -> set[tuple[str, int, int]]:
+    return set.intersection(*[{(r.prompt, r.turn, r.repeat) for r in side} for side in sides])
 
 
 def speedup(records: list[Record], plain: list[Record], steps_alone: bool = False) -> Interval | None:

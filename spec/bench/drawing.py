@@ -17,6 +17,38 @@ def _text(x: float, y: float, text, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(str(text))}</text>'
 
 
+def gain(title: str, figure: dict, most: float, kind: str) -> Markup:
+    """A bar from 0 to a gain, its interval, and a piece of the line at 1. It is as wide as its place and of one height,
+    on a phone too; a bound beyond `most` is cut off."""
+
+    def line(kind: str, start: float, end: float, top: int, bottom: int) -> str:
+        x1, x2 = (f"{100 * x / most:.2f}%" for x in (start, end))
+        return f'<line class="{kind}" x1="{x1}" x2="{x2}" y1="{top}" y2="{bottom}"/>'
+
+    long, low, high = 100 * figure["value"] / most, figure["low"], figure["high"]
+    parts = [f'<rect class="gained {kind}" x="0" y="8" width="{long:.2f}%" height="20"/>', line("one", 1, 1, 0, 36)]
+    if low is not None:
+        parts += [line("whisker", low, high, 18, 18), *(line("whisker", x, x, 13, 23) for x in (low, high))]
+    name = escape(title)
+    return Markup(f'<svg role="img" aria-label="{name}"><title>{name}</title>{"".join(parts)}</svg>')
+
+
+def one(most: float, label: str) -> Markup:
+    """What the line at 1 is called, beneath the bars."""
+    place = 100 / most
+    anchor = "start" if place < 25 else "end" if place > 75 else "middle"
+    return Markup(
+        f'<svg role="img" aria-label="{escape(label)}"><text x="{place:.2f}%" y="13" text-anchor="{anchor}">'
+        f"{escape(label)}</text></svg>"
+    )
+
+
+def widest(gains: list[dict]) -> float:
+    """Where the bars' scale ends: all intervals are on it, but for bounds beyond twice the largest gain."""
+    largest = max([1.0, *(own["value"] for own in gains)])
+    return 1.05 * min(2 * largest, max([largest, *(own["high"] or 0.0 for own in gains)]))
+
+
 def bars(title: str, counts: list[int], x_label: str) -> Markup:
     """One bar a count, from 0 on."""
     total, most = sum(counts) or 1, max(counts, default=0) or 1
@@ -68,8 +100,8 @@ def rates(title: str, series: dict[str, list[dict]], x_label: str, few: int) -> 
     return _svg(title, "".join(parts))
 
 
-def tree(title: str, parents: list[int], use: list[int], kept: list[int]) -> Markup:
-    """A drafted tree from the left to the right, a node's shade its use; what is not kept is dashed."""
+def places(parents: list[int]) -> dict[int, tuple[int, float]]:
+    """(depth, row) of each node of a tree: leaves one below the other, a parent in the middle of its children."""
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], 1):
         children[parent].append(node)
@@ -85,8 +117,15 @@ def tree(title: str, parents: list[int], use: list[int], kept: list[int]) -> Mar
         else:
             stack.append((node, depth, True))
             stack += [(child, depth + 1, False) for child in reversed(children[node])]
-    deep = max(depth for depth, _ in place.values()) + 1
-    height = max(60, 22 * leaves + 16)
+    return place
+
+
+def tree(title: str, parents: list[int], use: list[int], kept: list[int]) -> Markup:
+    """A drafted tree from the left to the right, a node's shade its use; what is not kept is dashed."""
+    place = places(parents)
+    deep = 1 + max(depth for depth, _ in place.values())
+    leaves = 1 + max(row for _, row in place.values())
+    height = max(60, round(22 * leaves) + 16)
     spot = {node: (20 + depth * (WIDTH - 60) / max(deep - 1, 1), 18 + row * 22) for node, (depth, row) in place.items()}
     parts = []
     for node, parent in enumerate(parents):

@@ -1,4 +1,5 @@
-"""`paceline report` and `paceline compare`: run files as a page, as Markdown, as JSON, and against each other.
+"""`paceline report` and `paceline compare`: run files as a page, as Markdown, as JSON, as a picture of some steps, and
+against each other.
 
 One HTML file that needs nothing else: pictures inline, no script, no network.
 """
@@ -14,13 +15,14 @@ from jinja2 import Environment
 
 from ..check.differences import compare_checks, read_check
 from ..console import table
-from ..verify import RULES
-from . import drawing
+from . import drawing, picture, wording
 from .analysis import FEW, analyse, check_comparable, paired
 from .intervals import Interval, quotient_interval
-from .runfile import Run, read_run
-from .token_chips import COMMAND, chips, visible
+from .runfile import Record, Run, read_run
+from .token_chips import COMMAND, LONGEST, Chip, chips, visible
+from .wording import best_of, identity, interval
 
+STREAM = 96  # chips of the text that stands at the top
 GAINS = {"speedup": "speed-up", "speedup_of_steps": "in steps alone", "over_transformers": "over transformers"}
 OVERVIEW = ["method", "tokens/step", "tokens/s", *GAINS.values(), "identical texts"]
 HEADER = [
@@ -33,7 +35,7 @@ def report(args: Namespace) -> None:
     """The command `paceline report`."""
     runs = [_read(path) for path in args.runs]
     figures = analyse(runs)
-    if not (args.output or args.markdown or args.json):
+    if not (args.output or args.markdown or args.json or args.picture):
         args.markdown = "-"
     if args.output:
         _put(args.output, page(figures, runs))
@@ -41,6 +43,8 @@ def report(args: Namespace) -> None:
         _put(args.markdown, markdown(figures))
     if args.json:
         _put(args.json, json.dumps(figures, indent=1) + "\n")
+    if args.picture:
+        _put(args.picture, drawn(figures, runs))
 
 
 def _read(path: str) -> Run:
@@ -67,36 +71,10 @@ def page(figures: dict, runs: list[Run]) -> str:
     source = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
     drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
     return environment.from_string(source).render(
-        **figures, verdict=verdict(figures), overview=[OVERVIEW, *overview(figures)], header=HEADER,
-        lines=lines(figures), draw=drawing, few=FEW, drafted=drafted, texts=_texts(figures, runs), whole=COMMAND,
-        megabytes=lambda size: f"{size / 1e6:,.1f}",
+        **figures, words=wording, figures=figures, overview=[OVERVIEW, *overview(figures)], header=HEADER,
+        lines=lines(figures), draw=drawing, few=FEW, drafted=drafted, texts=_texts(figures, runs), stream=STREAM,
+        whole=COMMAND, megabytes=lambda size: f"{size / 1e6:,.1f}",
     )  # fmt: skip
-
-
-def verdict(figures: dict) -> str:
-    """The headline: gain with its interval, tokens per step, and whether the text was the target's own."""
-    best = next((own for own in figures["methods"] if own["label"] == figures["best"]), None)
-    if best is None:
-        return "No method with a drafter was measured against plain decoding."
-    return (
-        f"{interval(best['speedup'], '×')} the speed of plain decoding · {best['tokens_per_step']['value']:.2f} "
-        f"tokens/step · {identity(best)} · {best['label']}"
-    )
-
-
-def identity(own: dict) -> str:
-    if not own["compared"]:
-        return "text not comparable with the baseline's"
-    words = f"output identical on {own['identical']}/{own['compared']} texts"
-    lossless = RULES[own["rule"]].lossless or own["temperature"] == 0
-    return words if lossless else f"{words} (rule {own['rule']} is not lossless)"
-
-
-def interval(value: dict | None, unit: str = "") -> str:
-    if value is None:
-        return "–"
-    bounds = "" if value["low"] is None else f" [{value['low']:.2f}, {value['high']:.2f}]"
-    return f"{value['value']:.2f}{unit}{bounds}"
 
 
 def overview(figures: dict) -> list[list[str]]:
@@ -147,7 +125,10 @@ def _number(value: float | None, places: int = 2) -> str:
 
 def markdown(figures: dict) -> str:
     """The verdict and every table, to paste."""
-    parts = [f"**{_cell(verdict(figures))}**\n", _table(OVERVIEW, overview(figures))]
+    parts = [f"**{_cell(wording.verdict(figures), COMMAND)}**\n"]
+    if beside := wording.particulars(figures):
+        parts.append(f"{_cell(beside, COMMAND)}\n")
+    parts.append(_table(OVERVIEW, overview(figures)))
     for own, rows in lines(figures):
         parts.append(f"### {_cell(own['label'])}\n")
         if own["compared"]:
@@ -161,18 +142,32 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in body)
 
 
-def _cell(text: str) -> str:
-    return visible(text).replace("|", "\\|").replace("<", "&lt;")
+def _cell(text: str, longest: int = LONGEST) -> str:
+    return visible(text, longest).replace("|", "\\|").replace("<", "&lt;")
 
 
-def _texts(figures: dict, runs: list[Run]) -> list[tuple[str, list]]:
+def _texts(figures: dict, runs: list[Run]) -> list[tuple[str, list[Chip]]]:
     """The first three texts of the best method, token by token."""
-    best = next((own for own in figures["methods"] if own["label"] == figures["best"]), None)
-    if best is None:
-        return []
-    run = next(run for run in runs if best["label"] in (best["name"], f"{run.path.rsplit('/', 1)[-1]}: {best['name']}"))
-    kept = [record for record in run.of(best["name"]) if record.pieces and record.turn == 0 and record.repeat == 0]
+    best = best_of(figures)
+    kept = texts_with_pieces(best, runs) if best else []
     return [(f"{record.prompt} ({record.category})", chips(record)) for record in kept[:3]]
+
+
+def texts_with_pieces(own: dict, runs: list[Run]) -> list[Record]:
+    """The first turns of a method whose tokens its run file spells out."""
+    run = next(run for run in runs if own["label"] in (own["name"], f"{run.path.rsplit('/', 1)[-1]}: {own['name']}"))
+    return [record for record in run.of(own["name"]) if record.pieces and record.turn == 0 and record.repeat == 0]
+
+
+def drawn(figures: dict, runs: list[Run]) -> str:
+    """Some steps of a text by the best method, or where plain decoding is missing by the first, as an SVG."""
+    drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
+    own = best_of(figures) or next(iter(drafted), None)
+    texts = [record for record in texts_with_pieces(own, runs) if record.events] if own else []
+    if own is None or not texts:
+        raise ValueError(f"{runs[0].path} has no text of a drafter to draw; measure one with paceline bench --methods")
+    about = f"{visible(figures['setup']['model'])} with {visible(own['label'])}, prompt {visible(texts[0].prompt)}"
+    return picture.picture(texts[0], own["tokens_per_step"]["value"], about)
 
 
 def compare(args: Namespace) -> int:

@@ -42,16 +42,17 @@ def chips(record: Record) -> list[Chip]:
         for depth, node in enumerate(event.accepted, 1):
             siblings = [child for child, parent in enumerate(event.parents) if parent == event.parents[node]]
             about = f"step {event.step}, drafted at depth {depth}, choice {siblings.index(node) + 1}: accepted"
-            out.append(Chip("accepted", _piece(record, event.tokens[node]), about))
+            out.append(Chip("accepted", piece(record, event.tokens[node]), about))
         last = event.accepted[-1] if event.accepted else 0
         offered = [c for c, parent in enumerate(event.parents) if parent == last and event.tokens[c] >= 0]
         if event.bonus is not None:
             if offered:
                 about = f"step {event.step}, drafted at depth {len(event.accepted) + 1}, choice 1: rejected"
-                out.append(Chip("rejected", _piece(record, event.tokens[offered[0]]), about))
-            out.append(Chip("bonus", _piece(record, event.bonus), f"step {event.step}: the target's own token"))
+                out.append(Chip("rejected", piece(record, event.tokens[offered[0]]), about))
+            out.append(Chip("bonus", piece(record, event.bonus), f"step {event.step}: the target's own token"))
     return out
 
 
-def _piece(record: Record, token: int) -> str:
+def piece(record: Record, token: int) -> str:
+    """What a token reads; its number where the run file does not say."""
     return visible(record.pieces.get(str(token), f"⟨{token}⟩"))

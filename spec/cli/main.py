@@ -153,6 +153,8 @@ def _bench_parser(commands) -> None:
     report.add_argument("-o", "--output", metavar="FILE", help="the page, one HTML file")
     report.add_argument("--markdown", metavar="FILE", help="the tables as Markdown; - is standard output")
     report.add_argument("--json", metavar="FILE", help="all figures; - is standard output")
+    steps = "one SVG of some steps of a text with their drafted trees; docs/picture.svg was made so, of one prompt"
+    report.add_argument("--picture", metavar="FILE", help=steps)
 
     compare = commands.add_parser("compare", help="compare two run files or checks; exit code 1 where B is worse")
     compare.add_argument("runs", nargs=2, metavar="FILE", help="A, then B: of paceline bench, or of paceline check")
