@@ -6,6 +6,7 @@ slots, positions and visibility. It holds the buffers of one decoding run; it kn
 """
 
 import inspect
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -86,7 +87,8 @@ class SlotModel:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`, none with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
-        with showing(view), listening(idle_head) as heard:
+        taps = self.traits.taps
+        with showing(view), listening(idle_head) if taps else nullcontext({}) as heard:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
                 position_ids=view.query_positions.clamp(0, self.last_position),
@@ -94,7 +96,7 @@ class SlotModel:
                 logits_to_keep=keep,
                 **{self.cache_argument: self.cache},
             )
-        features = joined(heard, self.traits.taps)[:, -keep:] if self.traits.taps else None
+        features = joined(heard, taps)[:, -keep:] if taps else None
         return Seen(out.logits.float(), features)
 
     def forward_text(self, tokens: Tensor, slots: Tensor, reach: int | None = None, logits: bool = True) -> Seen:
