@@ -1,5 +1,1 @@
 """The command line, `paceline`."""
-
-from .main import main
-
-__all__ = ["main"]
