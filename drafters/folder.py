@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ..spec.console import waiting, without_bars
 from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
@@ -132,7 +133,9 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
     if not path.is_dir():
         from huggingface_hub import snapshot_download
 
-        path = Path(snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors", "*.md"]))
+        kept = ["*.json", "*.safetensors", "*.md"]
+        with waiting(f"fetching {name_or_path} from the model hub"), without_bars():
+            path = Path(snapshot_download(str(name_or_path), allow_patterns=kept))
     return DrafterFolder(path, config)
 
 

@@ -1,7 +1,10 @@
-"""What the terminal shows: streamed text, coloured by where each token came from, and tables."""
+"""What the terminal shows: streamed text, coloured by where each token came from, waits and tables."""
 
 import os
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
 from .trace import Event
@@ -9,12 +12,41 @@ from .trace import Event
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-GREEN, BOLD, PLAIN = "\033[32m", "\033[1m", "\033[0m"
+GREEN = "\033[1;38;5;28m"  # dark and bold: a terminal's own green cannot be read on white
+BOLD, PLAIN = "\033[1m", "\033[0m"
 
 
 def colours(stream: TextIO | None = None) -> bool:
     """Whether to colour: a terminal, and NO_COLOR (no-color.org) not set."""
     return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR")
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A line on stderr for a wait: `what` as it begins, its seconds as it ends."""
+    begun = time.perf_counter()
+    print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    except Exception:
+        print(" failed", file=sys.stderr)
+        raise
+    print(f" {time.perf_counter() - begun:.0f} s", file=sys.stderr)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Transformers and the model hub draw no progress bars in the block."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class Streamer:

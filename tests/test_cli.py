@@ -68,14 +68,6 @@ def test_prompts_from_a_file_standard_input_and_a_chat(folder, tmp_path, capsys,
     assert texts[0] == texts[1] == texts[2] != texts[3]
 
 
-def test_demo_ends_with_a_table(folder, capsys):
-    assert cli.main(["demo", "--model", folder, "--max-new-tokens", "12", "--executor", "eager"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    last = lines[-1].split()
-    assert last[0] == "together" and last[-1] == "yes" and last[-3].endswith("x")
-    assert "\033" not in "".join(lines), "no colour in a pipe"
-
-
 def test_models_lists_names(capsys):
     assert cli.main(["models"]) == 0
     assert "smollm2-135m" in capsys.readouterr().out

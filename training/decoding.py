@@ -35,7 +35,7 @@ def decode(model, prompts: Prompts, drafter, shape, settings: Settings) -> list[
     order = sorted(range(len(prompts)), key=lambda place: prompts[place][1]["input_ids"].shape[1])
     found: list[list[Event]] = [[] for _ in prompts]
     how = dict(verify=settings.verify, executor=settings.executor, max_new_tokens=settings.max_new_tokens)
-    for start in tqdm(range(0, len(order), BATCH), desc="decoding", unit="batch", leave=False):
+    for start in tqdm(range(0, len(order), BATCH), desc="decoding", unit="batch", leave=False, disable=None):
         places = order[start : start + BATCH]
         ids = [prompts[place][1]["input_ids"][0].tolist() for place in places]
         batch = left_padded(ids, 0, model.device)

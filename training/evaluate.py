@@ -126,7 +126,7 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
     else:
         batches, text = _answers(model, prompts, args.max_new_tokens), "the target's own greedy answers to the prompts"
     answers: list[torch.Tensor] = []
-    for batch in tqdm(batches, desc="judging", unit="batch"):
+    for batch in tqdm(batches, desc="judging", unit="batch", disable=None):
         answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
     if not answers:
         raise ValueError("there is no token of the target's own in the text to judge the drafter on; give more")
@@ -175,7 +175,7 @@ def _held_out(folder: str, tokenizer) -> list[Batch]:
 def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
     """The target's own greedy answers as rows of one document each, of like length together."""
     texts: list[tuple[list[int], list[int]]] = []  # tokens, and which of them are the answer's
-    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
+    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False, disable=None) as bar:
 
         def finish(text: Text, new: list[int], failed: bool) -> None:
             if failed:

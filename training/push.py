@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from ..drafters.folder import PICKLES, read_folder
+from ..spec.console import waiting
 
 KEPT = ("*.safetensors", "acceptance.json", "config.json", "training.json", "prompts.sha256", "README.md")
 KEPT += ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -24,10 +25,11 @@ def push(args) -> None:
     try:
         api.create_repo(args.hub_id, private=args.private, exist_ok=True, repo_type="model")
         # A glob alone would reach into folders, such as a trainer's.
-        api.upload_folder(
-            repo_id=args.hub_id, folder_path=folder, allow_patterns=files, ignore_patterns=["*/*"],
-            commit_message=f"Upload drafter {folder.name}",
-        )  # fmt: skip
+        with waiting(f"uploading {len(files)} files"):
+            api.upload_folder(
+                repo_id=args.hub_id, folder_path=folder, allow_patterns=files, ignore_patterns=["*/*"],
+                commit_message=f"Upload drafter {folder.name}",
+            )  # fmt: skip
     except HFValidationError as error:
         raise ValueError(f"hub id {args.hub_id!r} is none ({error}); write it as owner/name") from error
     except HfHubHTTPError as error:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..bench.divergence import margin, parting
-from ..console import BOLD, GREEN, PLAIN, Streamer, colours, table
+from ..console import Streamer, colours
 from ..engines.executors import LONG_RUN, choose
 from ..generate import SpeculativeOutput, generate
 from ..proposal import Drafter
 from ..trace import Event
+from . import words
 from .commands import encode, load
 
 if TYPE_CHECKING:
@@ -40,50 +41,42 @@ def demo(args: Namespace) -> None:
         raise ValueError("--drafter none leaves nothing to show; choose a drafter, for instance ngram")
     if args.executor == "auto":
         args.executor = choose("auto", model.device, LONG_RUN, capturable=True, compiled_before=False)
+    coloured, dtype, chat = colours(), str(model.dtype).removeprefix("torch."), bool(tokenizer.chat_template)
+    print(words.introduction(args.model, dtype, drafter.name, coloured), flush=True)
+    prompts = {title: encode(tokenizer, text, chat, model.device) for title, text in PROMPTS.items()}
+    _warm_up(args, model, drafter, list(prompts.values()))
+    answers = []
+    for title, prompt in prompts.items():
+        print(f"\n{words.heading(title, PROMPTS[title], coloured)}\n", flush=True)
+        answers.append(_answer(args, model, drafter, title, prompt, Streamer(tokenizer, coloured)))
+    print(f"\n{words.conclusion(answers, dtype)}\n\n{words.next_steps(args, drafter.name, chat)}", flush=True)
+
+
+def _warm_up(args: Namespace, model: "PreTrainedModel", drafter: Drafter, prompts: list[dict]) -> None:
+    """A step of each way on each prompt, so that what is made on first use is there."""
     if args.executor == "compiled":
-        print("compiling the steps takes about a minute each, once on a machine; --executor eager does without")
-    coloured = colours()
-    paint = (lambda text, colour: f"{colour}{text}{PLAIN}") if coloured else (lambda text, colour: text)
-    prompts = {
-        title: encode(tokenizer, text, bool(tokenizer.chat_template), model.device) for title, text in PROMPTS.items()
-    }
-    for prompt in prompts.values():  # a step of each, so that what is made on first use is there
+        said = "compiling takes about a minute a step, once on a machine; --executor eager does without"
+        print(f"\n{said}", file=sys.stderr)
+    for prompt in prompts:
         for warmed in (None, drafter):
             _generate(args, model, prompt, warmed, stopping_criteria=[After(0)])
-    rows, totals, notes = [], [0, 0.0, 0.0, 0], []
-    for title, prompt in prompts.items():
-        print(f"\n{paint(title, BOLD)}: {PROMPTS[title].splitlines()[0][:90]}\n")
-        plain, plain_seconds = _timed(args, model, prompt, None)
-        streamer = Streamer(tokenizer, coloured)
-        fast, seconds = _timed(args, model, prompt, drafter, streamer.on_step)
-        streamer.end()
-        width = prompt["input_ids"].shape[1]
-        same = torch.equal(plain.sequences, fast.sequences)
-        if not same:
-            notes.append(f"{title}: {_difference(model, plain.sequences[0], fast.sequences[0], width)}")
-        counts = plain.sequences.shape[1] - width, fast.sequences.shape[1] - width
-        assert fast.trace is not None
-        summary = fast.trace.summary()
-        rates = counts[0] / plain_seconds, counts[1] / seconds
-        rows.append([title, *_figures(*rates, summary["tokens_per_step"]), "yes" if same else "no"])
-        step_tokens = (counts[1], plain_seconds * counts[1] / counts[0], seconds, summary["num_spec_steps"])
-        totals = [total + new for total, new in zip(totals, step_tokens)]
-    tokens, plain_seconds, seconds, steps = totals
-    together = _figures(tokens / plain_seconds, tokens / seconds, tokens / steps)
-    rows.append(["together", *together, "no" if notes else "yes"])
-    key = f" ({paint('green', GREEN)}: drafted and accepted)" if coloured else ""
-    print(f"\n{args.model}, {str(model.dtype).removeprefix('torch.')}, drafter {drafter.name}, greedy{key}\n")
-    header = ["prompt", "plain tokens/s", "with drafter", "speed-up", "tokens per step", "identical"]
-    print(table(header, rows))
-    for note in notes:
-        print(note)
-    if notes and model.dtype != torch.float32:
-        print("Lower precision rounds such ties differently in a longer forward; compare --dtype float32.")
-    sys.stdout.flush()
 
 
-def _figures(plain: float, fast: float, per_step: float) -> list[str]:
-    return [f"{plain:.1f}", f"{fast:.1f}", f"{fast / plain:.2f}x", f"{per_step:.2f}"]
+def _answer(
+    args: Namespace, model: "PreTrainedModel", drafter: Drafter, title: str, prompt: dict, streamer: Streamer
+) -> words.Answer:
+    """Answer a prompt without the drafter, and with it, streaming."""
+    plain, plain_seconds = _timed(args, model, prompt, None)
+    fast, seconds = _timed(args, model, prompt, drafter, streamer.on_step)
+    streamer.end()
+    width = prompt["input_ids"].shape[1]
+    difference = None
+    if not torch.equal(plain.sequences, fast.sequences):
+        difference = _difference(model, plain.sequences[0], fast.sequences[0], width)
+    assert fast.trace is not None
+    steps = fast.trace.summary()["num_spec_steps"]
+    counts = plain.sequences.shape[1] - width, fast.sequences.shape[1] - width
+    return words.Answer(title, counts[0], plain_seconds, counts[1], seconds, steps, difference)
 
 
 def _generate(

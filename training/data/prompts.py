@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...spec.console import waiting
+
 DIGESTS = "prompts.sha256"  # beside prepared data and in drafter folders
 
 
@@ -62,7 +64,9 @@ def _entries(source: str, split: str) -> Iterator[dict | Unusable]:
             loaded = datasets.load_from_disk(source)
             yield from loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
         else:
-            yield from datasets.load_dataset(source, split=split)
+            with waiting(f"reading data set {source}"):
+                loaded = datasets.load_dataset(source, split=split)
+            yield from loaded
     except Exception as error:  # whatever datasets and the hub raise for a bad source
         detail = " ".join(str(error).split())[:200]
         raise ValueError(
