@@ -10,8 +10,7 @@ import sys
 from contextlib import contextmanager
 
 import torch
-from paceline.spec import arguments
-from paceline.spec.engines import executors, runs
+from paceline.spec.engines import executors
 from paceline.spec.step import step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -131,9 +130,6 @@ def host_readers_noted(offences):
 @contextmanager
 def tape_executor(patch):
     """Let `generate(executor="tape")` run by tape; yields the list of tapes made."""
-    patch.setattr(arguments, "NAMES", (*executors.NAMES, "tape"))
     patch.setitem(executors.EXECUTORS, "tape", TapeExecutor)
-    choose = runs.choose
-    patch.setattr(runs, "choose", lambda name, *rest: "tape" if name == "tape" else choose(name, *rest))
     TapeExecutor.made.clear()
     yield TapeExecutor.made
