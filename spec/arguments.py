@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from .engines.executors import NAMES
+from .engines.executors import executor_names
 from .target.load import context_length
 from .verify import check_rule
 
@@ -107,8 +107,8 @@ def check_model(model: Any, role: str = "model") -> PreTrainedModel:
 def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str, executor: str) -> None:
     """Refuse what `generate` cannot do; numbers in `kwargs` become Python's own."""
     check_rule(verify)
-    if executor not in NAMES:
-        raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(NAMES)}")
+    if executor not in (names := executor_names()):
+        raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(names)}")
     if kwargs.pop("assistant_model", None) is not None:
         raise ValueError("assistant_model= is transformers' own speculation; pass the draft model as drafter=")
     known = set(GenerationConfig().to_dict()) | set(_REFUSED) | _PASSED_ON

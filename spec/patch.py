@@ -22,7 +22,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import loop
 from .arguments import WITHOUT_EFFECT, check_writable, setting
-from .engines.executors import NAMES
+from .engines.executors import executor_names
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plan.store import read_shape
@@ -201,7 +201,7 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
     """The drafter as an object, all settings being such that a call can use them."""
     if unknown := [name for name in settings if name not in SETTINGS]:
         raise ValueError(f"patch() does not take {unknown[0]!r}; its settings are {', '.join(SETTINGS)}")
-    for name, names in (("verify", RULES), ("executor", NAMES)):
+    for name, names in (("verify", RULES), ("executor", executor_names())):
         if name in settings and settings[name] not in names:
             raise ValueError(f"{name}={settings[name]!r} is none of {', '.join(names)}")
     if file := settings.get("trace_file"):

@@ -4,101 +4,18 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
-from transformers import LlamaConfig, LlamaForCausalLM
+
+from support.models import fitted_heads, noisy_copy, tiny_llama
 
 if "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(2)
 settings.register_profile("paceline", deadline=None, derandomize=True)
 settings.load_profile("paceline")
-
-
-def tiny_llama(vocab=61, seed=0, **options):
-    """A random Llama of two layers in float32; `pad` is token 0, there is no end of text by default."""
-    torch.manual_seed(seed)
-    sizes = dict(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=1,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **options})).eval()
-
-
-def noisy_copy(model, noise=0.02, seed=1):
-    """A draft model that mostly agrees with `model`."""
-    torch.manual_seed(seed)
-    copy = type(model)(model.config).eval()
-    with torch.no_grad():
-        for mine, theirs in zip(copy.parameters(), model.parameters()):
-            mine.copy_(theirs + noise * torch.randn_like(theirs))
-    return copy
-
-
-def target_view(model, input_ids):
-    """What the frozen target sees on rows (B, T) of one document each."""
-    from paceline.spec.target.taps import HEAD, listening, put_taps
-    from paceline.training.objectives.objective import TargetView
-
-    put_taps(model, (HEAD,))
-    with torch.no_grad(), listening() as heard:
-        model(input_ids=input_ids, use_cache=False)
-    return TargetView(heard, model.get_output_embeddings())
-
-
-def whole_rows(input_ids):
-    """A batch of rows that are one document each, all of it the target's own."""
-    ones = torch.ones_like(input_ids)
-    return {"input_ids": input_ids, "loss_mask": ones, "document": ones * 0, "position_ids": ones.cumsum(1) - 1}
-
-
-def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
-    """Heads of three levels that have learned a little of the model's own text: right now and then."""
-    from paceline.drafters.medusa import HeadSettings, MedusaHeads
-    from paceline.training.objectives.heads import MedusaObjective
-    from paceline.training.objectives.known_tokens import frequent_tokens
-
-    torch.manual_seed(seed)
-    vocab = model.config.vocab_size
-    options = dict(do_sample=True, top_k=0, eos_token_id=None, pad_token_id=0, max_new_tokens=40)
-    text = model.generate(torch.randint(1, vocab, (16, 4)), **options)
-    batch, seen = whole_rows(text), target_view(model, text)
-    vocabulary = known and frequent_tokens([batch], known, vocab)
-    objective = MedusaObjective(
-        MedusaHeads.make(HeadSettings(mode, **{"heads": 3, "rank": 8, **settings}), model, vocabulary), 1.0, 0.5
-    )
-    with torch.no_grad():
-        for parameter in objective.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    optimizer = torch.optim.Adam(objective.parameters(), lr=0.01)
-    for _ in range(steps):
-        losses = objective(batch, seen)
-        (losses.total / losses.counted).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return objective.heads.requires_grad_(False).to(model.dtype)
-
-
-@contextmanager
-def as_traced(*models):
-    """Linear layers of `models` compute as they do where a compiler traces them."""
-    from paceline.spec.kernels.linears import packed_linears
-
-    with pytest.MonkeyPatch.context() as patch, packed_linears(models):
-        patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
-        yield
 
 
 @pytest.fixture(scope="module")

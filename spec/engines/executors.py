@@ -250,4 +250,8 @@ EXECUTORS: dict[str, type[Eager | Compiled | CudaGraph]] = {
     CudaGraph.name: CudaGraph,
     CompiledCudaGraph.name: CompiledCudaGraph,
 }
-NAMES = ("auto", "cuda_graph", *EXECUTORS)
+
+
+def executor_names() -> tuple[str, ...]:
+    """What `executor` may be: a line in the table, or a choice among them."""
+    return ("auto", "cuda_graph", *EXECUTORS)

@@ -1,7 +1,7 @@
 """The frozen target in training: what it saw on a batch, computed on the spot or read from disk.
 
 Hidden states are taken by the taps that decoding uses too. Documents of a pack do not see each other
-(tests/test_target.py). Knows nothing of objectives.
+(tests/training_objectives/test_target_view.py). Knows nothing of objectives.
 """
 
 from pathlib import Path

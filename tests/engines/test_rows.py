@@ -1,0 +1,78 @@
+"""Requests enter and leave rows while others go on."""
+
+import paceline
+import pytest
+import torch
+from paceline.drafters.medusa import MedusaDrafter
+from paceline.drafters.ngram import NgramDrafter
+from paceline.spec.engines import runs
+from paceline.spec.engines.executors import Eager
+from paceline.spec.noise import row_keys
+from paceline.spec.proposal import NoDrafter
+from paceline.spec.rows import Rows
+from paceline.spec.target.slots import SlotModel
+from paceline.spec.tree import TreeShape
+
+from support.engines import PROMPT, engine_of, request
+from support.models import fitted_heads, noisy_copy, tiny_llama
+from support.tape import TapeExecutor
+
+DRAFTERS = {
+    "none": lambda model: (NoDrafter(), TreeShape.chain(0)),
+    "ngram": lambda model: (NgramDrafter(), TreeShape.parse("2x2")),
+    "model": lambda model: (paceline.load_drafter(noisy_copy(model), model), TreeShape.parse("2x2x1")),
+    "hydra": lambda model: (MedusaDrafter(fitted_heads(model, "hydra", steps=20)), TreeShape.parse("3x2x1")),
+}
+
+
+def alone(model, asked):
+    """The reference: `generate` on this text only."""
+    ids, sampled = torch.tensor([asked.tokens]), asked.sampling.temperature != 1.0
+    options = dict(do_sample=True, temperature=asked.sampling.temperature, top_k=0, top_p=0.9)
+    options = options if sampled else dict(do_sample=False)
+    seed = next(seed for seed in range(9) if tuple(row_keys([seed], 1, "cpu")[0].tolist()) == asked.key)
+    out = paceline.generate(
+        model, ids, torch.ones_like(ids), max_new_tokens=asked.new_tokens, seed=[seed],
+        eos_token_id=list(asked.ends) or None, pad_token_id=0, **options,
+    )  # fmt: skip
+    return out[0, len(asked.tokens) :].tolist()
+
+
+@pytest.mark.parametrize("lag", [None, 0, 1])
+@pytest.mark.parametrize("name", DRAFTERS)
+def test_requests_enter_and_leave_while_another_goes_on(name, lag, monkeypatch):
+    """Two rows: one text goes on for forty tokens; beside it others end, are evicted, and follow one another, each
+    with its own seed, temperature and ends of text. Eager, and by tape read at once or one step late."""
+    model = tiny_llama(seed=3)
+    drafter, shape = DRAFTERS[name](model)
+    target = SlotModel(model, 2, 128, drafter.traits.taps)
+    engine = engine_of(target, drafter, shape, temperature=0.7)
+    monkeypatch.setattr(TapeExecutor, "lag", lag or 0)
+    rows = Rows(Eager(engine) if lag is None else TapeExecutor(engine), chunk=4)
+    free = alone(model, request(PROMPT[:4], 12, 4, 1.3))
+    asked = {
+        "long": request(PROMPT, 40, 1, 0.7),
+        "short": request(PROMPT[:7], 5, 2, 0.4),
+        "evicted": request(PROMPT[2:], 30, 3, 0.9),
+        "ending": request(PROMPT[:4], 12, 4, 1.3, ends=(free[5], 60)),
+        "last": request(PROMPT[5:6], 7, 5, 0.6),
+    }
+    waiting, names, texts, steps = list(asked), {}, {}, 0
+    while waiting or rows.live:
+        for row in rows.free if waiting else ():
+            names[row] = waiting.pop(0)
+            with torch.no_grad():
+                rows.admit({row: asked[names[row]]})
+            if not waiting:
+                break
+        with torch.no_grad():
+            arrival, steps = rows.step(), steps + 1
+        assert steps < 500
+        for row in arrival.ended:
+            texts[names[row]] = rows.text(row)[len(asked[names[row]].tokens) :]
+        rows.evict([row for row in rows.live if names[row] == "evicted" and row in arrival.reports])
+    assert "evicted" not in texts and asked.keys() - {"evicted"} == texts.keys()
+    for one, text in texts.items():
+        assert text == alone(model, asked[one]), one
+    assert texts["ending"] == free[: free.index(free[5]) + 1]
+    runs.reset(model)

@@ -1,0 +1,40 @@
+"""A backend for linear layers is a line in the table."""
+
+import paceline
+import torch
+from paceline.spec.kernels import linears
+from torch import nn
+
+from support.models import tiny_llama
+
+
+class Transposed:
+    """Keeps a weight the other way round."""
+
+    def __init__(self):
+        self.traced = 0
+
+    def takes(self, weight):
+        return weight.dtype == torch.float64
+
+    def pack(self, weight):
+        return weight.T.contiguous()
+
+    def linear(self, x, packed, bias, outputs):
+        self.traced += 1
+        assert packed.shape == (x.shape[-1], outputs)
+        return x @ packed if bias is None else x @ packed + bias
+
+
+def test_a_backend_is_a_line_in_the_table(ragged, monkeypatch):
+    backend, model = Transposed(), tiny_llama(seed=5).double()
+    monkeypatch.setattr(linears, "BACKENDS", [backend, *linears.BACKENDS])
+    options = dict(do_sample=False, max_new_tokens=8)
+    text = paceline.generate(model, *ragged, executor="compiled", **options)
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    assert backend.traced >= len(layers) and all(layer.packed_weight.backend is backend for layer in layers)
+    assert torch.equal(text, paceline.generate(model, *ragged, executor="eager", **options))
+    single = tiny_llama(seed=5)
+    linears.pack([single])
+    assert not any(layer.__dict__.get("packed_weight") and layer.packed_weight.backend is backend
+                   for layer in single.modules())  # fmt: skip
