@@ -22,6 +22,10 @@ class ScoreBook:
         for row, count in counts.items():
             self.rows[row] += scores[row, path[row, :count]].unbind()
 
+    def cut(self, row: int, count: int) -> None:
+        """Forget the scores of a row behind its first `count` tokens."""
+        del self.rows[row][count:]
+
     def token(self, index: int) -> Tensor:
         """(B, V) scores of the index-th token of each row; zeros for a row that ended before it."""
         blank = torch.zeros_like(next(row[0] for row in self.rows if row))

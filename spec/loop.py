@@ -48,6 +48,9 @@ def decode(
     for row, count in enumerate(counts):
         if count < len(texts[row]):
             trace.cut(row, count)
+            for book in (score_book, logit_book):
+                if book is not None:
+                    book.cut(row, count)
     return counts
 
 

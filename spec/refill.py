@@ -93,10 +93,13 @@ def decode_texts(
             rows = Rows(running, prefill_chunk)
             refill.fill(rows)
             while live := rows.live:
-                if refill.exhausted and 2 * len(live) <= len(rows.tickets):  # too few for this batch
-                    rows = rows.moved(live, _narrower(model, drafter, asked, sampler, rows, len(live)))
-                if refill.take(rows, rows.step()):
+                too_few = refill.exhausted and 2 * len(live) <= len(rows.tickets)  # for this batch
+                arrivals = rows.drain() if too_few else [rows.step()]
+                ended = [refill.take(rows, arrival) for arrival in arrivals]
+                if any(ended):
                     refill.fill(rows)
+                elif too_few:
+                    rows = rows.moved(live, _narrower(model, drafter, asked, sampler, rows, len(live)))
 
 
 class _Refill:

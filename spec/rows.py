@@ -105,6 +105,7 @@ class Rows:
         self._numbers, self._next = itertools.count(), itertools.count(NO_TICKET + 1)
         self._waiting: deque[Readout] = deque()  # steps that the host has not read
         self.engine.state.done.fill_(True)
+        self.engine.state.ticket.fill_(NO_TICKET)  # an earlier call's, where the engine is a kept one
 
     @property
     def free(self) -> list[int]:
@@ -116,8 +117,12 @@ class Rows:
 
     def admit(self, requests: Mapping[int, Request]) -> None:
         """Put each request into the free row that it stands for, and read the prompts, together."""
-        for row in requests:
+        (_, capacity), (_, ends) = self.engine.state.tokens.shape, self.engine.state.eos.shape
+        for row, request in requests.items():
             assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
+            assert request.tokens and len(request.tokens) + request.new_tokens < capacity, "the text has no room"
+            assert len(request.ends) <= ends, "the engine was made for fewer ends of text"
+        for row in requests:
             self.tickets[row] = next(self._next)
         index = self._index(list(requests))
         self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
@@ -129,7 +134,15 @@ class Rows:
             watch = Stopwatch(self.engine.state.tokens.device)
             result = self.executor.run(watch.mark)
             self._waiting.append(Readout(result, watch, next(self._numbers), self.executor.lag))
-        readout = self._waiting.popleft()
+        return self._read(self._waiting.popleft())
+
+    def drain(self) -> list[Arrival]:
+        """The steps that the host has not read yet, without running another one."""
+        unread = [*self._waiting]
+        self._waiting.clear()
+        return [self._read(readout) for readout in unread]
+
+    def _read(self, readout: Readout) -> Arrival:
         every = enumerate(readout.reports())
         reports = {row: report for row, report in every if report.ticket == self.tickets[row] != NO_TICKET}
         for row, report in reports.items():
@@ -147,6 +160,7 @@ class Rows:
     def extend(self, row: int, new_tokens: int) -> None:
         """Let a text that has ended go on behind its end, by at most `new_tokens` tokens."""
         state = self.engine.state
+        assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
         self.tickets[row] = next(self._next)
         state.ticket[row] = self.tickets[row]
         state.limits[row] = state.lengths[row] + new_tokens
@@ -158,7 +172,9 @@ class Rows:
         return state.tokens[row, : int(state.lengths[row])].tolist()
 
     def moved(self, rows: list[int], executor: Executor) -> "Rows":
-        """The requests of `rows` in the rows of another executor's engine, whose drafter and capacity are the same."""
+        """The requests of `rows` in the rows of another executor's engine, whose drafter and capacity are the same; to
+        be called when all steps have been read."""
+        assert not self._waiting
         moved = Rows(executor, self.chunk)
         moved.engine.copy_rows(self.engine, self._index(rows))
         moved.tickets, moved._next = [self.tickets[row] for row in rows], self._next

@@ -20,10 +20,9 @@ import pytest
 import torch
 from paceline.drafters import shipped
 from paceline.drafters.kinds import KINDS
-from paceline.spec import metrics, patch
+from paceline.spec import cli, metrics, patch
 from paceline.spec.bench.methods import parse_methods
 from paceline.spec.check.shapes import SHAPES
-from paceline.spec.cli import main as cli
 from paceline.spec.engines import executors, runs
 from paceline.spec.kernels import native
 from paceline.spec.proposal import DrafterTraits
@@ -31,11 +30,11 @@ from paceline.spec.tree import TreeShape
 from paceline.spec.verify import RULES
 from paceline.training import config as configuration
 from paceline.training.objectives.losses import NAMES as LOSSES
-from tape import tape_executor
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from conftest import fitted_heads, noisy_copy, tiny_llama
+from support.models import fitted_heads, noisy_copy, tiny_llama
+from support.tape import tape_executor
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *(f"docs/{page.name}" for page in ROOT.glob("docs/*.md"))]
@@ -225,7 +224,7 @@ def parsed(words, monkeypatch):
         def __getattr__(self, name):
             return seen.append
 
-    monkeypatch.setattr(cli, "import_module", lambda *names: Module())
+    monkeypatch.setattr(sys.modules["paceline.spec.cli.main"], "import_module", lambda *names: Module())
     assert cli.main(words) == 0
     return seen[0]
 
@@ -300,7 +299,7 @@ def described():
     arguments = [name for name, own in inspect.signature(paceline.generate).parameters.items() if own.kind == 3]
     own = set(arguments) - {"streamer", "tokenizer"}  # as in transformers
     yield "docs/generate.md", {f"{name}=" for name in own}
-    yield "docs/generate.md", {*patch.SETTINGS} | {f'"{name}"' for name in executors.NAMES}
+    yield "docs/generate.md", {*patch.SETTINGS} | {f'"{name}"' for name in executors.executor_names()}
     yield "docs/lossless.md", {f'"{name}"' for name in RULES}
     yield "docs/bench.md", {re.sub(r"\W.*", "", name) for name in metrics.summary([])}
     yield "docs/add-a-drafter.md", {field.name for field in dataclasses.fields(DrafterTraits)} - {"parts"}

@@ -30,7 +30,7 @@ def test_public_names_load_on_first_use():
 
 
 def test_importing_and_helping_do_not_load_torch(tmp_path):
-    code = "import sys, paceline, paceline.spec.cli.main as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, paceline, paceline.spec.cli as cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
     done = run("-c", code + "assert 'torch' not in sys.modules and 'transformers' not in sys.modules", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "generate" in done.stdout and "demo" in done.stdout

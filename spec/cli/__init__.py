@@ -1,1 +1,5 @@
 """The command line, `paceline`."""
+
+from .main import main
+
+__all__ = ["main"]

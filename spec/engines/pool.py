@@ -15,6 +15,7 @@ import torch
 
 from ..proposal import Drafter, parts_of
 from ..step import Engine
+from ..target.taps import put_taps
 from .module_state import addresses, fingerprint, structure
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class KeptRun:
     def wake(self, model: "PreTrainedModel") -> None:
         """Let the engine run its target again, which it does not hold on to at rest."""
         self.engine.target.model = model
+        put_taps(model, self.engine.target.traits.taps)  # should somebody have taken them off
 
 
 @dataclass(slots=True, eq=False)

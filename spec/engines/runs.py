@@ -118,7 +118,11 @@ def _kept_or_made(
     None where nothing was kept for it."""
     spec = asked.settled(name)
     if run := pool.take(spec, target, model, drafter):
-        pack(run.engine.packable)  # again, where weights have changed
+        try:
+            pack(run.engine.packable)  # again, where weights have changed
+        except BaseException:
+            pool.give_back(run)
+            raise
         return run
     if pool.alike(spec, target, drafter):  # in use
         return None

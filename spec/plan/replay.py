@@ -172,6 +172,6 @@ def follow(
             raise ValueError("calibration met scores that are NaN; check the model's weights and dtype")
         accepted = report.path[1 : report.accepted + 1]
         events.append(Event(0, arrival.number, report.tokens, report.parents, accepted, report.bonus))
-        if len(events) == new_tokens or rows.text(0)[-1] in ends:
+        if len(events) == new_tokens or int(rows.engine.state.roots()[0, 0]) in ends:
             return events
         rows.extend(0, 1)

@@ -44,10 +44,10 @@ class SlotLayer(CacheLayerMixin):
         return self._seen(self.keys), self._seen(self.values)
 
     def _seen(self, buffer: Tensor) -> Tensor:
-        rows = self.by_row(buffer)
+        rows = self.by_row(buffer)[:, : self.cache.reach]
         if self.cache.rows is not None:
-            rows = rows[self.cache.rows]
-        return rows[:, : self.cache.reach].unflatten(2, (self.heads, -1)).transpose(1, 2)
+            rows = rows[self.cache.rows]  # a copy, of no more than is looked at
+        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
     def by_row(self, buffer: Tensor) -> Tensor:
         """(B, capacity, H * D)"""

@@ -19,7 +19,7 @@ from . import attention, masks
 from .cache import SlotCache
 from .masks import SlotView, showing
 from .protocol import Seen, Span, TargetTraits
-from .taps import Tap, feature_sizes, joined, listening, put_taps
+from .taps import HEAD, Tap, feature_sizes, joined, listening, put_taps
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -49,7 +49,7 @@ class SlotModel:
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
         self.twice: Tensor | None = None  # (2,): node 0 and node 0, where it is not forwarded alone
-        put_taps(model, taps)
+        put_taps(model, (*taps, HEAD) if taps else ())  # the head has nothing to do while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
         self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
         if model.device.type == "cpu" and native.prepare() and model.dtype == torch.bfloat16:

@@ -22,6 +22,7 @@ HEAD: Literal["head"] = "head"
 Tap = int | Literal["head"]  # what comes out of the decoder layer of that number, from 0; or the LM head's input
 
 _active = threading.local()
+_putting = threading.Lock()  # two threads must not put the same tap twice
 
 
 def lm_head(model: "PreTrainedModel") -> nn.Linear:
@@ -61,15 +62,16 @@ def feature_sizes(model: "PreTrainedModel", taps: Iterable[Tap]) -> list[int]:
 
 def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
     """Make `model` tell what passes at its taps while `listening`. Raises ValueError where it has no such place."""
-    for tap in taps:
-        if tap == HEAD:
-            head = lm_head(model)
-            if not any(map(is_tap, head._forward_pre_hooks.values())):
-                head.register_forward_pre_hook(_tell_input)
-            continue
-        layer = _layer(model, tap)
-        if not any(map(is_tap, layer._forward_hooks.values())):
-            layer.register_forward_hook(partial(_tell_output, tap))
+    with _putting:
+        for tap in taps:
+            if tap == HEAD:
+                head = lm_head(model)
+                if not any(map(is_tap, head._forward_pre_hooks.values())):
+                    head.register_forward_pre_hook(_tell_input)
+                continue
+            layer = _layer(model, tap)
+            if not any(map(is_tap, layer._forward_hooks.values())):
+                layer.register_forward_hook(partial(_tell_output, tap))
 
 
 def is_tap(hook: object) -> bool:

@@ -202,6 +202,22 @@ def test_kept_engines_stay_within_their_memory(tapes, monkeypatch):
     assert len(pool.pool_of(model).runs) == 2
 
 
+def test_a_call_that_is_interrupted_before_it_begins_gives_its_step_back(tapes, monkeypatch):
+    model = tiny_llama()
+    assert_eager_text(model)
+
+    def interrupt(modules):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "pack", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            decode(model, "tape")
+    replays = tapes[0].replays
+    assert_eager_text(model)
+    assert len(tapes) == 1 and tapes[0].replays > replays
+
+
 def test_a_long_limit_compiles_only_if_the_text_becomes_long(monkeypatch, capfd):
     """`auto` begins eagerly; in the middle of a text it goes on compiled, with heads that read hidden states."""
     model = tiny_llama()

@@ -76,3 +76,41 @@ def test_requests_enter_and_leave_while_another_goes_on(name, lag, monkeypatch):
         assert text == alone(model, asked[one]), one
     assert texts["ending"] == free[: free.index(free[5]) + 1]
     runs.reset(model)
+
+
+@torch.no_grad()
+def test_a_kept_engine_forgets_whose_its_rows_were(monkeypatch):
+    """A later call's request is not ended by a report, read a step late, of the row's last one."""
+    model, short, other = tiny_llama(seed=3), request(PROMPT[:6], 3, 1), request(PROMPT[2:8], 5, 2)
+    monkeypatch.setattr(TapeExecutor, "lag", 1)
+    executor = TapeExecutor(engine_of(SlotModel(model, 2, 64), NgramDrafter(), TreeShape.parse("2x2")))
+    first = Rows(executor, 4)
+    first.admit({0: short, 1: short})
+    while first.live:
+        first.step()
+    rows = Rows(executor, 4)
+    rows.admit({0: request(PROMPT, 20, 3)})
+    rows.step()
+    rows.admit({1: other})
+    while 1 in rows.live:
+        rows.step()
+    assert rows.text(1)[len(other.tokens) :] == alone(model, other)
+
+
+@torch.no_grad()
+def test_steps_that_were_not_read_are_drained_before_rows_move(monkeypatch):
+    model, asked = tiny_llama(seed=3), [request(PROMPT, 20, 1), request(PROMPT[:5], 4, 2), request(PROMPT[3:], 6, 3)]
+    monkeypatch.setattr(TapeExecutor, "lag", 1)
+    executor = TapeExecutor(engine_of(SlotModel(model, 3, 64), NgramDrafter(), TreeShape.parse("2x2")))
+    rows, tokens = Rows(executor, 4), 0
+    rows.admit(dict(enumerate(asked)))
+    while len(rows.live) > 1:
+        tokens += sum(report.committed for report in rows.step().reports.values())
+    for arrival in rows.drain():
+        tokens += sum(report.committed for report in arrival.reports.values())
+    assert rows.live == [0]
+    narrow = Eager(engine_of(SlotModel(model, 1, 64), NgramDrafter(), TreeShape.parse("2x2")))
+    rows = rows.moved([0], narrow)
+    while rows.live:
+        tokens += sum(report.committed for report in rows.step().reports.values())
+    assert rows.text(0)[len(PROMPT) :] == alone(model, asked[0]) and tokens == 20 + 4 + 6

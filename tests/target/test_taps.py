@@ -9,10 +9,13 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.draft_session import StaticDraftSession
+from paceline.drafters.medusa import MedusaDrafter
+from paceline.spec.target.selftest import attach
 from paceline.spec.target.taps import HEAD, is_tap, layer_stacks
 
 from support.families import SUPPORTED, build
-from support.models import noisy_copy, tiny_llama
+from support.models import fitted_heads, noisy_copy, tiny_llama
+from support.tape import tape_executor
 
 
 class Reader(ModelDrafter):
@@ -130,3 +133,24 @@ def test_layers_that_are_not_there_cannot_be_tapped(ragged, tap, words):
     model = tiny_llama()
     with pytest.raises(ValueError, match=words):
         paceline.generate(model, *ragged, drafter=Reader(noisy_copy(model), (tap,)), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("taps", [(0,), (HEAD,), (1, HEAD)])
+def test_reading_computes_no_logits_of_the_prompt(ragged, taps):
+    model, rows = tiny_llama(seed=3), []
+    attach(model)
+    model.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    drafter = Reader(noisy_copy(model), taps)
+    paceline.generate(model, *ragged, drafter=drafter, tree="chain:2", prefill_chunk=4, max_new_tokens=4)
+    assert rows[-1] == 3 and {count for count in rows if count != 3} == {0}, "three nodes a step, and nothing else"
+
+
+def test_a_kept_step_hears_again_where_its_taps_were_taken_off(ragged, monkeypatch):
+    model = tiny_llama(seed=3)
+    drafter = MedusaDrafter(fitted_heads(model, "hydra", steps=5))
+    with tape_executor(monkeypatch):
+        texts = []
+        for _ in range(2):
+            texts.append(paceline.generate(model, *ragged, drafter=drafter, executor="tape", max_new_tokens=6))
+            model.lm_head._forward_pre_hooks.clear()
+    assert torch.equal(*texts)

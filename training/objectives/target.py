@@ -108,8 +108,8 @@ def hidden_bytes(model, taps: tuple[Tap, ...], rows: int, length: int) -> int:
 
 def hidden_folder(model_name: str, dtype: torch.dtype, taps: tuple[Tap, ...]) -> str:
     """What the folder of hidden states of a target (its fingerprint) is called."""
-    layers = "".join(f"-{tap}" for tap in taps if tap != HEAD)
-    return f"hidden-{model_name[:12]}-{str(dtype).removeprefix('torch.')}{layers and '-layers' + layers}"
+    named = "" if taps == (HEAD,) else "-taps-" + "-".join(map(str, taps))
+    return f"hidden-{model_name[:12]}-{str(dtype).removeprefix('torch.')}{named}"
 
 
 def write_hidden_states(

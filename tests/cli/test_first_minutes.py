@@ -10,14 +10,13 @@ import zipfile
 from argparse import Namespace
 
 import pytest
-from paceline.spec import console
+from paceline.spec import cli, console
 from paceline.spec.cli import catalogue, words
-from paceline.spec.cli import main as cli
 from paceline.spec.target import load
 from paceline.spec.target.selftest import Unsteady
 from tqdm.auto import tqdm
 
-from conftest import tiny_llama
+from support.models import tiny_llama
 
 DEMO = catalogue.make_parser().parse_args(["demo", "--executor", "eager"])
 
@@ -166,7 +165,7 @@ def test_a_model_is_loaded_without_a_word(folder, capfd):
 def test_warnings_of_others_are_not_shown(capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("always")
-        cli._hush()
+        sys.modules["paceline.spec.cli.main"]._hush()
         warnings.warn("something is deprecated", FutureWarning, stacklevel=1)
         warnings.warn("its logits are unsteady", Unsteady, stacklevel=1)
     assert capsys.readouterr().err == "paceline: its logits are unsteady\n"

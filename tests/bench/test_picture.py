@@ -10,7 +10,7 @@ from paceline.spec.bench.picture import NODES, STEPS, nodes, picture, typical
 from paceline.spec.bench.runfile import read_run
 from paceline.spec.trace import Event
 
-import runs
+from support import runs
 
 SVG = "{http://www.w3.org/2000/svg}"
 

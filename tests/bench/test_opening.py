@@ -11,7 +11,7 @@ from paceline.spec.bench.analysis import analyse
 from paceline.spec.bench.report import page
 from paceline.spec.bench.runfile import read_run
 
-import runs
+from support import runs
 
 
 def measured(tmp_path, others=(), made=None, **changes):
