@@ -245,8 +245,8 @@ class MedusaDrafter:
         if (self.heads.hidden_size, weight.dtype, weight.device) != expected:
             raise ValueError(
                 f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {weight.dtype} on "
-                f"{weight.device} and the target's are {expected[0]} in {expected[1]} on {expected[2]}; load it for this "
-                "target"
+                f"{weight.device} and the target's are {expected[0]} in {expected[1]} on {expected[2]}; load it for "
+                "this target"
             )
         return MedusaSession(self.heads, request)
 
