@@ -1,6 +1,6 @@
-"""Drafters, one file per family, and `load_drafter`, which finds one by name.
+"""Drafters, one module per kind, and `load_drafter`, which makes one from a name, a path or a model.
 
-They know the decode core's protocol (`paceline.spec.proposal`) and nothing of verification.
+A drafter implements the protocol in `paceline.spec.proposal` and knows nothing of verification.
 """
 
 from pathlib import Path
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 def load_drafter(name_or_path: "str | Path | Drafter | PreTrainedModel", target: "PreTrainedModel") -> "Drafter":
     """The drafter called `name_or_path` for the model `target`.
 
-    "ngram" is prompt lookup, which needs no weights; "auto" the best drafter that ships with the package for this
-    target, heads with prompt lookup beside them, else ngram alone; the names of `paceline drafters` are those;
-    "heads+ngram" two of them side by side; anything else is a folder or a hub id: trained heads, or a causal LM with
-    the target's vocabulary (its short name too), loaded in the target's dtype onto its device. A causal LM that is
-    loaded already can stand in place of a name, and a drafter is returned as it is. Raises ValueError where it cannot
-    be found, loaded or does not fit the target.
+    "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
+    target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
+    those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: trained
+    heads, or a causal LM with the target's vocabulary, loaded in the target's dtype onto its device. A causal LM that
+    is already loaded may be passed instead of a name, and a drafter is returned as it is. Raises ValueError where the
+    drafter cannot be found or loaded, or does not fit the target.
     """
     from ..spec.arguments import check_model
 
@@ -43,7 +43,7 @@ def load_drafter(name_or_path: "str | Path | Drafter | PreTrainedModel", target:
 
 
 def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
-    """The draft model that wraps `model`, a causal LM, the same one every time."""
+    """`model` itself if it is a drafter; for a causal LM its `ModelDrafter`, the same object on every call."""
     from ..spec.arguments import check_model
     from ..spec.proposal import is_drafter
     from .draft_model import ModelDrafter
@@ -63,7 +63,7 @@ def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
 
 
 def _best(target: "PreTrainedModel") -> "Drafter":
-    """The best drafter that ships for `target`, prompt lookup beside it where it can stand there, or that alone."""
+    """The best drafter that ships for `target`, combined with prompt lookup where possible; ngram where none ships."""
     from .beside import Beside
     from .ngram import NgramDrafter
     from .shipped import best_shipped

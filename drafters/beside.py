@@ -1,10 +1,10 @@
 """Two drafters side by side: both propose behind the same root, and the target checks both proposals in one forward.
 
-Heads foresee how a text of its kind goes on and cannot copy; prompt lookup copies and foresees nothing. The tree is
-divided between them: the branch below the root's last child, a chain, is the second drafter's, everything else the
-first's. Both draft every time, so the step stays static; a branch for which the second has nothing is empty. Their
-tokens come from different laws, which only the rule `match` can treat: where drafts must be drawn from known
-probabilities, the first drafts alone. Knows nothing of verification.
+Heads predict new text but cannot copy; prompt lookup copies but cannot predict. The tree is divided between them: the
+last child of the root and the chain below it belong to the second drafter, everything else to the first. Both draft in
+every step, so that the step stays static; where the second drafter has no proposal its branch is empty. The two draw
+their tokens in different ways, which only the rule `match` can verify; where drafts must come from a known
+distribution, the first drafter drafts alone. Knows nothing of verification.
 """
 
 from dataclasses import replace
@@ -18,13 +18,13 @@ from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
 from ..spec.tree import TokenTree, TreeShape
 
-COPIED = 2  # tokens of the second's part of the default tree, a chain
+COPIED = 2  # length of the second drafter's chain in the default tree
 
 
 class Beside:
-    """`first` and `second` are drafters that can follow any tree: trained heads, prompt lookup.
+    """`first` and `second` must be drafters that can follow any tree: trained heads or prompt lookup.
 
-    Raises ValueError for another."""
+    Raises ValueError for any other drafter."""
 
     def __init__(self, first: Drafter, second: Drafter):
         for part in (first, second):
@@ -63,7 +63,7 @@ class Beside:
 
 
 class BesideSession:
-    """One run of both."""
+    """One run of both drafters, each with its own session on its own part of the tree."""
 
     def __init__(self, parts: tuple[Drafter, Drafter], request: DraftRequest):
         shape = request.fixed_shape
@@ -94,8 +94,8 @@ class BesideSession:
     def propose(self, state: DecodeState) -> Proposal:
         tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(state.lengths), 1)  # (B, N)
         proposals = [session.propose(state) for session in self.sessions[: 1 if self.first_alone else 2]]
-        for nodes, own in zip(self.nodes, proposals):
-            tokens[:, nodes] = own.tokens
+        for nodes, proposal in zip(self.nodes, proposals):
+            tokens[:, nodes] = proposal.tokens
         first = proposals[0]
         if not self.first_alone:
             return Proposal(tokens, self.tree, "deterministic", first.noise)
@@ -109,13 +109,13 @@ class BesideSession:
             session.follow(base, path, count, features)
 
     def copy_rows(self, other: Self, rows: Tensor) -> None:
-        for mine, theirs in zip(self.sessions, other.sessions):
-            mine.copy_rows(theirs, rows)
+        for session, source in zip(self.sessions, other.sessions):
+            session.copy_rows(source, rows)
 
 
 def divided(shape: TreeShape) -> tuple[list[int], list[int]]:
-    """The nodes of the first drafter and of the second, each with the root; the second's are those below the root's
-    last child, itself included."""
+    """The nodes of the first drafter and of the second; both lists include the root. The second drafter's are the
+    root's last child and everything below it."""
     branch = {shape.children[0][-1]}
     for node, parent in enumerate(shape.parents):
         if parent in branch:

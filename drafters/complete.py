@@ -1,7 +1,7 @@
 """Draft models that were saved without the weights they share with their target.
 
-Their config names the tensors that were left out and where in the target they are. Such a folder is small; loaded
-by anything but Paceline it would lack its embeddings. Knows nothing of drafting.
+Such a folder is small, but only Paceline can load it: its config (`paceline_left_out`) maps every tensor that was left
+out to the target's module and parameter that replaces it. Knows nothing of drafting.
 """
 
 from pathlib import Path
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def complete(
     name_or_path: str | Path, target: "PreTrainedModel", dtype: torch.dtype | None = None
 ) -> "PreTrainedModel":
-    """The draft model of a folder, hub id or short name, in the target's dtype (or `dtype`) on the target's device,
-    with the target's own tensors where it leaves them out.
+    """The draft model of a folder, hub id or short name, in the target's dtype (or `dtype`) on the target's device;
+    tensors that were left out are taken from the target.
 
     Raises ValueError where it cannot be loaded or shares weights with another target."""
     folder = None if str(name_or_path) in NAMED else read_folder(name_or_path)
@@ -32,8 +32,8 @@ def complete(
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder.path), dtype=dtype or target.dtype)
     tensors = folder.tensors()
-    for name, place in folder.config["paceline_left_out"].items():
-        module, key = place.split(".")
+    for name, path_in_target in folder.config["paceline_left_out"].items():
+        module, key = path_in_target.split(".")
         tensors[name] = getattr(getattr(target, f"get_{module}")(), key).detach().cpu()
     folder.check_tensors(tensors, model.state_dict())
     model.load_state_dict(tensors)

@@ -1,4 +1,4 @@
-"""A small causal LM as drafter: one forward per tree level, a slot cache of its own.
+"""A small causal LM as drafter: one forward per tree level, with a KV cache of its own.
 
 How it drafts is in draft_session.py (fixed trees) and dynamic_tree.py (trees that follow its confidence). Knows nothing
 of verification.
@@ -27,9 +27,9 @@ DEEPEST = 4  # levels of the default tree: each costs a forward
 
 class ModelDrafter:
     """`model` is any causal LM with the target's vocabulary that passes the same self-test as a target. `rates` is
-    the acceptance p[depth][rank] that the default tree is planned from, a chain where there is none. With
-    `vocabulary` (V',), ascending ids, it drafts these tokens only, and its LM head is replaced by one that gives
-    their logits."""
+    the acceptance p[depth][rank] from which the default tree is planned; without it the default is a chain. With
+    `vocabulary` (V',), ascending ids, it drafts these tokens only, and its LM head is replaced by one that computes
+    their logits alone."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ModelDrafter:
 
     @classmethod
     def load(cls, source: str | Path, folder: DrafterFolder | None, target: PreTrainedModel) -> "ModelDrafter":
-        """The draft model of a folder, a hub id or a short name; `folder` where it was trained here.
+        """The draft model of a folder, a hub id or a short name; `folder` is None where Paceline did not train it.
 
         Raises ValueError where it cannot be loaded or has another vocabulary than `target`."""
         rates = known = None
@@ -66,13 +66,13 @@ class ModelDrafter:
 
     @classmethod
     def around(cls, model: PreTrainedModel) -> "ModelDrafter":
-        """The drafter of a loaded model, which is kept with the model, so that what is made for it serves again."""
+        """The drafter of a loaded model, stored on the model so that later calls reuse it and its compiled steps."""
         drafter = model.__dict__.get("_paceline_drafter")
         vocab = model.config.get_text_config().vocab_size
         if drafter is None or drafter.model is not model or drafter.traits.vocab_size != vocab:
             name = Path(str(getattr(model.config, "_name_or_path", "") or type(model).__name__)).name
             drafter = model.__dict__["_paceline_drafter"] = cls(model, name)
-        attach(model)  # which may have changed
+        attach(model)  # again, as the model may have changed
         return drafter
 
     def _whole_model(self) -> PreTrainedModel:

@@ -1,7 +1,8 @@
-"""What the sessions of a draft model share, and the one that fills a fixed tree.
+"""The base class of a draft model's sessions, and the session that fills a fixed tree.
 
-The cache follows the accepted path; only the last accepted token can be missing from it (a leaf is never forwarded), so
-each step starts with the last two committed tokens. Knows nothing of verification.
+After each step the cache is cut back to the accepted path. Only the last accepted token can be missing from it, because
+leaves are never forwarded; so each step begins by forwarding the last two committed tokens. Knows nothing of
+verification.
 """
 
 from typing import Self
@@ -18,7 +19,7 @@ from .static_tree import StaticTree
 
 
 class ModelDraftSession:
-    """What every run of a draft model has: a cache, and how a step begins."""
+    """One run of a draft model: its cache, and the forward that every step begins with."""
 
     def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
         self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
@@ -42,8 +43,8 @@ class ModelDraftSession:
         self.slots.copy_rows(other.slots, rows)
 
     def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
-        """Forward the last two committed tokens: the root, and the one before it, which may be a leaf of
-        the last tree. A row of one token has none before it: that column is padding. (B, 1, V')"""
+        """Logits (B, 1, V') at the root. Forwards the last two committed tokens: the root and the token before it,
+        which may have been a leaf of the last tree. In a row of a single token the first column is padding."""
         pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
         tokens = state.tokens.gather(1, pair.clamp(min=0))
         return self.slots.forward_text(tokens, pair).logits

@@ -1,9 +1,9 @@
-"""Trees that follow the draft's confidence: best-first growth to a fixed budget, on the device.
+"""Trees that follow the draft's confidence: best-first growth to a fixed number of nodes, on the device.
 
-Level by level the most probable paths (by cumulative draft probability) are forwarded and offer children;
-of all candidates the best `nodes - 1` become the tree (SpecExec, arXiv:2406.02532; EAGLE-2, arXiv:2406.16858).
-Sizes are static and parents are data, so that one captured step grows a different tree every time. The
-children are the draft's top-k, chosen and not drawn, which `match` and `typical` can treat.
+Level by level the most probable paths (by cumulative draft probability) are forwarded, and their top-k tokens become
+candidates; the best `nodes - 1` of all candidates form the tree (SpecExec, arXiv:2406.02532; EAGLE-2,
+arXiv:2406.16858). Shapes are static and the parents are tensor data, so that one captured step can grow a different
+tree every time. Children are chosen, not drawn at random, which the rules `match` and `typical` can verify.
 """
 
 from typing import Self
@@ -17,12 +17,12 @@ from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree
 from .draft_session import ModelDraftSession
 
-# Every edge costs a little, so that a child never ties with its parent and cannot be chosen without it.
+# Subtracted from the score at every edge: a child then scores below its parent and is never chosen without it.
 _EDGE = 1e-3
 
 
 class DynamicDraftSession(ModelDraftSession):
-    """`request.shape` is a `DynamicShape`: N nodes, D levels, W paths forwarded a level, W children each."""
+    """One run on a `DynamicShape`: N nodes, D levels, W paths forwarded per level, W children each."""
 
     def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
         super().__init__(model, request, vocabulary)
@@ -40,7 +40,7 @@ class DynamicDraftSession(ModelDraftSession):
         certain = torch.zeros(rows, 1, device=base.device)  # log probability of the root's path
         tokens, scores = self._children(self._root_logits(state, base), certain, state)
         pool.add(tokens, scores, parents=torch.zeros_like(tokens))
-        frontier = pool.last(width)  # (B, W) places in the pool
+        frontier = pool.last(width)  # (B, W) indices in the pool
         for depth in range(1, shape.max_depth):
             first = 1 + (depth - 1) * width
             nodes = torch.arange(first, first + width, device=base.device)  # their slots behind the root
@@ -73,8 +73,8 @@ class DynamicDraftSession(ModelDraftSession):
 
 
 class _Pool:
-    """All candidates of one step, level by level: token, path score, the slot of its parent, and its own slot
-    behind the root if it has been forwarded (else 0)."""
+    """All candidates of one step, level by level: token, path score, the parent's slot, and the candidate's own slot if
+    it has been forwarded (else 0). Slots count from the root, which is slot 0."""
 
     def __init__(self, rows: int, width: int, depth: int, device: torch.device):
         size = width + width * width * (depth - 1)
@@ -99,12 +99,12 @@ class _Pool:
         """The best `count` candidates as a tree: tokens (B, count), parents (B, count + 1), slots (B, count)."""
         chosen = self.scores.topk(count, dim=1).indices.sort(dim=1).values  # in the order in which they were added
         slots = self.slots.gather(1, chosen)
-        # The node at each slot; the root is at slot 0. Nodes without a slot of their own write to a spare place.
+        # node_at[slot]: the number of the node in that slot. Nodes that have no slot write to the spare last column.
         spare = self.tokens.shape[1]
-        places = torch.where(slots > 0, slots, spare)
+        indices = torch.where(slots > 0, slots, spare)
         numbers = torch.arange(1, count + 1, device=chosen.device).expand_as(chosen)
         node_at = torch.zeros(len(chosen), spare + 1, dtype=torch.int64, device=chosen.device)
-        node_at.scatter_(1, places, numbers)
+        node_at.scatter_(1, indices, numbers)
         node_at[:, 0].fill_(0)
         above = node_at.gather(1, self.parents.gather(1, chosen))
         root = torch.full_like(above[:, :1], -1)

@@ -1,7 +1,7 @@
 """A drafter folder: `config.json`, `model.safetensors`, and optionally `acceptance.json` and `README.md`.
 
 The config says what kind of drafter it is (`paceline_drafter`) and for which target it was made
-(`paceline_target`: name and fingerprint). Nothing is unpickled. Knows nothing of what is inside.
+(`paceline_target`: name and fingerprint). Nothing is unpickled. Knows no kind of drafter in particular.
 """
 
 import json
@@ -28,7 +28,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 def target_identity(model: "PreTrainedModel") -> dict[str, str]:
-    """Name and fingerprint, as `paceline_target` in a config holds them. A folder's name stands for its path."""
+    """Name and fingerprint of a target, as in `paceline_target`. The name of a local folder has no path."""
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
     return {"name": Path(name).name if os.path.isabs(name) or Path(name).is_dir() else name,
             "fingerprint": target_fingerprint(model)}  # fmt: skip
@@ -46,12 +46,12 @@ class DrafterFolder:
         return self.config["paceline_drafter"]
 
     def check_target(self, target: "PreTrainedModel") -> None:
-        """Raise ValueError unless the drafter was made for `target`; a config that names none fits any."""
-        mine, theirs = self.config.get("paceline_target"), target_identity(target)
-        if mine is not None and mine["fingerprint"] != theirs["fingerprint"]:
+        """Raise ValueError unless the drafter was made for `target`. A config without a target fits any."""
+        expected, actual = self.config.get("paceline_target"), target_identity(target)
+        if expected is not None and expected["fingerprint"] != actual["fingerprint"]:
             raise ValueError(
-                f"drafter {self.path} was made for target {mine['name']!r} ({mine['fingerprint'][:12]}…) and this "
-                f"target is {theirs['name']!r} ({theirs['fingerprint'][:12]}…); use a drafter made for it"
+                f"drafter {self.path} was made for target {expected['name']!r} ({expected['fingerprint'][:12]}…) and "
+                f"this target is {actual['name']!r} ({actual['fingerprint'][:12]}…); use a drafter made for it"
             )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -59,15 +59,15 @@ class DrafterFolder:
         file = self.path / "model.safetensors"
         if not file.is_file():
             pickles = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in PICKLES)
-            found = f"but {pickles[0]}, a pickle, which can run code" if pickles else "and so no weights"
-            raise ValueError(f"drafter {self.path} has no model.safetensors {found}; save it as safetensors")
+            contents = f"but {pickles[0]}, a pickle, which can run code" if pickles else "and so no weights"
+            raise ValueError(f"drafter {self.path} has no model.safetensors {contents}; save it as safetensors")
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{file} cannot be read ({error}); fetch the drafter again") from error
 
     def check_tensors(self, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-        """Raise ValueError unless names and shapes are the `expected` ones and every number is finite."""
+        """Raise ValueError unless names and shapes are those of `expected` and all values are finite."""
         for name in sorted(expected.keys() - tensors.keys()):
             raise ValueError(f"drafter {self.path} lacks the tensor {name!r}; fetch it again")
         for name in sorted(tensors.keys() - expected.keys()):
@@ -82,7 +82,9 @@ class DrafterFolder:
                 raise ValueError(f"drafter {self.path}: tensor {name!r} holds NaN or infinite numbers; train it again")
 
     def rates(self) -> Rates | None:
-        """The measured acceptance p[depth][rank] in `acceptance.json`, where there is one."""
+        """The measured acceptance p[depth][rank] in `acceptance.json`; None without that file.
+
+        Raises ValueError where it is damaged."""
         file = self.path / "acceptance.json"
         if not file.is_file():
             return None
@@ -94,7 +96,7 @@ class DrafterFolder:
 
 
 def write_folder(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:
-    """Write weights and config, each whole or not at all, the config last: without it a folder is no drafter."""
+    """Write weights, then config, each file atomically. A folder that lacks the config does not count as a drafter."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with whole(folder / "model.safetensors") as weights:
@@ -104,14 +106,14 @@ def write_folder(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -
 
 
 def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
-    """The drafter folder at a path or of a hub id; None for anything that is not one, an ordinary model, say.
+    """The drafter folder at a path or of a hub id; None for anything else, such as an ordinary model.
 
-    Of a hub id only JSON, safetensors and Markdown files are fetched, and only the config where it is no drafter.
-    Raises ValueError for a file, and for a folder of an unknown kind or format."""
+    From the hub only JSON, safetensors and Markdown files of a drafter are fetched; for anything else only the config.
+    Raises ValueError for a file, for a damaged config, and for an unknown kind or format."""
     path = Path(name_or_path)
     if path.is_file():
-        what = "a pickle, which can run code" if path.suffix in PICKLES else "a file"
-        raise ValueError(f"drafter {path} is {what}; give a folder with config.json and model.safetensors")
+        kind_of_file = "a pickle, which can run code" if path.suffix in PICKLES else "a file"
+        raise ValueError(f"drafter {path} is {kind_of_file}; give a folder with config.json and model.safetensors")
     config = _config(str(name_or_path))
     if "paceline_drafter" not in config:
         return None
@@ -140,7 +142,7 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
 
 
 def _config(name: str) -> dict:
-    """The config of a folder or hub id, by transformers' own search and cache; empty where there is none."""
+    """The config of a folder or hub id, found and cached by transformers; empty where there is none."""
     from transformers import PreTrainedConfig
 
     try:

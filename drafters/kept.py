@@ -1,7 +1,6 @@
-"""Drafters that stay loaded with their target, so that the next call finds the same object, and with it everything that
-was made for it.
+"""A cache of loaded drafters per target, so that the next call reuses the same object and its compiled steps.
 
-A folder whose files have changed is loaded again. Knows nothing of what is inside.
+A drafter is loaded again when files of its folder have changed. Knows no kind of drafter in particular.
 """
 
 import weakref
@@ -23,21 +22,21 @@ _loaded: "weakref.WeakKeyDictionary[torch.nn.Module, dict]" = weakref.WeakKeyDic
 
 
 def kept_drafter(which: Any, target: "PreTrainedModel") -> Drafter:
-    """What `load_drafter` gives for `which`; for a name, what it gave before where nothing has changed since."""
+    """Like `load_drafter(which, target)`, but a name gives the cached drafter where nothing has changed since."""
     if not isinstance(which, (str, Path)):
         return load_drafter(which, target)
     kept, name, state = _loaded.setdefault(target, {}), str(which), _state(str(which), target)
     before, drafter = kept.pop(name, (None, None))
     if before != state:
         drafter = load_drafter(which, target)
-    kept[name] = state, drafter  # the one used last at the end
+    kept[name] = state, drafter  # the most recently used comes last
     if len(kept) > KEPT:
         del kept[next(iter(kept))]
     return drafter
 
 
 def _state(name: str, target: "PreTrainedModel") -> tuple:
-    """What the drafter called `name` depends on: the target's form, and every file with its size and time."""
+    """All that the drafter `name` depends on: the target's device, dtype and vocabulary, each file's size and time."""
     parts = [name] if Path(name).exists() else name.split("+")
     files = [file for part in parts for folder in _folders(part) for file in sorted(folder.rglob("*"))]
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
@@ -46,7 +45,7 @@ def _state(name: str, target: "PreTrainedModel") -> tuple:
 
 
 def _folders(part: str) -> list[Path]:
-    """The folders here that a name may be loaded from; none for a hub id, which is taken to stay what it is."""
+    """The local folders that a name may be loaded from; none for a hub id, which is assumed not to change."""
     if part == "auto":
         return [shipped.PRETRAINED]
     if Path(part).is_dir():

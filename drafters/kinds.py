@@ -1,7 +1,7 @@
-"""The kinds of drafters: for each, the class that drafts and the one that trains it. A new kind is a line here.
+"""The registry of drafter kinds: for each, the class that drafts and the one that trains it. A new kind is a line here.
 
-A kind's name is what `paceline_drafter` says in a drafter's config, `objective.kind` in a training configuration, and
-`kind` in a drafter's traits. Classes are imported on use. Knows nothing of what they do.
+A kind's name is the value of `paceline_drafter` in a drafter's config, of `objective.kind` in a training configuration,
+and of `kind` in a drafter's traits. Classes are imported on first use.
 """
 
 from dataclasses import dataclass
@@ -20,20 +20,20 @@ class DrafterClass(Protocol):
     """A class whose objects are drafters of one kind."""
 
     def load(self, source: str | Path, folder: "DrafterFolder | None", target: "PreTrainedModel") -> "Drafter":
-        """The drafter for `target`: `source` is the name or path asked for, `folder` what was found there, None where
-        that is no drafter folder."""
+        """The drafter for `target`: `source` is the name or path asked for, `folder` the drafter folder found there,
+        None where there is none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Classes as "module:name", a module with leading dots counted from this folder.
+    """Where the classes of a kind are: `drafter` is a `DrafterClass`, `objective` an `Objective` of `training`.
 
-    A drafter's is a `DrafterClass`, an objective's an `Objective` of `training`."""
+    Each is given as "module:name", the module relative to this package."""
 
     drafter: str
-    objective: str | None = None  # which trains, and judges on text; None: nothing does
-    weights: bool = True  # in a folder; a kind that has none is loaded by its own name
-    follows_any_tree: bool = False  # as its traits say
+    objective: str | None = None  # trains the kind and measures its acceptance on text; None: neither
+    weights: bool = True  # stored in a folder; a kind without weights is loaded by its own name
+    follows_any_tree: bool = False  # the same as in its traits
 
     def drafter_class(self) -> DrafterClass:
         return _class(self.drafter)
@@ -48,7 +48,7 @@ KINDS = {
     "medusa": Kind(".medusa:MedusaDrafter", "..training.objectives.heads:MedusaObjective", follows_any_tree=True),
     "draft_lm": Kind(".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective"),
 }
-MODEL = "draft_lm"  # the kind of an ordinary model, whose config names none
+MODEL = "draft_lm"  # the kind of an ordinary causal LM, whose config names no kind
 
 
 def _class(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""Drafters that know only a part of the vocabulary: a smaller LM head is what makes their drafts cheap.
+"""Drafters that know only a part of the vocabulary, whose smaller LM head makes drafting cheaper.
 
-Nothing is lost by it: a token that is never drafted is added by the target (FR-Spec, arXiv:2502.14856). The known ids
-are ascending, so that a token's place among them keeps the order of ids. Knows nothing of networks or training.
+The output stays the same: a token that is never drafted can still come from the target (FR-Spec, arXiv:2502.14856).
+Lists of known ids are ascending. Knows nothing of networks or training.
 """
 
 from pathlib import Path
@@ -22,10 +22,10 @@ def check_vocabulary(ids: Tensor, vocab_size: int) -> None:
 
 
 def places(ids: Tensor, vocab_size: int) -> Tensor:  # (V',) -> (V,)
-    """Where each token stands in `ids`; V' for those that are not there."""
-    place = torch.full((vocab_size,), len(ids), device=ids.device)
-    place[ids] = torch.arange(len(ids), device=ids.device)
-    return place
+    """The index of each token in `ids`; V' for tokens that are not in it."""
+    index_of_token = torch.full((vocab_size,), len(ids), device=ids.device)
+    index_of_token[ids] = torch.arange(len(ids), device=ids.device)
+    return index_of_token
 
 
 def trimmed_head(head: nn.Linear, ids: Tensor) -> nn.Linear:
@@ -39,7 +39,7 @@ def trimmed_head(head: nn.Linear, ids: Tensor) -> nn.Linear:
 
 
 class WidenedHead(nn.Module):
-    """A trimmed head as one of the whole vocabulary: unknown tokens are impossible. For code that knows no trimming."""
+    """A trimmed head that gives logits of the whole vocabulary, -inf for unknown tokens."""
 
     ids: Tensor
 

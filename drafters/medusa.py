@@ -1,16 +1,16 @@
 """Medusa heads: several small heads on the target's last hidden state, each guessing one token further ahead.
 
-Head k reads the state h_t that gave the root x_{t+1} and guesses x_{t+1+k}, the token at depth k of the tree. It
-is a residual block or more, h + SiLU(A h + b), under the target's own LM head (Medusa, arXiv:2401.10774), or under
-a head of its own. Three modes:
+Head k reads the state h_t from which the target chose the root x_{t+1}, and guesses x_{t+1+k}, the token at depth k
+of the tree. It is one or more residual blocks, h + SiLU(A h + b), followed by the target's LM head (Medusa,
+arXiv:2401.10774) or by an LM head of its own. Three modes:
 
-    independent   Medusa: every node of a level has the same law.
-    markov        and a low-rank bias U[x] V of the token x drafted last.
-    hydra         and the embeddings of all tokens drafted before, root included, enter the first block, each
-                  through a matrix for its distance (Hydra, arXiv:2402.05109, with these shared among the heads).
+    independent   Medusa: all nodes of a level share one distribution.
+    markov        adds a low-rank bias U[x] V that depends on the token x drafted last.
+    hydra         adds, in the first block, the embeddings of all tokens on the path, root included, each through a
+                  matrix for its distance (Hydra, arXiv:2402.05109; here the heads share these matrices).
 
-Heads may know only a part of the vocabulary. They take the LM head as it is: caps and scales that a target puts on
-its logits afterwards keep the ranks, so the heads learn without them. Knows nothing of verification or training.
+Heads may know only a part of the vocabulary. Caps and scales that a target applies to its logits do not change their
+order, so the heads leave them out. Knows nothing of verification or training.
 """
 
 from dataclasses import asdict, dataclass
@@ -34,20 +34,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Mode = Literal["independent", "markov", "hydra"]
-Started = tuple[Tensor, ...]  # what a mode computes of a hidden state once, for its own `follow`
-# What heads are like, roughly: the default tree where no acceptance has been measured.
+Started = tuple[Tensor, ...]  # what `start` computes from a hidden state and `follow` reads
+# A rough guess at p[depth][rank], for the default tree where no acceptance has been measured.
 _PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
 
 
 @dataclass(frozen=True)
 class HeadSettings:
-    """What heads are like, as in `config.json`. Raises ValueError for sizes that make no heads."""
+    """The settings of heads, as in `config.json`. Raises ValueError for an unknown mode or sizes below 1."""
 
     mode: Mode = "independent"
     heads: int = 4
     blocks: int = 1  # residual blocks of each head
     rank: int = 128  # of the Markov bias
-    own_heads: bool = False  # an LM head for each head, trained, instead of the target's
+    own_heads: bool = False  # a trained LM head for each head instead of the target's
 
     def __post_init__(self):
         if self.mode not in tuple(KINDS):
@@ -59,14 +59,15 @@ class HeadSettings:
 
 
 class MedusaHeads(nn.Module):
-    """The heads of mode `independent`, and what all modes share. K heads, hidden size H, V' known tokens.
+    """The heads of mode `independent`, and the base class of the other modes. K heads, hidden size H, V' known tokens.
 
-    All heads sit in stacked parameters. With zero blocks, as made, every head is the target's LM head. `vocabulary`
-    (V',) are the known ids, ascending; None is all. Head k - 1 in code is head k of the paper.
+    The parameters of all heads are stacked. Blocks are initialised to zero, so that at first every head is the
+    target's LM head. `vocabulary` (V',) are the known ids, ascending; None is all. Head k - 1 in code is head k of the
+    paper.
     """
 
     vocabulary: Tensor  # (V',)
-    place: Tensor  # (V,)
+    place: Tensor  # (V,): the index of each token in `vocabulary`, V' for unknown ones
     head_weight: Tensor  # (V', H), not stored, or (K, V', H)
     head_bias: Tensor  # (V',)
 
@@ -92,19 +93,19 @@ class MedusaHeads(nn.Module):
         bias = getattr(head, "bias", None)
         offset = torch.zeros(self.vocab_size, device=device) if bias is None else bias.detach()
         self.register_buffer("head_bias", offset[ids], persistent=False)
-        self._layer: tuple[nn.Linear, ...] = ()  # in a tuple, so that it is no part of this module
+        self._layer: tuple[nn.Linear, ...] = ()  # a tuple, so that torch does not register it as a submodule
 
     def start(self, hidden: Tensor) -> Started:  # (..., H) -> (..., K, V')
-        """What depends on the hidden state alone, of all heads."""
+        """The part of all heads' computation that depends on the hidden state alone."""
         return (self._logits(hidden[..., None, :], self._first(hidden), slice(None)),)
 
     def follow(self, started: Started, depth: int, path: Tensor) -> Tensor:  # (..., K, V') -> (..., V') float32
-        """The logits below nodes at `depth`, where `path` (..., depth + 1) leads: the root first, they last."""
+        """The logits for the children of nodes at `depth`; `path` (..., depth + 1) are the tokens from root to node."""
         (logits,) = started
         return logits[..., depth, :].float()
 
     def _first(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, H)
-        """A h + b of every head's first block."""
+        """A h + b in the first block of every head."""
         inner = F.linear(hidden, self.weight[0].flatten(0, 1), self.bias[0].flatten())
         return inner.unflatten(-1, (-1, self.hidden_size))
 
@@ -118,18 +119,18 @@ class MedusaHeads(nn.Module):
         return self._layer[0](x) if self._layer else F.linear(x, self.head_weight, self.head_bias)
 
     def linears(self) -> list[nn.Linear]:
-        """The LM head of the known tokens as a layer on the same memory, which heads go through from now on, so that
-        compiled steps can pack it; nothing for heads of their own."""
+        """The LM head of the known tokens as an `nn.Linear` on the same memory, so that compiled steps can pack its
+        weight. From now on the heads compute through it. Empty for heads with LM heads of their own."""
         weight = None if self.settings.own_heads else self.head_weight
         if weight is None or (self._layer and self._layer[0].weight.data_ptr() == weight.data_ptr()):
             return list(self._layer)
         layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
-        layer.weight, layer.bias = (nn.Parameter(own, requires_grad=False) for own in (weight, self.head_bias))
+        layer.weight, layer.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, self.head_bias))
         self._layer = (layer,)
         return [layer]
 
     def _apply(self, *args: Any, **options: Any) -> Self:
-        self._layer = ()  # of weights as they were
+        self._layer = ()  # it refers to the weights before this change
         return super()._apply(*args, **options)
 
     @property
@@ -138,12 +139,12 @@ class MedusaHeads(nn.Module):
 
     @classmethod
     def make(cls, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None) -> "MedusaHeads":
-        """Untrained heads of the mode in `settings`: their own weights in float32, what is the target's in its dtype
-        and, where possible, in its memory. To be brought to one dtype with `.to` before use."""
+        """Untrained heads of the mode in `settings`. Trained weights are float32; tensors of the target keep its dtype
+        and, where possible, share its memory. Convert with `.to(dtype)` before use."""
         return KINDS[settings.mode](settings, target, vocabulary)
 
     def save(self, folder: str | Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write a drafter folder, the weights in `dtype`. What is the target's is not stored."""
+        """Write a drafter folder, the weights in `dtype`. Tensors of the target are not stored."""
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "known_tokens": len(self.vocabulary)}
         config = {"paceline_drafter": "medusa", "paceline_target": self.target, **asdict(self.settings), **sizes}
         tensors = {
@@ -156,7 +157,7 @@ class MedusaHeads(nn.Module):
     def load(cls, folder: DrafterFolder, target: "PreTrainedModel") -> "MedusaHeads":
         """The heads of a drafter folder in the target's dtype, on its device.
 
-        Raises ValueError for settings or tensors that do not fit; whose target it is has been checked."""
+        Raises ValueError for settings or tensors that do not fit. The target's fingerprint is not checked here."""
         config = folder.config
         try:
             settings = HeadSettings(**{name: config[name] for name in HeadSettings.__dataclass_fields__})
@@ -176,7 +177,7 @@ class MedusaHeads(nn.Module):
 
 
 class MarkovHeads(MedusaHeads):
-    """`independent`, and a bias of rank r that the token drafted last gives to what follows it, at every depth."""
+    """Mode `markov`: `independent` plus a bias of rank r that depends on the token drafted last, at every depth."""
 
     def __init__(self, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None):
         super().__init__(settings, target, vocabulary)
@@ -193,7 +194,7 @@ class MarkovHeads(MedusaHeads):
 
 
 class HydraHeads(MedusaHeads):
-    """Every head also sees the path: embeddings, scaled to unit size, enter its first block by distance."""
+    """Mode `hydra`: the normalised embeddings of the path's tokens enter the first block of every head."""
 
     embeddings: Tensor  # (V, E), not stored
 
@@ -219,7 +220,7 @@ KINDS: dict[str, type[MedusaHeads]] = {"independent": MedusaHeads, "markov": Mar
 
 
 class MedusaDrafter:
-    """Heads as a drafter. `rates` is the acceptance p[depth][rank] that the default tree is planned from."""
+    """Heads as a drafter. `rates` is the acceptance p[depth][rank] from which the default tree is planned."""
 
     def __init__(self, heads: MedusaHeads, name: str = "medusa", rates: Rates | None = None):
         self.heads = heads
@@ -238,19 +239,20 @@ class MedusaDrafter:
         return cls(MedusaHeads.load(folder, target), Path(str(source)).name, folder.rates())
 
     def open(self, request: DraftRequest) -> "MedusaSession":
-        mine = self.heads.weight
+        weight = self.heads.weight
         assert request.target is not None, "heads read the hidden states of a model"
-        theirs = lm_head(request.target).weight.shape[1], request.target.dtype, request.device
-        if (self.heads.hidden_size, mine.dtype, mine.device) != theirs:
+        expected = lm_head(request.target).weight.shape[1], request.target.dtype, request.device
+        if (self.heads.hidden_size, weight.dtype, weight.device) != expected:
             raise ValueError(
-                f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {mine.dtype} on "
-                f"{mine.device} and the target's are {theirs[0]} in {theirs[1]} on {theirs[2]}; load it for this target"
+                f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {weight.dtype} on "
+                f"{weight.device} and the target's are {expected[0]} in {expected[1]} on {expected[2]}; load it for "
+                "this target"
             )
         return MedusaSession(self.heads, request)
 
 
 class MedusaSession(Unremembering):
-    """One run: nothing is remembered but a hidden state. Nodes deeper than there are heads stay empty."""
+    """One run, whose only state is a hidden state per row. Nodes deeper than the number of heads stay empty."""
 
     def __init__(self, heads: MedusaHeads, request: DraftRequest):
         self.heads = heads

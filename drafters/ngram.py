@@ -1,10 +1,10 @@
-"""Prompt lookup: what followed the last tokens where they stood before. No weights.
+"""Prompt lookup: drafts the continuation of earlier occurrences of the text's last tokens. No weights.
 
-Every earlier place in the row's own text that ends in the same tokens votes for its continuation, a
-longer match exponentially more (prompt lookup decoding, Saxena 2023; several matches merged into a
-tree as in a suffix trie). The votes are a distribution q over next tokens at every node: greedy
-decoding takes its top-k, sampling races log q with the target's noise (Gumbel coupling). All on the
-device with static shapes. Knows nothing of models or verification.
+Every earlier position of the row's text that ends in the same tokens votes for its continuation; the weight of a vote
+grows exponentially with the length of the match (prompt lookup decoding, Saxena 2023; several matches are merged into
+a tree as in a suffix trie). The votes define a distribution q over next tokens at every node: greedy decoding takes
+its top-k, sampling the top-k of log q plus the target's noise (Gumbel coupling). All on the device with static shapes.
+Knows nothing of models or verification.
 """
 
 from dataclasses import dataclass
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class NgramDrafter:
-    """`longest` tokens are compared at most; the best `matches` places are followed."""
+    """Matches are at most `longest` tokens long; the best `matches` of them are used."""
 
     longest: int = 4
     matches: int = 8
@@ -49,7 +49,7 @@ class NgramDrafter:
 
 
 class NgramSession(Unremembering):
-    """One run; the row's text in the decode state is all that it needs."""
+    """One run. It has no state of its own: it reads the row's text in the decode state."""
 
     def __init__(self, drafter: NgramDrafter, request: DraftRequest):
         self.longest = drafter.longest
@@ -75,8 +75,8 @@ class NgramSession(Unremembering):
             alive = torch.where(candidates == NO_TOKEN, -torch.inf, alive)
             race = _votes(candidates, alive) / state.temperature[:, None] + noise[:, depth]
             for _ in children:
-                best, place = race.max(-1, keepdim=True)
-                token = candidates.gather(1, place)  # (B, 1)
+                best, index = race.max(-1, keepdim=True)
+                token = candidates.gather(1, index)  # (B, 1)
                 token = torch.where(best > -torch.inf, token, NO_TOKEN)
                 columns.append(token[:, 0])
                 agrees = (candidates == token) & (token != NO_TOKEN)
@@ -86,23 +86,23 @@ class NgramSession(Unremembering):
         return Proposal(tokens, self.tree, "deterministic", self.sampling.source)
 
     def _look_up(self, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """The best K earlier places: their next D tokens (NO_TOKEN past the text), and log weights.
+        """The best K matches: the D tokens after each (NO_TOKEN past the text), (B, K, D), and log weights (B, K).
 
-        A place j matches with length m when the m tokens up to j equal the last m of the text. Matches
-        weigh e**(2m); among equals the latest place is taken, and weighs a little more."""
+        Position j matches with length m when the m tokens up to j equal the last m tokens of the text. A match has the
+        weight e**(2m); of two matches of one length the later has a slightly larger weight."""
         text, last = state.tokens, state.lengths[:, None] - 1
-        place = torch.arange(text.shape[1], device=text.device)  # (T,)
-        running = place < last  # (B, T)
+        position = torch.arange(text.shape[1], device=text.device)  # (T,)
+        running = position < last  # (B, T)
         length = torch.zeros_like(text)
         for back in range(self.longest):
             suffix = text.gather(1, (last - back).clamp(min=0))
             shifted = text.roll(back, dims=1)
-            running = running & (shifted == suffix) & (place >= back) & (last >= back)
+            running = running & (shifted == suffix) & (position >= back) & (last >= back)
             length = length + running
-        recency = place / state.lengths[:, None]  # (B, T), below 1
+        recency = position / state.lengths[:, None]  # (B, T), below 1
         score = torch.where(length > 0, 2.0 * length + recency, -torch.inf)
-        weights, places = score.topk(self.matches, dim=1)  # (B, K)
-        steps = places[:, :, None] + 1 + torch.arange(max(self.shape.max_depth, 1), device=text.device)
+        weights, positions = score.topk(self.matches, dim=1)  # (B, K)
+        steps = positions[:, :, None] + 1 + torch.arange(max(self.shape.max_depth, 1), device=text.device)
         inside = steps <= last[:, :, None]
         rows = text[:, None].expand(-1, self.matches, -1)
         continuations = rows.gather(2, steps.clamp(max=text.shape[1] - 1))
@@ -110,7 +110,7 @@ class NgramSession(Unremembering):
 
 
 def _votes(candidates: Tensor, alive: Tensor) -> Tensor:
-    """log q of each match's next token, (B, K): the weights of matches with the same token add up."""
+    """log q (unnormalised) of each match's next token, (B, K): weights of matches with the same token are summed."""
     same = candidates[:, :, None] == candidates[:, None, :]
     votes = torch.where(same, alive[:, None, :], -torch.inf).logsumexp(-1)
     return torch.where(alive > -torch.inf, votes, -torch.inf)

@@ -1,6 +1,6 @@
 """Drafters that come with the package, in `pretrained/`: their names, and which of them is best for a target.
 
-Reads nothing but their JSON files. Knows nothing of what is inside.
+Reads their JSON files only, never the weights.
 """
 
 import json
@@ -21,9 +21,9 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 
 
 def shipped_folder(name: str | Path) -> Path | None:
-    """The folder of a shipped drafter; None for any other name, and where a folder of that name is here.
+    """The folder of a shipped drafter; None for any other name, and where the working folder has one of that name.
 
-    Raises ValueError where this copy of the package lacks it."""
+    Raises ValueError where the name is known but this copy of the package lacks the drafter."""
     if str(name) not in NAMES or Path(name).is_dir():
         return None
     folder = PRETRAINED / str(name)
@@ -38,19 +38,19 @@ def shipped_folder(name: str | Path) -> Path | None:
 def best_shipped(target: "PreTrainedModel") -> Path | None:
     """The shipped drafter of `target` that commits the most tokens per step; None where there is none.
 
-    Those that follow any tree, heads, come before draft models: their steps are cheaper, and prompt lookup goes beside
-    them."""
-    mine, beside = target_fingerprint(target), [name for name, kind in KINDS.items() if kind.follows_any_tree]
+    Heads come before draft models: their steps are cheaper, and they can be combined with prompt lookup."""
+    fingerprint = target_fingerprint(target)
+    head_kinds = [name for name, kind in KINDS.items() if kind.follows_any_tree]
     measured = [
-        (config.get("paceline_drafter") in beside, _measured(about), folder)
+        (config.get("paceline_drafter") in head_kinds, _measured(about), folder)
         for folder, config, about in _shipped()
-        if _fingerprint(config) == mine and _measured(about) is not None
+        if _fingerprint(config) == fingerprint and _measured(about) is not None
     ]
     return max(measured, default=(None, None, None))[-1]
 
 
 def drafters(args: Namespace) -> None:
-    """The command `paceline drafters`: a table of them with their numbers."""
+    """The command `paceline drafters`: prints a table of the shipped drafters with their measurements."""
     here = {folder.name: (config, about) for folder, config, about in _shipped()}
     rows = []
     for name in dict.fromkeys([*NAMES, *here]):
@@ -64,17 +64,17 @@ def drafters(args: Namespace) -> None:
 
 
 def _shipped() -> Iterator[tuple[Path, dict, dict]]:
-    """The drafters that are here: folder, config, acceptance."""
+    """Folder, config and acceptance of every drafter in `pretrained/`."""
     for config in sorted(PRETRAINED.glob("*/config.json")):
         yield config.parent, _read(config), _read(config.parent / "acceptance.json")
 
 
 def _read(path: Path) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is no JSON file ({error}); install the package again") from error
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 def _fingerprint(config: dict) -> str | None:

@@ -1,8 +1,8 @@
-"""Drafters for any target that need neither training nor download, to check with: their texts must be the target's own
-all the same, and they cost what trained ones of their kind cost.
+"""Drafters for any target that need neither training nor download, for checks: with them too the output must be the
+target's own, and a step costs as much as with a trained drafter of the same kind.
 
     ngram        prompt lookup
-    draft model  the target itself with noise on its weights, which is right now and then
+    draft model  the target itself with noise on its weights, whose drafts are sometimes accepted
     medusa       independent heads with random weights
     hydra        sequential heads with random weights
 """
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 KINDS = ("ngram", "draft model", "medusa", "hydra")
 _MODES: dict[str, Mode] = {"medusa": "independent", "hydra": "hydra"}
-NOISE = 0.05  # of a weight's own spread
-_BLOCK = 1_048_573  # random numbers that are drawn and repeated, a prime
+NOISE = 0.05  # relative to a weight's standard deviation
+_BLOCK = 1_048_573  # how many random numbers are drawn and then repeated; a prime
 
 
 def untrained(kind: str, target: "PreTrainedModel") -> Drafter:
@@ -49,7 +49,7 @@ def _noisy_copy(target: "PreTrainedModel") -> "PreTrainedModel":
 
 @torch.no_grad()
 def _add_noise(parameter: torch.Tensor, spread: float) -> None:
-    """Add normal noise, drawn once and repeated, because drawing billions of numbers takes minutes on a CPU."""
+    """Add normal noise. One block is drawn and repeated: drawing billions of numbers would take minutes on a CPU."""
     generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
     block = spread * torch.randn(_BLOCK, generator=generator, device=parameter.device)
     flat, block = parameter.view(-1), block.to(parameter.dtype)

@@ -1,4 +1,4 @@
-"""What `generate` refuses, in one sentence each, before any token is decoded."""
+"""Checks of `generate`'s arguments: each raises ValueError, in one sentence, before any token is decoded."""
 
 import difflib
 import math
@@ -17,7 +17,7 @@ from .target.load import context_length
 from .verify import check_rule
 
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
-_REFUSED: dict[str, tuple[Collection, str]] = {  # what is fine all the same, and the reason
+_REFUSED: dict[str, tuple[Collection, str]] = {  # name: values that are allowed all the same, and the reason
     "num_beams": ({None, 1}, "beam search keeps several texts per row; use model.generate for it"),
     "penalty_alpha": ({None, 0}, "contrastive search is not supported; use model.generate for it"),
     "guidance_scale": ({None, 1}, "guidance (CFG) runs a second model state per token; use model.generate"),
@@ -38,7 +38,7 @@ _REFUSED: dict[str, tuple[Collection, str]] = {  # what is fine all the same, an
 }
 
 
-# Whole numbers: the least of each.
+# Arguments that are whole numbers, with the least allowed value.
 _WHOLE: Mapping[str, int] = MappingProxyType(
     {
         "max_new_tokens": 1,
@@ -51,7 +51,7 @@ _WHOLE: Mapping[str, int] = MappingProxyType(
         "encoder_no_repeat_ngram_size": 0,
     }
 )
-# Other numbers: from and to.
+# Arguments that are real numbers, with the least and the largest allowed value.
 _REAL: Mapping[str, tuple[float, float]] = MappingProxyType(
     {
         "temperature": (0.0, math.inf),
@@ -76,7 +76,7 @@ WITHOUT_EFFECT = {
 
 
 def setting(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any:
-    """An argument's value: as passed, else from the generation config passed, else from the model's."""
+    """The value of argument `name`: from `kwargs`, else the generation config in them, else the model's."""
     if kwargs.get(name) is not None:
         return kwargs[name]
     configs = (kwargs.get("generation_config"), model.generation_config)
@@ -84,8 +84,8 @@ def setting(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any
 
 
 def check_model(model: Any, role: str = "model") -> PreTrainedModel:
-    """The causal LM that is meant by `model`, which may be wrapped by torch.compile. Raises ValueError for anything
-    else."""
+    """`model` without a torch.compile wrapper. Raises ValueError unless it is a causal LM of transformers; `role` names
+    the argument in the message."""
     while isinstance(model, torch.nn.Module) and "_orig_mod" in model._modules:
         model = model._orig_mod
     kind = type(model).__name__
@@ -105,7 +105,7 @@ def check_model(model: Any, role: str = "model") -> PreTrainedModel:
 
 
 def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str, executor: str) -> None:
-    """Refuse what `generate` cannot do; numbers in `kwargs` become Python's own."""
+    """Raise ValueError for arguments that `generate` does not support; makes numbers in `kwargs` int or float."""
     check_rule(verify)
     if executor not in (names := executor_names()):
         raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(names)}")
@@ -122,7 +122,7 @@ def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str,
             hint = f"did you mean {near[0]!r}" if near else "remove it"
             raise ValueError(f"generate() does not take {name!r}; {hint}")
     for name, (allowed, reason) in _REFUSED.items():
-        # A checkpoint's own wish for a cache is no request of the user's.
+        # Cache settings count only where the user passes them, not where a checkpoint's config has them.
         value = kwargs.get(name) if "cache" in name else setting(model, kwargs, name)
         if value is not None and not any(value == good for good in allowed):
             raise ValueError(f"{name}={value!r} is refused: {reason}")
@@ -130,7 +130,7 @@ def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str,
 
 
 def _check_numbers(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Look at the numbers passed, as arguments or in a generation config."""
+    """Check the numbers in the arguments and in a generation config passed with them."""
     config = kwargs.get("generation_config")
     _numbers({} if config is None else vars(config))
     kwargs.update(_numbers(kwargs))
@@ -139,15 +139,15 @@ def _check_numbers(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
-    """The numbers among `values`, checked, as Python's own."""
+    """The numeric arguments in `values`, checked and converted to int and float."""
     given = {name: value for name, value in values.items() if value is not None}
     whole = {name: whole_number(name, given[name], _WHOLE[name]) for name in given.keys() & _WHOLE.keys()}
     return whole | {name: _real_number(name, given[name], *_REAL[name]) for name in given.keys() & _REAL.keys()}
 
 
 def whole_number(name: str, value: Any, least: int) -> int:
-    """`value` as an integer, numpy's and torch's included. Raises ValueError for one below `least` and for anything
-    else, True and False too."""
+    """`value`, an integer of Python, numpy or torch, as an int. Raises ValueError for one below `least` and for
+    anything else, True and False included."""
     number = _index(value)
     if number is None or number < least:
         unit = " token" if least == 1 and "tokens" in name else ""
@@ -169,7 +169,7 @@ def _real_number(name: str, value: Any, low: float, high: float) -> float:
 
 
 def check_seed(seed: Any) -> int | list[int] | None:
-    """The seed as integers of Python's own; None stands for none. Raises ValueError for anything else."""
+    """The seed as int, list of int or None. Raises ValueError for anything else."""
     if seed is None:
         return None
     several = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
@@ -187,7 +187,7 @@ def _is_bool(value: Any) -> bool:
 
 
 def _index(value: Any) -> int | None:
-    """`value` as an integer; None where it is none, or True or False."""
+    """`value` as an int; None where it is no integer, and for True and False."""
     try:
         return None if _is_bool(value) else operator.index(value)
     except (TypeError, RuntimeError, ValueError):
@@ -232,7 +232,7 @@ def check_writable(path: str | Path) -> None:
 
 
 def check_length(model: PreTrainedModel, prompt: Tensor, pads: Tensor, new_tokens: int, tree_depth: int) -> None:
-    """Refuse texts beyond the context, and texts that cross a length at which the model's attention changes."""
+    """Raise ValueError for texts longer than the context, or that cross a length at which its attention changes."""
     config = model.config.get_text_config()
     limit = context_length(model)
     shortest, longest = int(prompt.shape[1] - pads.max()), int(prompt.shape[1] - pads.min())

@@ -1,4 +1,4 @@
-"""What the terminal shows: streamed text, coloured by where each token came from, waits and tables."""
+"""Terminal output: streamed text in which accepted drafts are coloured, waits, tables, and a summary line."""
 
 import os
 import sys
@@ -52,7 +52,7 @@ def without_bars() -> Iterator[None]:
 class Streamer:
     """Prints a row's tokens as they are committed: accepted drafts green, the target's own tokens plain.
 
-    Text that may still change with the next token (half a character) waits.
+    Text that the next token may still change (an incomplete character) is held back.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", coloured: bool):
@@ -63,8 +63,8 @@ class Streamer:
 
     def on_step(self, events: list[Event]) -> None:
         for event in events:
-            for place, token in enumerate(event.committed):
-                self._put(token, accepted=place < len(event.accepted))
+            for index, token in enumerate(event.committed):
+                self._put(token, accepted=index < len(event.accepted))
         sys.stdout.flush()
 
     def _put(self, token: int, accepted: bool) -> None:

@@ -1,8 +1,8 @@
-"""Stopping criteria and streamers, served as if tokens had come one by one.
+"""Stopping criteria and streamers, called once per token as in transformers' own loop; scores per token.
 
-Rows run ahead at different speeds; a virtual clock follows the slowest unfinished row and shows every
-criterion the same batch, padded the same way, as transformers' own loop would. What a row has beyond
-the point at which a criterion stops it is cut. Also collects scores per token where they are wanted.
+Rows gain several tokens per step and at different speeds. A virtual clock follows the slowest unfinished row and calls
+every criterion with the batch as transformers' loop would have it at that token, padded in the same way. Tokens of a
+row after the one at which a criterion stops it are cut.
 """
 
 import torch
@@ -33,7 +33,7 @@ class ScoreBook:
 
 
 class Lockstep:
-    """`prompt` (B, P) as the user gave it; `pad` None means that nothing ends rows one by one."""
+    """The virtual clock. `prompt` (B, P) is the user's; `pad` None means that rows do not end one by one."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Lockstep:
         self.pad = pad
         self.book = book
         self.scores: tuple[Tensor, ...] | None = None if book is None else ()
-        self.counts = [0] * len(prompt)  # tokens of each row that stand
+        self.counts = [0] * len(prompt)  # generated tokens of each row that the clock has passed
         self.finished = [False] * len(prompt)
 
     @property
@@ -57,11 +57,11 @@ class Lockstep:
         return all(self.finished)
 
     def stops(self, row: int) -> bool:
-        """Whether a criterion has ended the row."""
+        """Whether a criterion has stopped the row."""
         return self.finished[row] and (self.pad is not None or self.stopped)
 
     def advance(self, texts: list[list[int]]) -> None:
-        """Let the clock run as far as the generated `texts` of the rows allow."""
+        """Advance the clock token by token, as far as the generated `texts` of all unfinished rows reach."""
         while not self.stopped:
             clock = max(self.counts)
             waiting = [not done or self.pad is None for done in self.finished]

@@ -1,4 +1,4 @@
-"""Files on this machine: where the cache is, and how a file is written whole or not at all."""
+"""Files on this machine: the cache folder, and writing a file atomically."""
 
 import os
 from collections.abc import Iterator
@@ -14,9 +14,10 @@ def cache_folder() -> Path:
 
 @contextmanager
 def whole(path: str | Path) -> Iterator[Path]:
-    """A path beside `path`: what is written there within the block takes its place at the end of it.
+    """Yields a temporary path beside `path`; what the block writes there replaces `path` when the block ends.
 
-    An error leaves the old file, a kill the old one or the new one, which is on the disk before it has its name."""
+    After an error the old file is unchanged; after a kill it is either the old one or the complete new one, because the
+    new file is synced to disk before it is renamed."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.unfinished")
     try:

@@ -59,15 +59,16 @@ from .tree import DynamicShape, TreeShape
 
 @dataclass
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
-    """transformers' output with the trace of the run and the seed that it drew from, None for a greedy text without
-    one. It has no cache: the slot cache is laid out by slot and ends with the call. Scores of a row that
-    has ended are zeros."""
+    """transformers' output with the trace of the run and its seed (None for greedy text without one).
+
+    It has no `past_key_values`: the slot cache has another layout and ends with the call. Scores of a row that has
+    ended are zeros."""
 
     trace: Trace | None = None
     seed: int | list[int] | None = None
 
 
-@torch.inference_mode(False)  # buffers that are kept must serve calls outside of it, too
+@torch.inference_mode(False)  # kept buffers are also used by calls outside of inference mode
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
@@ -138,7 +139,7 @@ def generate(
 
 
 def _drafter(drafter: Any, model: PreTrainedModel) -> Drafter:
-    """The drafter that is meant."""
+    """The drafter object that `drafter` stands for. Raises ValueError for anything else."""
     if drafter is None:
         return NoDrafter()
     if not isinstance(drafter, (str, Path, torch.nn.Module)):
@@ -153,10 +154,10 @@ def _drafter(drafter: Any, model: PreTrainedModel) -> Drafter:
 
 @dataclass
 class _Call:
-    """One call of generate, between transformers' preparation and our loop."""
+    """The settings of one call of `generate`; transformers calls its `decode` in place of its own loop."""
 
     drafter: Drafter
-    shape: TreeShape | DynamicShape | None  # None: the kept plan's
+    shape: TreeShape | DynamicShape | None  # None: that of the stored plan
     rule: str
     seed: int | list[int] | None
     executor: str
@@ -223,7 +224,7 @@ class _Call:
         return SpeculativeOutput(sequences=sequences, scores=kept[0], logits=kept[1], trace=trace)
 
     def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape:
-        """The shape of the kept plan, which may be not to speculate."""
+        """The shape of the stored plan. Where that is not to speculate, drops the drafter."""
         executor = choose(self.executor, model.device, new_tokens, sampler.capturable, compiled_before=False)
         temperature = sampler.temperature if sampler.do_sample else 0.0
         shape = automatic_shape(model, self.drafter, executor, self.rule, temperature)
@@ -238,7 +239,7 @@ class _Call:
 
 
 def _without_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """transformers does not pass the tokenizer on to a custom loop, so the strings are kept from it."""
+    """`kwargs` without stop strings, which transformers cannot handle here: it passes a custom loop no tokenizer."""
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.stop_strings = None
     return {**kwargs, "generation_config": config, "stop_strings": None}
@@ -252,7 +253,7 @@ def _left_padding(prompt: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _asks_more(criteria: StoppingCriteriaList) -> bool:
-    """Whether there are criteria beside length and end of text, which the step handles itself."""
+    """Whether there are criteria other than length and end of text, which the step itself handles."""
     return any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
 
 

@@ -1,7 +1,6 @@
-"""Decoding a fixed batch, for `generate`: all rows begin together, and the call ends when the last of them does.
+"""The decode loop of `generate`: a fixed batch, whose rows begin together; it ends when the last row does.
 
-It records the trace and lets stopping criteria and streamers see the text. What a row has beyond the token at which it
-is stopped is cut.
+Records the trace and calls stopping criteria and streamers. Tokens of a row after the one that stopped it are cut.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,9 +20,9 @@ def decode(
     logit_book: ScoreBook | None = None,
     on_step: Callable[[list[Event]], None] | None = None,
 ) -> list[int]:
-    """Decode one request in each row until all have ended; returns how many generated tokens of each row stand.
+    """Decode one request in each row until all have ended; returns the number of generated tokens of each row.
 
-    The texts are in the state of the engine, the events in `trace` (also when an exception ends the loop).
+    The texts are in the engine's state, the events in `trace`, also where an exception ends the loop.
     """
     rows.admit(dict(enumerate(requests)))
     texts: list[list[int]] = [[] for _ in requests]

@@ -3,9 +3,9 @@
 Field names are vLLM's where vLLM has one. A step's *depth* counts drafted levels from 1. Knows nothing of models,
 clocks or files.
 
-    tokens_per_step          committed tokens / steps: the bonus counts, what stands behind an end of text does not
+    tokens_per_step          committed tokens / steps: the bonus counts, tokens after an end of text do not
     draft_acceptance_rate    accepted / drafted tokens
-    examined_acceptance_rate accepted / examined: children of the nodes that were reached, the ones that a rule looks at
+    examined_acceptance_rate accepted / examined tokens; examined are the children of accepted nodes and of the root
     survival[d - 1]          steps that accepted at least d tokens / all steps (vLLM's per-position rate)
     conditional[d - 1]       the same count / steps that offered a child at depth d to an accepted node
 """
@@ -24,9 +24,9 @@ _COUNTERS = {"acceptance_histogram", "tokens_per_step_histogram", "seconds"}
 
 
 def offers(events: Iterable["Event"]) -> Counts:
-    """(hits, trials): of `trials[d][r]` times that an accepted node at depth d was offered a child of rank r, the
-    child was accepted `hits[d][r]` times. A node left empty was offered and missed; where a text ended inside a
-    step, the children of its last node were not examined."""
+    """(hits, trials): an accepted node at depth d (0 is the root) had a child of rank r in `trials[d][r]` cases, and
+    that child was accepted in `hits[d][r]` of them. Empty nodes count as missed. Where a text ended within a step, the
+    children of its last node do not count."""
     counts: dict[tuple[int, int], list[int]] = {}
     for event in events:
         for depth, children in enumerate(event.offered()):
@@ -80,9 +80,9 @@ def histogram(values: list[int]) -> list[int]:
 
 
 def node_use(events: list["Event"]) -> tuple[list[int], list[int], int] | None:
-    """(parents, times that each node was accepted, steps) of the tree that most steps had, the root in all of them.
+    """(parents, how often each node was accepted, steps) for the most frequent tree; the root counts in every step.
 
-    None where there are no steps or the drafter grew a new tree at most of them."""
+    None where there are no steps, or where no tree was used in at least half of them (a dynamic tree)."""
     shapes = Counter(tuple(event.parents) for event in events)
     if not shapes:
         return None
@@ -98,10 +98,10 @@ def node_use(events: list["Event"]) -> tuple[list[int], list[int], int] | None:
 
 
 def smallest_tree(parents: list[int], use: list[int], share: float = 0.97) -> list[int]:
-    """The fewest nodes, in order, whose tree keeps `share` of the accepted and bonus tokens that `use` counts.
+    """The nodes, ascending, of the smallest tree that keeps `share` of the accepted and bonus tokens counted in `use`.
 
-    A path that leaves the smaller tree ends there. No node is used more than its parent, so taking nodes by use is
-    best of each size. What the next steps would have drafted from there is not known, so it is an estimate."""
+    An accepted path is cut where it leaves the smaller tree. No node is used more often than its parent, so the most
+    used nodes form the best tree of each size. An estimate: what later steps would have drafted is not known."""
     wanted, kept, total = share * (use[0] + sum(use[1:])), [], 0
     for node in sorted(range(len(parents)), key=lambda node: (-use[node], node)):
         if total >= wanted:
@@ -112,7 +112,7 @@ def smallest_tree(parents: list[int], use: list[int], share: float = 0.97) -> li
 
 
 def prometheus(figures: Mapping, labels: Mapping[str, str] | None = None) -> str:
-    """`summary()` in Prometheus' text format: the same names with `paceline_` before them; what is None is absent.
+    """`summary()` in Prometheus' text format, names prefixed with `paceline_`; figures that are None are left out.
 
     Lists are labelled by `accepted`, `tokens` or `depth`, seconds by `phase`."""
     lines = []
@@ -123,13 +123,13 @@ def prometheus(figures: Mapping, labels: Mapping[str, str] | None = None) -> str
         elif isinstance(value, list):
             first = 0 if name in _LABELS else 1
             entries = [({_LABELS.get(name, "depth"): str(key)}, one) for key, one in enumerate(value, first)]
-        entries = [(own, one) for own, one in entries if one is not None]
+        entries = [(entry_labels, one) for entry_labels, one in entries if one is not None]
         if not entries:
             continue
         kind = "counter" if name.startswith("num_") or name in _COUNTERS else "gauge"
         lines.append(f"# TYPE {PREFIX}{name} {kind}")
-        for own, one in entries:
-            marks = ",".join(f'{key}="{_escaped(text)}"' for key, text in {**(labels or {}), **own}.items())
+        for entry_labels, one in entries:
+            marks = ",".join(f'{key}="{_escaped(text)}"' for key, text in {**(labels or {}), **entry_labels}.items())
             lines.append(f"{PREFIX}{name}{{{marks}}} {one}" if marks else f"{PREFIX}{name} {one}")
     return "".join(line + "\n" for line in lines)
 

@@ -1,10 +1,10 @@
-"""Position-keyed sampling noise: what makes a sampled text a function of its seed.
+"""Position-keyed sampling noise, which makes a sampled text a function of its seed.
 
-The noise for a token is a hash of (the row's own seed, absolute position, stream, token). The row's
-place in the batch, the node, the tree and the drafter do not enter, so plain and speculative decoding
-draw the same token at the same position: `argmax(log p + gumbel)` is a draw from p (Gumbel-max), and
-two laws that share the noise tend to draw the same token (Gumbel coupling). Counter-based, so nothing
-is drawn in order and a captured step needs no generator. Knows nothing of models or trees.
+The noise of a token is a hash of (seed of the row, absolute position, stream, token). It does not depend on the row's
+index in the batch, the node, the tree or the drafter, so plain and speculative decoding draw the same token at the same
+position: `argmax(log p + gumbel)` is a draw from p (Gumbel-max), and two distributions that share the noise tend to
+draw the same token (Gumbel coupling). Counter-based: there is no generator state, so a step can be captured. Knows
+nothing of models or trees.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ _WORD = 0xFFFFFFFF
 
 
 def row_keys(seed: int | list[int], rows: int, device: torch.device | str) -> Tensor:
-    """Two 32-bit words for each row, (B, 2): row r of an integer seed uses stream (seed, r); a list
-    gives every row its own seed, row r then being what a batch of one with that seed is."""
-    pairs = [(seed, row) for row in range(rows)] if isinstance(seed, int) else [(own, 0) for own in seed]
-    digests = [hashlib.blake2b(f"{own},{row}".encode(), digest_size=8).digest() for own, row in pairs]
+    """The key of each row, two 32-bit words: (B, 2). With an integer seed row r uses stream (seed, r); with a list,
+    each row uses stream (its seed, 0), as in a batch of one with that seed."""
+    pairs = [(seed, row) for row in range(rows)] if isinstance(seed, int) else [(row_seed, 0) for row_seed in seed]
+    digests = [hashlib.blake2b(f"{row_seed},{row}".encode(), digest_size=8).digest() for row_seed, row in pairs]
     words = [[int.from_bytes(d[:4], "little"), int.from_bytes(d[4:], "little")] for d in digests]
     return torch.tensor(words, dtype=torch.int64, device=device)
 
@@ -37,8 +37,8 @@ def _mix(x: Tensor) -> Tensor:
 def position_words(keys: Tensor, positions: Tensor, stream: int) -> Tensor:
     """Two hash words for each row and position: keys (B, 2), positions (B, P) -> (B, P, 2).
 
-    An operator of its own because a compiler that fuses element-wise code would unfold the whole chain of
-    hashes at every use, twice for each level of it."""
+    A custom operator, because a compiler that fuses element-wise code would recompute the whole chain of hashes at
+    every use."""
     first = _mix(keys[:, :1] ^ _mix(positions * 4 + stream & _WORD))
     return torch.stack([first, _mix(keys[:, 1:] + first & _WORD)], dim=-1)
 
@@ -60,7 +60,7 @@ def uniform(keys: Tensor, positions: Tensor, stream: int, counters: Tensor) -> T
 def gumbel(keys: Tensor, positions: Tensor, stream: int, tokens: Tensor) -> Tensor:
     """Standard Gumbel noise, float32, for keys (B, 2), positions (B, P), tokens (K,) or (B, P, K): (B, P, K).
 
-    The winner of a race is the token with the smallest exponential -log(1-u): taking u near 0 for the
-    winners keeps 32 bits of resolution where it decides.
+    Equals -log(e) for the exponential variate e = -log(1 - u). The largest noise comes from u near 0, where float32
+    keeps the resolution of all 32 bits.
     """
     return -torch.log(-torch.log1p(-uniform(keys, positions, stream, tokens)))

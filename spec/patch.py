@@ -1,8 +1,8 @@
 """`patch`: a model whose own `generate` decodes with speculation, for callers that cannot be changed.
 
-Pipelines, evaluation harnesses, trainers and chat front ends call `model.generate`. A patched model answers with
-`paceline.generate`; a call that is refused there, or means more than the text, is answered by transformers as before,
-and one warning per reason says so. Knows nothing of decoding: where an error comes from tells whether it began.
+Pipelines, evaluation harnesses, trainers and chat front ends call `model.generate`. On a patched model that runs
+`paceline.generate`. A call that Paceline does not support falls back to transformers, with one warning per reason. From
+the traceback of an error it is told whether Paceline refused the call or decoding had begun.
 """
 
 import functools
@@ -32,20 +32,20 @@ from .trace import Event
 from .verify import RULES
 
 SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file")
-_KEYS = ("generate", "__getstate__", "_paceline_patch")  # what a patch puts into the model's own dictionary
+_KEYS = ("generate", "__getstate__", "_paceline_patch")  # the attributes that a patch sets on the model
 _CONFIG = set(GenerationConfig().to_dict())
 _KNOWN = _CONFIG | {
     "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
     "prefix_allowed_tokens_fn", "streamer", "tokenizer",
 }  # fmt: skip
-# The caller's own speculation or loop; transformers' speculation needs its assistant's cache back.
+# The caller asks for another speculation or loop, or is transformers' speculation, which needs the cache returned.
 _OWN_WAYS = (
     "assistant_model", "custom_generate", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp",
     "speculation_type", "is_assistant",
 )  # fmt: skip
-# Of other ways of decoding, or of how transformers runs; they change no text here.
+# Arguments that belong to other ways of decoding, or to how transformers runs; they do not change the text here.
 _IDLE = WITHOUT_EFFECT | {"assistant_ensemble_weight", "continuous_batching_config", "trust_remote_code"}
-_PLAIN_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")  # keep what they are given
+_PLAIN_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")  # store states unchanged
 _SUMS = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens", "num_examined_draft_tokens", "num_tokens")
 
 
@@ -67,16 +67,16 @@ def patch(model: PreTrainedModel, drafter: Drafter | str | Path | None = "auto",
 
 
 def unpatch(model: PreTrainedModel) -> None:
-    """Give `model` its own `generate` back, however often it was patched; nothing of a patch is left. A wrapper that
-    somebody has put around it since stays, and reaches transformers' own."""
+    """Restore `model.generate`, however often it was patched. A wrapper that other code has put around the patched
+    `generate` since then stays, and calls transformers' own."""
     if active := vars(_inner(model)).get("_paceline_patch"):
         active._restore({})
 
 
 class Patch:
-    """What `patch` has done to a model, and what has become of the calls since; leaving it as a context undoes it.
+    """An active patch and statistics of the calls since; as a context manager it is undone at the end of the block.
 
-    `speculated` counts the calls that Paceline decoded, `fell_back` by reason those that went to transformers."""
+    `speculated` counts the calls that Paceline decoded, `fell_back` those that went to transformers, by reason."""
 
     def __init__(self, model: PreTrainedModel, drafter: Drafter | None, settings: dict[str, Any]):
         self.model, self.drafter, self.settings = model, drafter, settings
@@ -97,7 +97,7 @@ class Patch:
         self._restore(self.before)
 
     def summary(self) -> dict:
-        """The sums and rates of `Trace.summary()` over all calls that were decoded to the end."""
+        """Sums and rates as in `Trace.summary()`, over all calls that Paceline completed."""
         total = {name: self._figures[name] for name in _SUMS}
         steps, accepted, drafted, _, tokens = total.values()
         rates = {
@@ -108,22 +108,23 @@ class Patch:
         return {**total, **rates, "seconds": dict(self._seconds)}
 
     def _install(self) -> None:
-        own = vars(self.model)
-        outer, self.before = own.get("_paceline_patch"), {key: own[key] for key in _KEYS if key in own}
+        attributes = vars(self.model)
+        outer = attributes.get("_paceline_patch")
+        self.before = {key: attributes[key] for key in _KEYS if key in attributes}
         if outer and not outer.entered:
             outer.before = {}  # nothing comes back to what was before it
-        own.update(generate=self.function, __getstate__=self._state, _paceline_patch=self)
+        attributes.update(generate=self.function, __getstate__=self._state, _paceline_patch=self)
 
     def _restore(self, before: dict) -> None:
-        own = vars(self.model)
-        active = own.get("_paceline_patch")
-        found = {key: own.pop(key, None) for key in _KEYS} if active else {}
-        own.update(before)
-        if active and found["generate"] is not active.function:  # somebody's wrapper
-            own["generate"] = found["generate"]
+        attributes = vars(self.model)
+        active = attributes.get("_paceline_patch")
+        removed = {key: attributes.pop(key, None) for key in _KEYS} if active else {}
+        attributes.update(before)
+        if active and removed["generate"] is not active.function:  # somebody's wrapper
+            attributes["generate"] = removed["generate"]
 
     def _state(self) -> dict:
-        """The model's attributes as copies and pickles take them."""
+        """The model's state for copying and pickling, without the patch."""
         state = MethodType(type(self.model).__getstate__, self.model)()
         return {key: value for key, value in state.items() if key not in _KEYS}
 
@@ -163,7 +164,7 @@ class Patch:
         return GenerateDecoderOnlyOutput(sequences=out.sequences, scores=out.scores, logits=out.logits)
 
     def _tell(self, reason: str) -> None:
-        """Count a fall back, and warn the caller of `model.generate` of one that is new but for its numbers."""
+        """Count a fallback, and warn once per reason; reasons that differ only in numbers are the same."""
         plain = functools.partial(re.sub, r"\d+", "0")
         told = next((old for old in self.fell_back if plain(old) == plain(reason)), None)
         if told is None:
@@ -172,7 +173,7 @@ class Patch:
 
 
 class _Streamer:
-    """A streamer that is given nothing twice: of a second loop it skips as many puts as the first made."""
+    """Wraps a streamer: when transformers decodes again after a failure, the first `skip` puts are not repeated."""
 
     def __init__(self, streamer: BaseStreamer):
         self.streamer, self.puts, self.skip = streamer, 0, 0
@@ -188,7 +189,7 @@ class _Streamer:
 
 
 def _inner(model: Any) -> PreTrainedModel:
-    """The transformers model within torch.compile's and PEFT's wrappers."""
+    """The transformers model inside torch.compile's and PEFT's wrappers."""
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, GenerationMixin) and hasattr(model, "get_base_model"):
         model = model.get_base_model()
@@ -198,7 +199,7 @@ def _inner(model: Any) -> PreTrainedModel:
 
 
 def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> Drafter | None:
-    """The drafter as an object, all settings being such that a call can use them."""
+    """The drafter object, after checking all settings. Raises ValueError for what no call could use."""
     if unknown := [name for name in settings if name not in SETTINGS]:
         raise ValueError(f"patch() does not take {unknown[0]!r}; its settings are {', '.join(SETTINGS)}")
     for name, names in (("verify", RULES), ("executor", executor_names())):
@@ -206,8 +207,8 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
             raise ValueError(f"{name}={settings[name]!r} is none of {', '.join(names)}")
     if file := settings.get("trace_file"):
         check_writable(file)
-    active, own = (vars(model).get(key) for key in ("_paceline_patch", "generate"))
-    if own is not None and own is not getattr(active, "function", None):
+    active, current = (vars(model).get(key) for key in ("_paceline_patch", "generate"))
+    if current is not None and current is not getattr(active, "function", None):
         raise ValueError("model.generate is somebody's own, which speculation would pass by; patch the model before it")
     if not model.training:  # else the first call that is not will
         attach(model)
@@ -223,7 +224,7 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
 
 
 def _asked(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
-    """A call of `model.generate` as `paceline.generate` takes it. Raises ValueError where it would mean less there."""
+    """The arguments of `model.generate` for `paceline.generate`. Raises ValueError where that would lose something."""
     asked = {name: value for name, value in given.items() if name not in _IDLE}
     asked = {name: value for name, value in asked.items() if value is not None or name in _CONFIG}
     if "input_ids" not in asked and "inputs" in asked:
@@ -244,7 +245,7 @@ def _asked(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refused(error: ValueError) -> bool:
-    """Whether Paceline has refused before decoding; else decoding failed, or transformers itself refuses the call."""
+    """Whether `error` is Paceline's refusal before decoding, not a failure in decoding or transformers' own refusal."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     codes = [frame.f_code for frame in frames]
     prepares = inspect.unwrap(GenerationMixin.generate).__code__

@@ -1,4 +1,4 @@
-"""Prompts to measure with: JSONL with `turns` or `prompt`, perhaps `id` and `category`, and their way to token ids."""
+"""Prompts for measurements: JSONL with `turns` or `prompt`, optionally `id` and `category`; and their token ids."""
 
 import json
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class BenchPrompt:
 
 
 def read_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
-    """The prompts of a file, at most `most`, spread over it. Raises ValueError, in one sentence."""
+    """The prompts of a file, at most `most`, evenly spread over it. Raises ValueError for a file that has none."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
         prompts = [_prompt(number, line) for number, line in enumerate(lines, 1)]
@@ -27,9 +27,9 @@ def read_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
         raise ValueError(f"{path} is no JSONL file with 'turns' or 'prompt' in each line ({error})") from error
     if not prompts:
         raise ValueError(f"{path} holds no prompts")
-    twice = {prompt.id for prompt in prompts if sum(prompt.id == other.id for other in prompts) > 1}
-    if twice:
-        raise ValueError(f"{path}: id {min(twice)} stands in several lines; give every prompt its own id")
+    repeated = {prompt.id for prompt in prompts if sum(prompt.id == twin.id for twin in prompts) > 1}
+    if repeated:
+        raise ValueError(f"{path}: id {min(repeated)} stands in several lines; give every prompt its own id")
     if most is None or most >= len(prompts):
         return prompts
     return [prompts[i * len(prompts) // most] for i in range(most)]
@@ -43,8 +43,8 @@ def _prompt(number: int, line: dict) -> BenchPrompt:
 
 
 def conversation_ids(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> list[int]:
-    """Token ids of a conversation, user and assistant in turns, that ends with the user; without a chat template
-    the turns stand one after the other."""
+    """Token ids of a conversation in which user and assistant alternate and the user is last; without a chat template
+    the turns are joined by line breaks."""
     if not tokenizer.chat_template:
         return tokenizer("\n".join(turns) if len(turns) > 1 else turns[0])["input_ids"]
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]

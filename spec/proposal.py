@@ -1,8 +1,7 @@
-"""What passes between a drafter and a verification rule: the proposal, and the drafter protocol.
+"""The drafter protocol, and the proposal that a drafter hands to a verification rule.
 
-A drafter knows nothing of verification and a rule knows nothing of drafters; the proposal says by
-which law the tokens were drawn and with whose noise, and the rule decides whether it can treat that
-losslessly.
+A drafter knows nothing of verification and a rule nothing of drafters. The proposal states how its tokens were drawn
+(`law`) and with whose noise, and the rule decides whether it can verify that.
 """
 
 from collections.abc import Sequence
@@ -31,8 +30,8 @@ NO_TOKEN = -1  # a node for which the drafter has nothing to propose; no rule ac
 class Proposal:
     """A filled tree. Node 0 of `tokens` is the root, the last committed token.
 
-    `draft_logits[:, i]` is the law, at the temperature drawn with, from which the children of node i
-    come; only inner nodes' rows are read, and only the laws that draw have them.
+    `draft_logits[:, i]` are the logits, already divided by the temperature, from which the children of node i were
+    drawn. Only those of nodes with children are read; a deterministic proposal has none.
     """
 
     tokens: Tensor  # (B, N), NO_TOKEN where nothing is proposed
@@ -44,14 +43,14 @@ class Proposal:
 
 @dataclass(frozen=True, slots=True)
 class DraftSampling:
-    """How a drafter draws: not at all (greedy), coupled to the target's noise, or with its own. At which temperature
-    is data of the row: `state.temperature`."""
+    """How a drafter draws: not at all (greedy), with the target's noise (coupled), or with noise of its own. The
+    temperature is per row: `state.temperature`."""
 
     noise: Noise | Literal["none"] = "none"
 
     @property
     def source(self) -> Noise:
-        """What a proposal drawn so says of its noise."""
+        """The `noise` of a proposal drawn in this way."""
         return "shared" if self.noise == "shared" else "own"
 
     def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
@@ -73,29 +72,29 @@ class DraftRequest:
     device: torch.device
     shape: TreeShape | DynamicShape
     sampling: DraftSampling
-    target: "PreTrainedModel | None" = None  # whose hidden states a drafter reads, LM head and embeddings it may share
+    target: "PreTrainedModel | None" = None  # its states, LM head or embeddings may be read
 
     @property
     def fixed_shape(self) -> TreeShape:
-        """The shape, as a drafter sees it whose traits do not say that it fills dynamic ones."""
+        """The shape, for drafters that fill fixed trees only."""
         assert isinstance(self.shape, TreeShape), "open_engine refuses what the drafter cannot fill"
         return self.shape
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class DrafterTraits:
-    """What others may know of a drafter; everything but the defaults is said by the drafter itself."""
+    """What other code may know of a drafter: its requirements and abilities."""
 
     vocab_size: int | None = None  # None: any vocabulary
     taps: tuple[Tap, ...] = ()  # the target's hidden states that its sessions are handed as features
     follows_any_tree: bool = False  # can follow a path whose nodes it did not draft
     fills_dynamic: bool = False  # can fill dynamic shapes, too
     deepest: int = 8  # levels of a tree planned for it
-    modules: tuple[nn.Module, ...] = ()  # what it runs, whose weights make it the drafter that it is
+    modules: tuple[nn.Module, ...] = ()  # the modules that it runs; drafters of equal weights are equal
     vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
-    causal_lm: "PreTrainedModel | None" = None  # what other code can run as a draft model, of the whole vocabulary
-    parts: tuple["Drafter", ...] = ()  # of a drafter that is several side by side
-    kind: str = ""  # what files and configurations call it, so that its objective is found; "": nothing
+    causal_lm: "PreTrainedModel | None" = None  # the draft as an ordinary causal LM with logits of the whole vocabulary
+    parts: tuple["Drafter", ...] = ()  # the drafters of which this one is a combination
+    kind: str = ""  # its name in the registry of kinds (`paceline_drafter`); "": in none
 
 
 class DraftSession(Protocol):
@@ -103,8 +102,7 @@ class DraftSession(Protocol):
 
     @property
     def packable(self) -> Sequence[nn.Module]:
-        """The models and layers that the session runs whose linear layers compiled steps may keep in a layout of
-        their own."""
+        """The models and layers whose linear weights compiled steps may repack into a faster layout."""
 
     @property
     def nbytes(self) -> int:
@@ -114,22 +112,22 @@ class DraftSession(Protocol):
         """Forget the texts of all rows, or of `rows` (R,)."""
 
     def read(self, span: "Span", features: Tensor | None) -> None:
-        """Absorb a span of committed text behind what its rows hold, with the target's features (R, n, F) of its
-        positions where the drafter has taps."""
+        """Append a span of committed text to what its rows hold. `features` (R, n, F) are the target's at these
+        positions, None for a drafter without taps."""
 
     def propose(self, state: "DecodeState") -> Proposal:
         """Fill the tree behind the last committed token. Static shapes, no host reads."""
 
     def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
-        """Absorb the first `count` (B,) nodes of each row's `path` (B, D+1), none for a row that is done. The root of
-        the tree is at position `base` (B,); `features` (B, N, F) are the target's of all its nodes."""
+        """Append the accepted nodes: the first `count` (B,) of each row's `path` (B, D+1), 0 for a row that is done.
+        The root of the tree is at position `base` (B,); `features` (B, N, F) are the target's at all nodes."""
 
     def copy_rows(self, other: Self, rows: Tensor) -> None:
-        """Hold what `rows` (B,) of `other`, a session of the same capacity, hold."""
+        """Copy the contents of `rows` (B,) of `other`, a session of the same capacity, into this session's rows."""
 
 
 class Unremembering:
-    """What a session has that keeps nothing from step to step: it drafts from the state alone."""
+    """Base class of sessions without buffers of their own, which draft from the decode state alone."""
 
     @property
     def packable(self) -> Sequence[nn.Module]:
@@ -153,31 +151,31 @@ class Unremembering:
 
 
 class Drafter(Protocol):
-    """A family of proposals."""
+    """Opens sessions that propose tokens."""
 
     @property
     def name(self) -> str:
-        """What it is called."""
+        """Its name in messages and records."""
 
     @property
     def default_shape(self) -> TreeShape:
-        """What is drafted where nothing else is asked for."""
+        """The tree that is drafted where the user asks for no other."""
 
     @property
     def traits(self) -> DrafterTraits:
-        """What others may know of it."""
+        """Its requirements and abilities."""
 
     def open(self, request: DraftRequest) -> DraftSession:
         """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
 
 
 def is_drafter(value: object) -> TypeGuard[Drafter]:
-    """Whether `value` has what a drafter has."""
+    """Whether `value` has the attributes of a drafter."""
     return all(hasattr(value, name) for name in ("name", "default_shape", "traits", "open"))
 
 
 def parts_of(drafter: Drafter) -> tuple[Drafter, ...]:
-    """The drafters that stand side by side in `drafter`, or that one alone."""
+    """The drafters that `drafter` combines, or itself alone."""
     return drafter.traits.parts or (drafter,)
 
 
@@ -195,7 +193,7 @@ class NoDrafter:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmptySession(Unremembering):
-    """A tree of nothing but the root."""
+    """A session that always proposes a tree of the root alone."""
 
     tree: TokenTree
 

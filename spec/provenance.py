@@ -1,4 +1,4 @@
-"""What a measurement was made with: machine, versions, commit, command. Knows nothing of what is measured."""
+"""The circumstances of a measurement: machine, versions, commit, command. Knows nothing of what is measured."""
 
 import hashlib
 import json
@@ -65,8 +65,8 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def target_fingerprint(model: "PreTrainedModel") -> str:
-    """SHA-256 of what makes a target the one that a drafter or a run was made for: its essential sizes, and a few rows
-    of its embeddings and LM head, rounded to bfloat16 so that a float32 and a bfloat16 load of a model agree."""
+    """A SHA-256 by which drafters and runs recognise their target: of its main sizes and a few rows of its embeddings
+    and LM head, rounded to bfloat16 so that the model has one fingerprint in float32 and bfloat16."""
     config = model.config.get_text_config()
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):

@@ -1,10 +1,9 @@
-"""Continuous refill: many texts through few rows. A row that ends is given the next text at once.
+"""Continuous batching: many texts through a batch of few rows. A row whose text ends gets the next text at once.
 
-The engine, its buffers and the step are those of `generate`; only rows that have ended are written to
-between steps: their state is loaded, their slots are cleared, and their prompts are read while the other
-rows wait. A text depends on its tokens and its seed alone, so what comes out is what `generate` gives for
-each text by itself. Texts that need much more room than others are decoded apart from them, and when the
-texts run out, the rows that are left go on in a smaller batch. Knows nothing of prompts, files or templates.
+Engine, buffers and step are those of `generate`. Between steps only free rows are changed: their slots are cleared and
+the prompts of the next texts are read into them, while the other rows wait. A text depends on its tokens and its seed
+alone, so the result is what `generate` gives for each text by itself. Texts are grouped by the room that they need, and
+when no text is waiting, the remaining rows move to a smaller batch. Knows nothing of prompt files or templates.
 """
 
 from collections import deque
@@ -30,18 +29,18 @@ from .tree import DynamicShape, TreeShape
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Text:
-    """A text to continue: by at most `new_tokens` tokens, drawn from stream `seed`.
+    """A text to continue by at most `new_tokens` tokens, drawn with `seed`.
 
-    `room` is how many tokens the text and all that may follow it in this row can come to."""
+    `room` is the most tokens that the text, and the texts that `finish` may return after it, can have."""
 
     tokens: list[int]
     new_tokens: int
     seed: int
     room: int
-    name: Any = None  # the caller's
+    name: Any = None  # for the caller's use
 
 
-# Told (text, generated tokens, whether the scores were unusable); the text that it returns goes on in the row.
+# finish(text, generated tokens, whether the scores were NaN) may return a text to decode next, a follow-up turn say.
 Finish = Callable[[Text, list[int], bool], Text | None]
 
 
@@ -64,10 +63,9 @@ def decode_texts(
 ) -> None:
     """Continue every text, at most `batch` at a time; `finish` is called as each ends, in whatever order.
 
-    What a text becomes is what `generate(..., seed=[text.seed])` makes of it with these settings, up to
-    near-ties of the two best logits. `progress` hears how many tokens each step brought; once `enough()` says
-    so, texts that have not begun are left out. Raises ValueError for a text beyond the model's context and
-    for what `generate` refuses.
+    Each text is continued as by `generate(..., seed=[text.seed])` with these settings, up to near-ties of the two best
+    logits. `progress` is called with the number of tokens of each row's step; once `enough()` is true, no further text
+    is begun. Raises ValueError for a text longer than the model's context and for what `generate` refuses.
     """
     prefill_chunk = whole_number("prefill_chunk", prefill_chunk, 1)
     attach(model)
@@ -103,7 +101,7 @@ def decode_texts(
 
 
 class _Refill:
-    """The texts that wait for a row, and those that have one."""
+    """The texts that wait for a row, and those being decoded."""
 
     def __init__(
         self,
@@ -124,7 +122,7 @@ class _Refill:
         return not self.following and not self.waiting
 
     def take(self, rows: Rows, arrival: Arrival) -> bool:
-        """Hand over the texts that have ended; whether there were any."""
+        """Call `finish` for the texts that have ended; returns whether there were any."""
         for report in arrival.reports.values():
             self.progress(report.committed)
         for row, report in arrival.ended.items():
@@ -136,12 +134,12 @@ class _Refill:
         return bool(arrival.ended)
 
     def fill(self, rows: Rows) -> None:
-        """Give the free rows the next texts; texts of like length are read together."""
+        """Admit the next texts to the free rows; texts of similar length are read together."""
         if self.enough():
             self.waiting.clear()
         pairs = []
         for row in rows.free:
-            queue = self.following or self.waiting  # what has begun goes on before anything begins
+            queue = self.following or self.waiting  # follow-up texts come first
             if queue:
                 pairs.append((row, queue.popleft()))
         for group in _alike(pairs):
@@ -154,7 +152,7 @@ class _Refill:
 
 
 def _by_room(texts: list[Text], batch: int) -> list[list[Text]]:
-    """Groups by the power of two that holds a text's room; a group of less than a batch joins the next larger."""
+    """Groups of texts whose room has the same power of two; groups smaller than a batch join the next larger one."""
     groups: dict[int, list[Text]] = {}
     for text in texts:
         groups.setdefault(max(8, (text.room - 1).bit_length()), []).append(text)
@@ -168,7 +166,7 @@ def _by_room(texts: list[Text], batch: int) -> list[list[Text]]:
 
 
 def _alike(pairs: list[tuple[int, Text]]) -> list[list[tuple[int, Text]]]:
-    """Groups whose texts are of like length, so that reading them together wastes little on padding."""
+    """Groups of texts of similar length, so that reading them together needs little padding."""
     groups: list[list[tuple[int, Text]]] = []
     for pair in sorted(pairs, key=lambda pair: len(pair[1].tokens)):
         if groups and len(pair[1].tokens) <= 1.25 * len(groups[-1][0][1].tokens) + 8:
@@ -181,7 +179,7 @@ def _alike(pairs: list[tuple[int, Text]]) -> list[list[tuple[int, Text]]]:
 def _narrower(
     model: PreTrainedModel, drafter: Drafter, asked: RunSpec, sampler: Sampler, rows: Rows, batch: int
 ) -> Eager:
-    """Eager steps of an engine for `batch` of the `rows`."""
+    """An eager executor of an engine for `batch` of the `rows`, with the same capacity."""
     state = rows.engine.state
     spec = replace(asked, batch=batch, capacity=state.tokens.shape[1], eos=state.eos.shape[1])
     return Eager(make_engine(model, drafter, spec, sampler))

@@ -1,6 +1,6 @@
-"""A request: a text to continue in a row of the batch, and all that is data of that row.
+"""A request: a text to continue in one row of the batch, with the row's settings.
 
-Another seed, temperature or end of text is another number in a buffer, and needs no other step.
+These settings (seed, temperature, ends of text ...) are values in buffers: changing them needs no new compiled step.
 """
 
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class RowSampling:
-    """What a row's scores are warped by, as far as the sampler applies it."""
+    """The sampling settings of a row; which of them are applied is fixed by the sampler."""
 
     temperature: float = 1.0
     top_k: int = 1

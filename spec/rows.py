@@ -1,9 +1,9 @@
 """The rows of an engine and the requests in them: the host's side of every decode loop.
 
 A request is admitted to a free row, steps advance all rows together, and a row whose text has ended is free again.
-Where the executor runs ahead of the host, a step is read while the next one runs; each row's report carries the ticket
-of its request, and one with another ticket than the row's is dropped. Does no arithmetic on logits, and knows no
-drafter and no rule.
+Where the executor runs ahead of the host, a step's report is read while the next step runs. A report may then be of a
+request that is no longer in the row: every request has a ticket, and reports with another ticket are dropped. Does no
+arithmetic on logits, and knows no drafter and no rule.
 """
 
 import itertools
@@ -22,7 +22,7 @@ from .step import RowReport, StepResult, unpack_report
 
 
 class Stopwatch:
-    """Seconds of each phase of a step; on CUDA by events, so that timing never waits inside a step."""
+    """Measures the seconds of each phase of a step; on CUDA with events, so that timing never waits for the device."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -36,14 +36,14 @@ class Stopwatch:
             self.times.append(time.perf_counter())
             return
         self.events.append(torch.cuda.Event(enable_timing=True))
-        self.events[-1].record(torch.cuda.current_stream(self.device))  # which need not be the current device
+        self.events[-1].record(torch.cuda.current_stream(self.device))  # `device` need not be the current one
 
     def mark(self, phase: str) -> None:
         self.phases.append(phase)
         self._look()
 
     def seconds(self) -> dict[str, float]:
-        """To be asked once the step's results have been read."""
+        """Seconds by phase; to be called after the step's results have been read."""
         if not self.events:
             return dict(zip(self.phases, (after - before for before, after in itertools.pairwise(self.times))))
         self.events[-1].synchronize()
@@ -57,7 +57,7 @@ class Readout:
     def __init__(self, result: StepResult, watch: Stopwatch, number: int, lag: int):
         self.number, self.watch = number, watch
         self.path, self.logits, self.scores = result.path, result.logits, result.scores
-        if lag and result.logits is not None and result.scores is not None:  # the next step writes over them
+        if lag and result.logits is not None and result.scores is not None:  # the next step overwrites them
             self.path, self.logits, self.scores = result.path.clone(), result.logits.clone(), result.scores.clone()
         self.report, self.arrived = result.report, None
         if result.report.is_cuda:
@@ -76,10 +76,10 @@ class Readout:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Arrival:
-    """A step as it reaches the host."""
+    """The results of a step, on the host."""
 
     number: int
-    reports: dict[int, RowReport]  # [row]: of the rows whose requests the step was for
+    reports: dict[int, RowReport]  # [row]: only of rows whose request is still the one that the step was for
     watch: Stopwatch
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
     logits: Tensor | None  # (B, N, V), where asked for
@@ -92,7 +92,7 @@ class Arrival:
 
     @property
     def ended(self) -> dict[int, RowReport]:
-        """Those whose texts have ended; their rows are free."""
+        """The reports of rows whose texts ended in this step; these rows are free now."""
         return {row: report for row, report in self.reports.items() if report.done}
 
 
@@ -116,7 +116,7 @@ class Rows:
         return [row for row, ticket in enumerate(self.tickets) if ticket != NO_TICKET]
 
     def admit(self, requests: Mapping[int, Request]) -> None:
-        """Put each request into the free row that it stands for, and read the prompts, together."""
+        """Put each request into its row, which must be free, and read all their prompts together."""
         (_, capacity), (_, ends) = self.engine.state.tokens.shape, self.engine.state.eos.shape
         for row, request in requests.items():
             assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
@@ -129,7 +129,7 @@ class Rows:
         self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index)
 
     def step(self) -> Arrival:
-        """Advance all rows, and read the oldest step that the executor does not let the host wait for."""
+        """Advance all rows and return the oldest step not read yet, which is `executor.lag` steps behind."""
         while len(self._waiting) <= self.executor.lag:
             watch = Stopwatch(self.engine.state.tokens.device)
             result = self.executor.run(watch.mark)
@@ -158,7 +158,7 @@ class Rows:
             self.engine.state.done[self._index(rows)] = True
 
     def extend(self, row: int, new_tokens: int) -> None:
-        """Let a text that has ended go on behind its end, by at most `new_tokens` tokens."""
+        """Continue a text that has ended, by at most `new_tokens` tokens."""
         state = self.engine.state
         assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
         self.tickets[row] = next(self._next)
@@ -167,13 +167,13 @@ class Rows:
         state.done[row] = False
 
     def text(self, row: int) -> list[int]:
-        """All tokens of a row that has ended, the prompt's too."""
+        """All tokens of a row that has ended, prompt included."""
         state = self.engine.state
         return state.tokens[row, : int(state.lengths[row])].tolist()
 
     def moved(self, rows: list[int], executor: Executor) -> "Rows":
-        """The requests of `rows` in the rows of another executor's engine, whose drafter and capacity are the same; to
-        be called when all steps have been read."""
+        """Copy the requests of `rows` to the engine of another executor, which has the same drafter and capacity, once
+        all steps have been read."""
         assert not self._waiting
         moved = Rows(executor, self.chunk)
         moved.engine.copy_rows(self.engine, self._index(rows))

@@ -1,10 +1,10 @@
-"""From logits to the scores that a token is drawn from: transformers' own logits processors.
+"""From logits to the scores that tokens are drawn from, with transformers' logits processors.
 
-Processors that look at the logits alone run vectorised over all nodes; temperature, top-k, top-p and min-p take their
-numbers from the row, so that another value needs no other step. From the first to the last one
-that looks at the history (repetition penalty, n-gram bans, the user's own), each node is processed on
-its own path, as if its tokens had come one by one. Those read the state on the host and cannot be
-captured. Draws are not made here.
+Processors that look at the logits alone are vectorised over all nodes. Temperature, top-k, top-p and min-p read their
+values from the row's state, so that other values need no new compiled step. If some processors look at the history
+(repetition penalty, n-gram bans, the user's own), all processors up to the last of these run node by node, each on the
+node's own path, as if its tokens had come one by one; they read the state on the host and cannot be captured. Tokens
+are not drawn here.
 """
 
 import math
@@ -19,7 +19,7 @@ from .proposal import NO_TOKEN, Proposal
 from .request import RowSampling
 from .state import DecodeState
 
-Processors = list[hf.LogitsProcessor]  # or transformers' own kind of list
+Processors = list[hf.LogitsProcessor]  # or a LogitsProcessorList
 CAPTURABLE = (
     hf.TemperatureLogitsWarper,
     hf.TopKLogitsWarper,
@@ -38,17 +38,17 @@ STATEFUL = (
 )
 
 
-# The processors whose numbers are data of the row, in the order in which transformers applies them.
+# The processors whose values are stored per row, in the order in which transformers applies them.
 BY_ROW = (hf.TemperatureLogitsWarper, hf.TopKLogitsWarper, hf.TopPLogitsWarper, hf.MinPLogitsWarper)
 
 
 @dataclass(frozen=True, slots=True)
 class RowWarp:
-    """Temperature, top-k, top-p and min-p with numbers from the state, row by row, as transformers' processors compute
-    them. Which of them there are is fixed; `most` bounds top-k, so that other values need no other code."""
+    """Temperature, top-k, top-p and min-p with each row's values from the state, computed as by transformers'
+    processors. Which of them apply is fixed, and `most` bounds top-k; all else is data."""
 
     temperature: bool = False
-    most: int = 0  # the largest top-k that it can apply; 0 is none
+    most: int = 0  # the largest top-k that it can apply; 0: no top-k
     top_p: bool = False
     min_p: bool = False
 
@@ -60,10 +60,10 @@ class RowWarp:
             last = (state.top_k.clamp(max=best.shape[-1]) - 1)[:, None, None].expand(-1, scores.shape[1], 1)
             scores = scores.masked_fill(scores < best.gather(-1, last), -torch.inf)
         if self.top_p:
-            ascending, places = scores.sort(descending=False, dim=-1)
+            ascending, order = scores.sort(descending=False, dim=-1)
             cut = ascending.softmax(-1).cumsum(-1) <= state.tail[:, None, None]
             cut[..., -1:].fill_(False)
-            scores = scores.masked_fill(cut.scatter(-1, places, cut), -torch.inf)
+            scores = scores.masked_fill(cut.scatter(-1, order, cut), -torch.inf)
         if self.min_p:
             probs = scores.softmax(-1)
             least = state.min_p[:, None, None] * probs.amax(-1, keepdim=True)
@@ -111,7 +111,7 @@ class Sampler:
 
     @property
     def row_sampling(self) -> RowSampling:
-        """The numbers that are data of a row."""
+        """The values to store in a row."""
         top_k, top_p, min_p = (self.numbers.get(kind) for kind in BY_ROW[1:])
         return RowSampling(
             temperature=float(self.temperature),
@@ -127,7 +127,7 @@ class Sampler:
 
     @property
     def signature(self) -> tuple:
-        """Equal for samplers that one captured step can serve: numbers of the rows do not enter."""
+        """Equal for samplers that one captured step can serve; values stored per row are no part of it."""
         return self.do_sample, self.warp, tuple(map(_settings, self.before)), tuple(map(_settings, self.after))
 
     def scores(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
@@ -146,7 +146,7 @@ class Sampler:
             if finished:
                 continue
             text = torch.cat([self.prompt[row, : self.pads[row]], state.tokens[row, : lengths[row]]])
-            texts: list[Tensor | None] = [text]  # [node]: up to and with it, None where that cannot come about
+            texts: list[Tensor | None] = [text]  # [node]: the text up to the node, included; None if impossible
             for node, token in enumerate(drafted[row]):
                 if node > 0:
                     parent = parents[row][node]
@@ -157,23 +157,23 @@ class Sampler:
         return scores
 
     def _process(self, row: int, text: Tensor, scores: Tensor) -> Tensor:
-        """One row's scores (V,) behind its `text`, with every processor seeing a batch in which the row has
-        its own place, because some keep something for each row."""
+        """The scores (V,) of one row after its `text`. Processors are called with a whole batch in which the row has
+        its usual index, because some keep data per row."""
         batch = len(self.prompt)
         for processor in self.per_path:
             if isinstance(processor, hf.PrefixConstrainedLogitsProcessor):
-                # The user's function, to be asked for this row only; since transformers 5.24 copies have one place.
+                # Calls the user's function for this row only, by the index of its prompt.
                 allowed = partial(processor._prefix_allowed_tokens_fn, row // processor._num_beams)
-                own = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(ids), 1)
-                scores = own(text[None], scores[None].clone())[0]
+                row_processor = hf.PrefixConstrainedLogitsProcessor(lambda _, ids, allowed=allowed: allowed(ids), 1)
+                scores = row_processor(text[None], scores[None].clone())[0]
             else:
                 scores = processor(text.expand(batch, -1), scores.expand(batch, -1).clone())[row]
         return scores
 
 
 def _row_warped(sampling: Processors, all_of_them: Processors) -> tuple[Processors, Processors, Processors]:
-    """The processors before, in and behind the first run of those in `BY_ROW` that stand in that order, as far as they
-    are plain: cutting to minus infinity and keeping one token at least. `sampling` is empty where nothing is drawn."""
+    """Split the processors into those before, in and after the first run of processors that `RowWarp` can replace: of
+    `BY_ROW`, in its order, with default filter value and minimum. `sampling` is empty where nothing is drawn."""
     start = next((i for i, processor in enumerate(sampling) if _rank(processor) is not None), len(all_of_them))
     stop, last = start, -1
     while stop < len(sampling) and (rank := _rank(sampling[stop])) is not None and rank > last:
@@ -182,14 +182,14 @@ def _row_warped(sampling: Processors, all_of_them: Processors) -> tuple[Processo
 
 
 def _rank(processor: hf.LogitsProcessor) -> int | None:
-    """The place of a processor in `BY_ROW`; None for any other, and for one with settings of its own."""
+    """The index of a processor in `BY_ROW`; None for others, and for unusual settings that `RowWarp` does not cover."""
     plain = getattr(processor, "filter_value", -math.inf) == -math.inf
     plain = plain and getattr(processor, "min_tokens_to_keep", 1) == 1
     return BY_ROW.index(type(processor)) if plain and type(processor) in BY_ROW else None
 
 
 def _settings(processor: hf.LogitsProcessor) -> tuple[str, str]:
-    """Equal for processors that do the same."""
+    """Type and settings of a processor; equal for processors that compute the same."""
     settings = {
         name: value.tolist() if isinstance(value, Tensor) else value for name, value in sorted(vars(processor).items())
     }
@@ -206,8 +206,8 @@ def _processed(processors: Processors, scores: Tensor) -> Tensor:  # (B, N, V) -
 
 
 def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos: set[int], limit: int) -> Tensor | None:
-    """`text` and one token more; None behind an end of text or beyond the row's limit, or for a token that
-    plain decoding could not have drawn, so that a user's processor never sees a history that cannot be."""
+    """`text` with `token` appended. None after an end of text, beyond the row's limit, or for a token that plain
+    decoding could not have drawn, so that a user's processor never sees a history that cannot occur."""
     if text is None or len(text) + 1 >= limit or (drafted and int(text[-1]) in eos):
         return None
     if token == NO_TOKEN or not scores[token] > -torch.inf:

@@ -1,7 +1,7 @@
-"""The record of persistent buffers that the decode step reads and writes, one row a text.
+"""The decode state: the persistent buffers that the step reads and writes, one row per text.
 
-Every buffer has the batch row as its first axis and a fixed address for the whole run. Position and
-cache slot of a committed token are the same number: rows hold no padding.
+The first axis of every buffer is the batch, and its address is fixed for the whole run. A committed token's position is
+also its cache slot, because rows hold no padding.
 """
 
 from collections.abc import Sequence
@@ -12,23 +12,23 @@ from torch import Tensor
 
 from .request import Request
 
-NO_END = -2  # no token, and not what an empty node holds
+NO_END = -2  # fills `eos`; neither a token nor NO_TOKEN, the value of an empty node
 NO_TICKET = 0  # of a row without a request
 
 
 @dataclass(slots=True, eq=False)
 class DecodeState:
-    """B rows of at most `capacity - 1` tokens; the last column takes what must not be kept."""
+    """B rows of at most `capacity - 1` tokens; writes that must have no effect go to the last column."""
 
     tokens: Tensor  # (B, capacity): the committed text
     lengths: Tensor  # (B,): committed tokens; the last of them, the root, is not in the cache yet
     limits: Tensor  # (B,): the length at which a row is full
     done: Tensor  # (B,) bool
     failed: Tensor  # (B,) bool: the scores held a NaN, or forbade every token
-    ticket: Tensor  # (B,): which request the row is of
+    ticket: Tensor  # (B,): the request in the row, see rows.py
     keys: Tensor  # (B, 2): the row's noise stream
     eos: Tensor  # (B, E): token ids that end the row, NO_END where there are fewer
-    temperature: Tensor  # (B,): at which the row is drawn, and drafted for; 1 where it is greedy
+    temperature: Tensor  # (B,): for sampling and drafting; 1 where the row is greedy
     top_k: Tensor  # (B,): how many tokens the row is drawn from at most
     tail: Tensor  # (B,): 1 - top_p, the probability that is cut off
     min_p: Tensor  # (B,): the least probability, as a share of the likeliest token's
@@ -59,7 +59,7 @@ class DecodeState:
         )
 
     def admit(self, rows: Tensor, requests: Sequence[Request], tickets: Sequence[int]) -> None:
-        """Put the texts of R `requests` into `rows` (R,), with whatever is data of a row."""
+        """Write the texts and settings of R `requests` to `rows` (R,)."""
         device, texts = rows.device, [request.tokens for request in requests]
         width = max(map(len, texts))
         self.tokens[rows] = 0
@@ -83,10 +83,10 @@ class DecodeState:
             buffer[rows] = 0
 
     def copy_rows(self, other: "DecodeState", rows: Tensor) -> None:
-        """Hold what `rows` (B,) of `other`, a state of the same capacity, hold."""
+        """Copy the contents of `rows` (B,) of `other`, a state of the same capacity, into this state's rows."""
         for field in fields(self):
-            mine, theirs = getattr(self, field.name), getattr(other, field.name)
-            mine.copy_(theirs[rows])
+            target, source = getattr(self, field.name), getattr(other, field.name)
+            target.copy_(source[rows])
 
     def roots(self) -> Tensor:
         """The last committed token of each row, (B, 1)."""

@@ -1,7 +1,7 @@
-"""The decode step: propose, target forward, verify, cut, write, commit. One for every drafter and rule.
+"""The decode step: propose, target forward, verify, cut, write, commit. The same for every drafter and rule.
 
-A function over persistent buffers: static shapes, nothing read on the host, no branch on data, so that
-it can be compiled or captured as it is (unless a logits processor looks at the history).
+A function over persistent buffers with static shapes, which reads nothing on the host and does not branch on data, so
+that it can be compiled or captured as it is (unless a logits processor looks at the history).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from .verify import Verdict, verify
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
-    """What a step did, for the host; the texts are in the state."""
+    """The results of a step that the host reads; the texts themselves are in the state."""
 
     report: Tensor  # (B, 2N + D + 7): see pack_report
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
@@ -40,37 +40,37 @@ class Engine:
     keep_scores: bool = False
 
     def read(self, chunk: int, rows: Tensor | None = None) -> None:
-        """Read the texts in the state, or those of `rows` (R,), all but the last token of each, `chunk` tokens
-        at a time; what these rows held before is forgotten."""
+        """Prefill: clear all rows, or `rows` (R,), and read their texts in the state, except the last token of each,
+        `chunk` tokens at a time."""
         self.target.clear(rows)
         self.session.clear(rows)
         for span in spans(self.state.tokens, self.state.lengths, chunk, rows):
             self.session.read(span, self.target.read(span))
 
     def copy_rows(self, other: "Engine", rows: Tensor) -> None:
-        """Go on with `rows` (B,) of `other`, an engine of the same capacity for the same drafter."""
+        """Copy `rows` (B,) of `other`, an engine of the same capacity for the same drafter, into this engine's rows."""
         self.state.copy_rows(other.state, rows)
         self.target.copy_rows(other.target, rows)
         self.session.copy_rows(other.session, rows)
 
     @property
     def packable(self) -> list[torch.nn.Module]:
-        """The models that the step runs, and layers beside them, whose linear layers can be packed."""
+        """The models and layers whose linear weights compiled steps may repack."""
         return [*self.target.packable, *self.session.packable]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what target and drafter keep of the texts."""
+        """Bytes of the caches of target and drafter."""
         return self.target.nbytes + self.session.nbytes
 
     def idle_step(self) -> None:
-        """A step in which every row is done: it changes no text, and allocates what is made on first use."""
+        """Run a step in which every row is done: changes no text, but allocates buffers that are made on first use."""
         self.state.done.fill_(True)
         step(self, lambda phase: None)
 
 
 def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
-    """Advance every row that is not done. `mark` hears "draft", "verify", "commit" as each ends."""
+    """Advance every row that is not done. Calls `mark` with "draft", "verify" and "commit" at the end of each phase."""
     state = engine.state
     base = state.lengths - 1  # (B,): slot and position of the root
     proposal = engine.session.propose(state)
@@ -89,18 +89,18 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
 
 
 def write(state: DecodeState, verdict: Verdict) -> None:
-    """Append the verdict's tokens up to an end of text or the row's limit; rows that are done stay."""
+    """Append the verdict's tokens up to an end of text or the row's limit; rows that are done do not change."""
     columns = torch.arange(verdict.tokens.shape[1], device=verdict.tokens.device)  # (D+1,)
     ends = (verdict.tokens[..., None] == state.eos[:, None]).any(-1) & (columns <= verdict.accepted[:, None])
     ended = ends.any(-1)
-    # Not by an argmax over int8, which inductor can get wrong.
+    # Not argmax over int8, which inductor can compile wrongly.
     count = torch.where(ended, (ends.cumsum(-1) == 0).sum(-1) + 1, verdict.accepted + 1)
     ended = ended & (count <= state.limits - state.lengths)
     count = torch.minimum(count, state.limits - state.lengths)
-    state.failed |= verdict.failed & ~state.done & (count > verdict.accepted)  # else the bonus is not used
+    state.failed |= verdict.failed & ~state.done & (count > verdict.accepted)  # only matters where the bonus is used
     count = torch.where(state.done | state.failed, 0, count)
-    place = torch.where(columns < count[:, None], state.lengths[:, None] + columns, state.tokens.shape[1] - 1)
-    state.tokens.scatter_(1, place, verdict.tokens)
+    slots = torch.where(columns < count[:, None], state.lengths[:, None] + columns, state.tokens.shape[1] - 1)
+    state.tokens.scatter_(1, slots, verdict.tokens)
     state.lengths += count
     state.committed.copy_(count)
     state.done |= ended | (state.lengths >= state.limits) | state.failed

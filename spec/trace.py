@@ -1,7 +1,7 @@
 """The trace: one event per step and row, from which every acceptance figure is computed.
 
-Events speak of committed tokens: nothing behind an end of text or a stop counts as accepted. The figures
-themselves are in metrics.py. Knows nothing of models.
+Events hold committed tokens only: tokens after an end of text or a stop do not count as accepted. The figures are
+computed in metrics.py. Knows nothing of models.
 """
 
 import json
@@ -17,9 +17,9 @@ from . import metrics
 class Event:
     """One row's part in one step.
 
-    `tokens` and `parents` describe the tree, node 0 being the root and -1 a node left empty; `accepted`
-    are the accepted nodes in order, root not counted; `bonus` is the target's own token, None where an
-    end came first. `seconds` is the whole batch's time, the same in every row's event of a step.
+    `tokens` and `parents` describe the tree; node 0 is the root, and token -1 an empty node. `accepted` are the
+    accepted nodes in order, without the root. `bonus` is the token added by the target, None where the text ended
+    before it. `seconds` by phase are those of the whole batch, equal in all rows' events of a step.
     """
 
     row: int
@@ -29,7 +29,7 @@ class Event:
     accepted: list[int]
     bonus: int | None
     seconds: dict[str, float] = field(default_factory=dict)
-    group: str = ""  # which call of generate, where events of several are put together
+    group: str = ""  # the call of `generate`, where events of several calls are combined
 
     @property
     def drafted(self) -> int:
@@ -37,12 +37,12 @@ class Event:
 
     @property
     def examined(self) -> int:
-        """How many drafted tokens a rule had to look at: the children of the nodes it reached."""
+        """The number of drafted tokens that the rule looked at: children of the root and of accepted nodes."""
         return sum(self.tokens[child] >= 0 for children in self.offered() for child in children)
 
     def offered(self) -> list[list[int]]:
-        """The children of the root and of each accepted node, by rank, down to where there are none or the text
-        ended."""
+        """The children, by rank, of the root and of each accepted node that has any. Without a bonus (the text ended
+        there) the last accepted node is left out."""
         path = [0, *self.accepted] if self.bonus is not None else [0, *self.accepted][:-1]
         levels = [[child for child, parent in enumerate(self.parents) if parent == node] for node in path]
         return [children for children in levels if children]
@@ -53,7 +53,7 @@ class Event:
         return [self.tokens[node] for node in self.accepted] + ([] if self.bonus is None else [self.bonus])
 
     def keep(self, count: int) -> None:
-        """Forget all but the first `count` committed tokens."""
+        """Drop all but the first `count` committed tokens."""
         if count <= len(self.accepted):
             self.accepted, self.bonus = self.accepted[:count], None
 
@@ -66,7 +66,7 @@ class Trace:
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     def cut(self, row: int, tokens: int) -> None:
-        """Keep only the first `tokens` generated tokens of `row`; steps that gave none of them go."""
+        """Keep only the first `tokens` generated tokens of `row`; events without any of them are removed."""
         kept, left = [], tokens
         for event in self.events:
             if event.row == row:
@@ -86,13 +86,13 @@ class Trace:
         return metrics.summary(self.events)
 
     def prometheus(self, **labels: str) -> str:
-        """The summary as Prometheus reads it: the same names with `paceline_` before them, all with `labels`."""
+        """The summary in Prometheus' text format, names prefixed with `paceline_`, every sample with `labels`."""
         return metrics.prometheus(self.summary(), labels)
 
     def append_to(self, path: str | Path) -> None:
         """Append the events to a JSONL file, one line each, marked with this call's `run` id."""
         with open(path, "a", encoding="utf-8") as file:
             for event in self.events:
-                own = asdict(event)
-                own.pop("group")  # the run says it
-                file.write(json.dumps({"run": self.run, **own}) + "\n")
+                record = asdict(event)
+                record.pop("group")  # `run` identifies the call
+                file.write(json.dumps({"run": self.run, **record}) + "\n")

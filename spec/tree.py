@@ -1,9 +1,8 @@
 """Token trees: the shape that a drafter fills and a target verifies.
 
-Node 0 is the root, the last committed token; `parents[0] = -1` and every parent precedes its
-children. `TreeShape` is the static description on the host, `TokenTree` what follows from it as
-tensors. Neither knows tokens, models or rules. A chain is a tree. (Trees of drafted tokens:
-SpecInfer, Medusa, Sequoia.)
+Node 0 is the root, the last committed token; `parents[0] = -1`, and every parent precedes its children. A chain is a
+tree. `TreeShape` describes a tree on the host, `TokenTree` holds the same as tensors. Neither knows tokens, models or
+rules. (Trees of drafted tokens: SpecInfer, Medusa, Sequoia.)
 """
 
 import operator
@@ -43,10 +42,10 @@ class TreeShape:
                 raise ValueError(f"tree: node {node} has parent {parent}, but a parent must be an earlier node")
             below[parent].append(node)
         order = [0]
-        for node in order:  # grows as it goes: level by level, children beside their siblings
+        for node in order:  # `order` grows in the loop: breadth first, siblings next to one another
             order += below[node]
-        place = {node: index for index, node in enumerate(order)}
-        object.__setattr__(self, "parents", tuple(place.get(parents[node], -1) for node in order))
+        index_of_node = {node: index for index, node in enumerate(order)}
+        object.__setattr__(self, "parents", tuple(index_of_node.get(parents[node], -1) for node in order))
         check_size("of a list of parents", len(self), self.max_depth)
 
     @classmethod
@@ -71,23 +70,24 @@ class TreeShape:
         return cls(tuple(parents))
 
     def beside(self, *others: "TreeShape") -> "TreeShape":
-        """All trees behind one root, the children of the other roots last."""
+        """This tree and `others` joined at one root; the children of the other roots come last."""
         parents = list(self.parents)
-        for other in others:
+        for shape in others:
             moved = len(parents) - 1
-            check_size("of several trees behind one root", moved + len(other), 0)
-            parents += [0 if parent == 0 else parent + moved for parent in other.parents[1:]]
+            check_size("of several trees behind one root", moved + len(shape), 0)
+            parents += [0 if parent == 0 else parent + moved for parent in shape.parents[1:]]
         return TreeShape(tuple(parents))
 
     def part(self, nodes: Sequence[int]) -> "TreeShape":
-        """The tree of some of the nodes, ascending, with each of which its parent is there."""
-        place = {node: index for index, node in enumerate(nodes)}
-        return TreeShape(tuple(place.get(self.parents[node], -1) for node in nodes))
+        """The subtree of `nodes`, ascending; the parent of every node but the first must be among them."""
+        index_of_node = {node: index for index, node in enumerate(nodes)}
+        return TreeShape(tuple(index_of_node.get(self.parents[node], -1) for node in nodes))
 
     @classmethod
     def parse(cls, text: "str | Sequence[int] | TreeShape | DynamicShape") -> "TreeShape | DynamicShape":
-        """Read `"chain:5"`, `"4x2x1"` (children per level), these and a chain behind one root (`"4x2x1+chain:6"`), a
-        list of parents, or `"dynamic:24x6x4"` (nodes, depth and width of a tree that the drafter grows)."""
+        """Read `"chain:5"`, `"4x2x1"` (children per level), one of these and chains at the same root
+        (`"4x2x1+chain:6"`), a list of parents, or `"dynamic:24x6x4"` (nodes, depth and width of a tree that the drafter
+        grows). Raises ValueError for anything else."""
         if isinstance(text, (TreeShape, DynamicShape)):
             return text
         if not isinstance(text, str):
@@ -101,7 +101,7 @@ class TreeShape:
             return DynamicShape(*sizes)
         first, *others = text.split("+")
         tree = cls._static(first)
-        lengths = _whole_numbers(other.removeprefix("chain:") for other in others if other.startswith("chain:"))
+        lengths = _whole_numbers(branch.removeprefix("chain:") for branch in others if branch.startswith("chain:"))
         if tree is None or lengths is None or len(lengths) < len(others):
             raise ValueError(
                 f"tree {shown(text)!r} is neither 'chain:5' nor children per level like '4x2x1' nor both like "
@@ -161,10 +161,10 @@ class TreeShape:
 
 @dataclass(frozen=True)
 class DynamicShape:
-    """A tree whose parents the drafter decides at every step: only the sizes are fixed.
+    """A tree whose parents the drafter chooses at every step: only the sizes are fixed.
 
-    `nodes` counts the root; each of `max_depth` levels has its `width` best paths expanded, by `width`
-    children each. Raises ValueError for sizes that do not fit together or are beyond those of fixed trees.
+    `nodes` includes the root. On each of `max_depth` levels the `width` best paths are expanded by `width` children
+    each. Raises ValueError for sizes that do not fit together or are beyond those of fixed trees.
     """
 
     nodes: int
@@ -172,12 +172,12 @@ class DynamicShape:
     width: int
 
     def __post_init__(self):
-        what = f"'dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}'"
-        check_size(f"{what} (with the paths that it expands)", self.slots, self.max_depth)
+        text = f"'dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}'"
+        check_size(f"{text} (with the paths that it expands)", self.slots, self.max_depth)
         most = 1 + self.width + self.width**2 * (self.max_depth - 1)
         if not (self.width >= 1 and self.max_depth >= 1 and 2 <= self.nodes <= most):
             raise ValueError(
-                f"tree {what} (nodes, depth, width): {self.max_depth} levels of width {self.width} give 2 to {most} "
+                f"tree {text} (nodes, depth, width): {self.max_depth} levels of width {self.width} give 2 to {most} "
                 "nodes"
             )
 
@@ -186,7 +186,7 @@ class DynamicShape:
 
     @property
     def slots(self) -> int:
-        """How many cache slots a step may write, from the root's on, the drafter's forwards included."""
+        """How many cache slots a step may write, from the root's on, by the drafter's forwards too."""
         return max(self.nodes, 1 + self.width * (self.max_depth - 1))
 
     @property
@@ -217,10 +217,10 @@ class TokenTree:
 
     @classmethod
     def from_parents(cls, parents: Tensor, max_depth: int, max_children: int) -> "TokenTree":
-        """Derive everything from `parents` (R, N), which may be data; no value is read on the host."""
+        """Compute all tensors from `parents` (R, N), which may change every step: no value is read on the host."""
         nodes = torch.arange(parents.shape[-1], device=parents.device)
         climb = [nodes.expand_as(parents)]  # the ancestor d edges up, or -1
-        ancestors = climb[0][:, :, None] == nodes  # edge by edge: all at once would take D times the memory
+        ancestors = climb[0][:, :, None] == nodes  # one edge at a time; all at once would take D times the memory
         for _ in range(max_depth):
             above = parents.gather(-1, climb[-1].clamp(min=0))
             climb.append(torch.where(climb[-1] >= 0, above, -1))
@@ -241,7 +241,7 @@ class TokenTree:
 
 
 def check_size(what: str, nodes: int, depth: int) -> None:
-    """Raise ValueError for a tree `what` of more nodes or levels than anything here is made for."""
+    """Raise ValueError for a tree, called `what` in the message, beyond `MOST_NODES` or `MOST_DEPTH`."""
     if nodes > MOST_NODES:
         raise ValueError(f"tree {what} has more than {MOST_NODES} nodes, the root among them; draft a smaller one")
     if depth > MOST_DEPTH:
@@ -249,20 +249,20 @@ def check_size(what: str, nodes: int, depth: int) -> None:
 
 
 def shown(value: int | str) -> str:
-    """`value` as a sentence can hold it."""
+    """`value` as text, shortened for messages."""
     text = str(value)
     return text if len(text) <= 48 else f"{text[:40]}…"
 
 
 def _whole_numbers(texts: Iterable[str]) -> list[int] | None:
-    """The numbers of some texts; None where one of them is none."""
+    """The whole numbers written in `texts`; None where one of them is no number."""
     numbers = [_whole_number(text) for text in texts]
-    found = [number for number in numbers if number is not None]
-    return found if len(found) == len(numbers) else None
+    valid = [number for number in numbers if number is not None]
+    return valid if len(valid) == len(numbers) else None
 
 
 def _whole_number(text: str) -> int | None:
-    """What the digits of `text` say, or a number beyond every bound for more of them than a number may have."""
+    """The number written in `text`, 10**18 for more than 18 digits; None where it is not made of digits."""
     if not text.isdecimal():
         return None
     digits = text.lstrip("0") or "0"

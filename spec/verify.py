@@ -1,13 +1,13 @@
-"""Verification rules: which drafted tokens stand, and which token the target adds.
+"""Verification rules: which drafted tokens are accepted, and which token the target adds (the bonus).
 
-    match      the target draws its own next token at every node; accepted is the deepest node whose
-               path equals those draws, and the draw there is the bonus. Any proposal, lossless.
-    residual   recursive rejection over children drawn without replacement (Sequoia, arXiv:2402.12374,
-               section 3.2; a chain is Leviathan et al., arXiv:2211.17192). Lossless in distribution.
+    match      the target draws its next token at every node; the deepest node whose whole path equals these draws is
+               accepted, and the draw there is the bonus. For any proposal. Lossless: the same text for a seed.
+    residual   recursive rejection sampling over children drawn without replacement (Sequoia, arXiv:2402.12374,
+               section 3.2; on a chain: Leviathan et al., arXiv:2211.17192). Lossless in distribution.
     typical    Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1). Not lossless.
 
-At temperature 0 a draw is an argmax, and all three are `match`. A rule knows nothing of drafters; it
-refuses a proposal whose law it cannot treat. Nothing here reads a value on the host.
+At temperature 0 a draw is an argmax, and all three are `match`. A rule knows nothing of drafters; it refuses proposals
+that it cannot verify. Nothing here reads a value on the host.
 """
 
 from collections.abc import Callable
@@ -48,11 +48,11 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What a rule does and promises."""
+    """A rule: its function and its guarantees."""
 
-    function: Callable[[Tensor, Proposal, Tensor, Tensor], Verdict]  # of scores, proposal, keys and base, when drawing
-    lossless: bool  # the text has the target's law
-    same_text: bool  # for a seed it is the very text of plain decoding
+    function: Callable[[Tensor, Proposal, Tensor, Tensor], Verdict]  # (scores, proposal, keys, base)
+    lossless: bool  # the text has the target's distribution
+    same_text: bool  # for a seed the text equals that of plain decoding
     coupling: Noise  # whose noise drafts are drawn with
 
 
@@ -67,7 +67,7 @@ def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Te
 
 
 def draft_sampling(rule: str, do_sample: bool) -> DraftSampling:
-    """How to draft for a rule: with the target's noise where that is what makes drafts right, else with its own."""
+    """How drafts for a rule are drawn: greedily, or with the noise that the rule asks for (`coupling`)."""
     return DraftSampling(RULES[rule].coupling if do_sample else "none")
 
 
@@ -78,7 +78,7 @@ def check_rule(rule: str) -> None:
 
 
 def check(rule: str, proposal: Proposal, sampling: bool) -> None:
-    """Refuse what the rule would treat wrongly, in one sentence."""
+    """Raise ValueError for a proposal that the rule cannot verify losslessly."""
     check_rule(rule)
     if rule != "residual" or not sampling or proposal.tree.size == 1:
         return
@@ -116,7 +116,7 @@ def _target_draws(
 
 
 def _deepest(stands: Tensor, proposal: Proposal, value: Tensor | None = None) -> Tensor:
-    """The deepest node all of whose path `stands` (B, N); ties go to the larger `value` (B, N)."""
+    """The deepest node, (B,), whose path is all True in `stands` (B, N); ties go to the larger `value` (B, N)."""
     tree = proposal.tree
     whole = (stands[:, None, :] | ~tree.ancestors).all(-1)  # (B, N)
     depth = torch.where(whole, tree.depths, -1)
@@ -159,7 +159,7 @@ def _typical(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) -> 
 
 
 def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) -> Verdict:
-    """Walk down from the root; at each node offer the children in the order in which they were drawn."""
+    """Walk down from the root; at each node try the children one by one, in the order in which they were drawn."""
     tree = proposal.tree
     rows = torch.arange(len(base), device=base.device)
     positions = _next_positions(base, proposal)
@@ -168,7 +168,7 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
     coins = noise.uniform(keys, positions, noise.ACCEPT, ranks)  # (B, D+1, C)
     node = torch.zeros_like(base)
     walking = torch.ones_like(base, dtype=torch.bool)
-    target = scores[:, 0].softmax(-1)  # (B, V): what is left of the target's law at the node
+    target = scores[:, 0].softmax(-1)  # (B, V): the target's distribution at the node after the rejections so far
     for level in range(tree.max_depth):
         assert proposal.draft_logits is not None, "check() refuses a tree of several nodes without"
         draft_logits = proposal.draft_logits[rows, node]  # (B, V): -inf where a child was rejected
@@ -176,7 +176,7 @@ def _residual(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) ->
         walking = torch.zeros_like(walking)
         for rank in range(tree.max_children):
             offered = children & (tree.ranks == rank) & ~walking[:, None]
-            child = (offered * index).sum(-1)  # at most one; inductor's argmax over int8 can leave the range
+            child = (offered * index).sum(-1)  # at most one; not argmax over int8, which inductor can compile wrongly
             token = proposal.tokens.gather(1, child[:, None]).clamp(min=0)  # (B, 1)
             draft = draft_logits.softmax(-1)
             odds = coins[:, level, rank, None] * draft.gather(1, token) < target.gather(1, token)

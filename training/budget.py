@@ -1,4 +1,4 @@
-"""The plan of a run: how many tokens, steps and epochs, how long and how much disk. Printed before training."""
+"""The plan of a training run: tokens, steps, epochs, time and disk space. Printed before training."""
 
 import math
 from dataclasses import dataclass
@@ -18,8 +18,8 @@ class Plan:
     steps: int
     epochs: float
     tokens_per_second: float | None  # None: not measured
-    checkpoint_bytes: int  # of all that are kept at the same time
-    hidden_bytes: int  # of the target's hidden states on disk; 0 where it runs inside
+    checkpoint_bytes: int  # of all checkpoints that exist at the same time
+    hidden_bytes: int  # of the target's hidden states on disk; 0 where the target runs during training
 
     def show(self) -> str:
         body = self.trained - self.trained_vocabulary
@@ -47,7 +47,7 @@ def make_plan(
     hidden_bytes: int = 0,
     tokens_per_second: float | None = None,
 ) -> Plan:
-    """The plan for a configuration. Tokens are real tokens of the packs, whether the loss counts them or not.
+    """The plan for a configuration. All real tokens of the packs count as tokens, also those without loss.
 
     Raises ValueError where nothing is to be trained or no token of the data counts."""
     parameters = list(objective.parameters())

@@ -1,8 +1,8 @@
 """The model card of a drafter folder, written from its files alone.
 
-`training.json` is the record of the run that made it: configuration, versions, data and last figures. With
-`config.json`, `acceptance.json` and the header of the weights it is all that `README.md` is made of, so that a card
-can be written again whenever one of them changes. Nothing in it is typed by hand.
+`training.json` records the run that made the drafter: configuration, versions, data and last figures. `README.md` is
+generated from it, `config.json`, `acceptance.json` and the header of the weights, so it can be written again whenever
+one of them changes.
 """
 
 import json
@@ -34,20 +34,20 @@ def write_record(folder: Path, about: dict, config: Config) -> None:
         "figures": _last_figures(folder.parent / "metrics.jsonl", state["step"]),
     }
     write_whole(folder / "training.json", record)
-    own, earlier = read_digests(config.data.folder), config.objective.get("start")
-    before = read_digests(earlier) if earlier else set()
-    if own is not None and before is not None:
-        write_digests(folder / DIGESTS, own | before)
+    digests, earlier = read_digests(config.data.folder), config.objective.get("start")
+    earlier_digests = read_digests(earlier) if earlier else set()
+    if digests is not None and earlier_digests is not None:
+        write_digests(folder / DIGESTS, digests | earlier_digests)
 
 
 def _last_figures(path: Path, step: int) -> dict[str, float]:
-    """Every figure as it was last reported up to `step`."""
-    found: dict[str, float] = {}
+    """The last reported value of every figure, up to `step`."""
+    figures: dict[str, float] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         reported = json.loads(line)
         if reported.pop("step") <= step:
-            found |= {name: value for name, value in reported.items() if value is not None}
-    return found
+            figures |= {name: value for name, value in reported.items() if value is not None}
+    return figures
 
 
 def write_card(folder: Path) -> None:
@@ -85,14 +85,14 @@ def card(folder: Path) -> str:
 
 
 def _read(path: Path) -> dict:
-    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    if not isinstance(found, dict):
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not isinstance(content, dict):
         raise ValueError(f"{path.name} is no JSON object")
-    return found
+    return content
 
 
 def _weights(folder: Path) -> dict[str, float]:
-    """Numbers in the weights' file, without reading them, and its size."""
+    """How many numbers the weights' file holds (from its header) and its size."""
     file = folder / "model.safetensors"
     with safe_open(file, framework="pt") as tensors:
         count = sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
@@ -107,7 +107,7 @@ def _sizes(config: dict) -> dict:
 
 
 def _accuracy(acceptance: dict) -> list[dict]:
-    """By depth: p of the first ranks, and the labels that it was counted on."""
+    """For each depth: p of the first three ranks, and the number of labels it was counted on."""
     counts = acceptance.get("counts")
     if not counts:
         return []
@@ -129,7 +129,7 @@ def _python(name: str, base: str) -> str:
 
 
 def escaped(value) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """`value` as one line of text, with Markdown's special characters escaped."""
     text = " ".join(str(value).split())
     return re.sub(r"([\\`*_{}\[\]<>#|~!&])", r"\\\1", text)
 

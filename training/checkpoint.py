@@ -1,9 +1,9 @@
-"""Checkpoints: folders that appear whole or not at all, and what a trainer needs to go on exactly.
+"""Checkpoints: folders that are written atomically, with all that a trainer needs to resume exactly.
 
 A checkpoint is a drafter folder with the trainer's state in `trainer/`: float32 weights and AdamW's moments as
-safetensors, the rest as JSON. There is no random state to keep: every step seeds itself. Writing goes to a hidden
-sibling that is renamed, deleting renames first, so a kill -9 at any moment leaves the last good one. Knows nothing
-of training.
+safetensors, the rest as JSON. Random state is not saved, because every step seeds itself. A checkpoint is written to a
+hidden folder beside it, which is then renamed, and renamed before it is deleted: a kill -9 at any moment leaves the
+last complete one. Knows nothing of training.
 """
 
 import json
@@ -26,14 +26,14 @@ class Checkpoints:
         self.root, self.keep = root, keep
 
     def steps(self) -> list[int]:
-        """The steps of which there is a checkpoint, in order."""
+        """The steps that have a checkpoint, ascending."""
         return sorted(int(path.name.removeprefix("step-")) for path in self.root.glob("step-*") if path.is_dir())
 
     def folder(self, step: int) -> Path:
         return self.root / f"step-{step:08d}"
 
     def write(self, step: int, fill: Callable[[Path], None]) -> None:
-        """Make the folder of `step` with what `fill` writes into the path it is given.
+        """Write the checkpoint of `step`: `fill(path)` writes its files into a temporary folder, which is then renamed.
 
         Raises ValueError where the disk is full or fails; all earlier checkpoints stay."""
         folder = self.folder(step)
@@ -55,7 +55,7 @@ class Checkpoints:
             ) from error
 
     def point(self, name: str, step: int) -> None:
-        """Let the link `name` lead to the checkpoint of `step`."""
+        """Make `name` a symbolic link to the checkpoint of `step`, atomically."""
         unfinished = self.root / f".{name}.unfinished"
         unfinished.unlink(missing_ok=True)
         unfinished.symlink_to(self.folder(step).name)
@@ -85,7 +85,7 @@ def _to_disk(path: Path) -> None:
 
 
 def gather(objective: nn.Module, optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The trained weights and AdamW's state by name, whole and on the CPU. With FSDP2 every process must call it."""
+    """The trained weights and AdamW's state by name, unsharded, on the CPU. Under FSDP2 all processes must call it."""
     weights, moments = {}, {}
     for name, parameter in trained(objective):
         weights[name] = _whole(parameter)
@@ -125,7 +125,7 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _alike(whole: Tensor, like: Tensor) -> Tensor:
-    """`whole` on the device of `like`, and sharded as it is."""
+    """`whole` on the device of `like`, and sharded in the same way."""
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements) if isinstance(like, DTensor) else whole
 
@@ -152,12 +152,12 @@ def write_json(path: Path, value) -> None:
 
 
 def differences(mine: dict, theirs: dict, where: str = "") -> list[str]:
-    """What differs between two nested dictionaries, one phrase each."""
-    found = []
+    """One phrase for each difference between the present settings `mine` and the saved ones `theirs`, nested dicts."""
+    phrases = []
     for key in [*mine, *(key for key in theirs if key not in mine)]:
         name, here, there = f"{where}{key}", mine.get(key), theirs.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
-            found += differences(here, there, f"{name}.")
+            phrases += differences(here, there, f"{name}.")
         elif here != there:
-            found.append(f"{name} is {here!r} now and was {there!r}")
-    return found
+            phrases.append(f"{name} is {here!r} now and was {there!r}")
+    return phrases

@@ -1,7 +1,7 @@
 """A training run's configuration: dataclasses, read from one YAML file and `section.key=value` overrides.
 
-Defaults < file < overrides. Unknown keys and wrong types are errors of one sentence. The section `objective`
-is the kind's own: it is checked, with `read`, by the kind that it names. Knows nothing of torch.
+Overrides win over the file, the file over defaults. Unknown keys and wrong types raise ValueError in one sentence. The
+section `objective` is not checked here but by the objective of the kind that it names. Knows nothing of torch.
 """
 
 import dataclasses
@@ -24,23 +24,23 @@ class Target:
 
     model: str = "smollm2-135m"  # a folder, a short name or a hub id
     dtype: str = "auto"
-    hidden: Literal["online", "offline"] = "online"  # run the target inside, or read its hidden states from disk
-    hidden_folder: str | None = None  # where they lie; by default beside the data
+    hidden: Literal["online", "offline"] = "online"  # run the target, or read its hidden states from disk
+    hidden_folder: str | None = None  # of the hidden states; by default beside the data
     trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     folder: str  # as `paceline data prepare` writes it
-    held_out_rows: int = 256  # at most so many rows are evaluated
+    held_out_rows: int = 256  # evaluate on at most so many rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """How many tokens to train on: `tokens`, or else `tokens_per_param` for every trained parameter.
 
-    20 tokens per parameter is Chinchilla's (Hoffmann et al., arXiv:2203.15556); draft models, which are run
-    far more than they are trained, take ten times that.
+    Chinchilla recommends 20 tokens per parameter (Hoffmann et al., arXiv:2203.15556). The default is ten times that,
+    because a draft model is run far more than it is trained.
     """
 
     tokens: int | None = None
@@ -60,7 +60,7 @@ class Optimisation:
     weight_decay: float = 0.1  # on matrices only
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     clip: float = 1.0  # norm of the gradient
-    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto is bf16 where the device computes in it
+    mixed_precision: Literal["no", "bf16", "fp16", "auto"] = "no"  # auto is bf16 where the device supports it natively
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    objective: dict[str, Any]  # `kind`, and what the kind takes
+    objective: dict[str, Any]  # `kind`, and the settings of that kind
     data: Data
     run: Run
     target: Target = field(default_factory=Target)
@@ -159,7 +159,7 @@ def suggest(key: str, known) -> str:
 
 
 def _value(wanted, value: Any, where: str):
-    """`value` as the type `wanted`; raises ValueError where it is not one."""
+    """`value` converted to the type `wanted`; raises ValueError where it cannot be."""
     origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
     if wanted is Any:
         return value
@@ -184,7 +184,7 @@ def _value(wanted, value: Any, where: str):
             return float(value)  # YAML 1.1 reads 3e-4 as a string
         except ValueError:
             pass
-    if wanted is int and isinstance(value, float | str) and _whole(value):  # so does it 1e9
+    if wanted is int and isinstance(value, float | str) and _whole(value):  # and 1e9 as a string too
         return int(float(value))
     if origin is None and isinstance(value, wanted) and not (wanted is int and isinstance(value, bool)):
         return value

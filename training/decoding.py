@@ -1,4 +1,4 @@
-"""Real decoding of prompts, counted: tokens per step with its denominators. Knows nothing of where p comes from."""
+"""Decoding prompts and counting: measured tokens per step, with the numbers of steps, tokens and prompts behind it."""
 
 import contextlib
 from dataclasses import dataclass
@@ -24,33 +24,33 @@ class Settings:
 
     @property
     def sampling(self) -> dict:
-        """How `generate` is to draw."""
+        """The sampling options of `generate`."""
         if self.temperature == 0:
             return {"do_sample": False}
         return {"do_sample": True, "temperature": self.temperature, "top_k": 0}
 
 
 def decode(model, prompts: Prompts, drafter, shape, settings: Settings) -> list[list[Event]]:
-    """Decode all prompts, each with a seed of its own; the events of each. Prompts of like length go together."""
-    order = sorted(range(len(prompts)), key=lambda place: prompts[place][1]["input_ids"].shape[1])
-    found: list[list[Event]] = [[] for _ in prompts]
-    how = dict(verify=settings.verify, executor=settings.executor, max_new_tokens=settings.max_new_tokens)
+    """Decode all prompts in batches of similar length; the events of each. A prompt's seed is its number."""
+    order = sorted(range(len(prompts)), key=lambda number: prompts[number][1]["input_ids"].shape[1])
+    events_of_prompts: list[list[Event]] = [[] for _ in prompts]
+    settings_of_call = dict(verify=settings.verify, executor=settings.executor, max_new_tokens=settings.max_new_tokens)
     for start in tqdm(range(0, len(order), BATCH), desc="decoding", unit="batch", leave=False, disable=None):
-        places = order[start : start + BATCH]
-        ids = [prompts[place][1]["input_ids"][0].tolist() for place in places]
+        numbers = order[start : start + BATCH]
+        ids = [prompts[number][1]["input_ids"][0].tolist() for number in numbers]
         batch = left_padded(ids, 0, model.device)
-        options = {**how, **settings.sampling, "seed": places, "return_dict_in_generate": True}
+        options = {**settings_of_call, **settings.sampling, "seed": numbers, "return_dict_in_generate": True}
         with _own_law(model):
             out = generate(model, **batch, drafter=drafter, tree=shape, **options)
         for row, events in out.trace.rows():
-            found[places[row]] = events
-    return found
+            events_of_prompts[numbers[row]] = events
+    return events_of_prompts
 
 
 @contextlib.contextmanager
 def _own_law(model):
-    """Decode by the model's own law: of its generation config only the special tokens count, and not the penalties
-    and cuts that some models come with, which no forecast knows."""
+    """Within, the model's generation config holds its special tokens only: the estimates from p do not account for
+    the penalties and cut-offs (top-k, top-p) that some models define there."""
     kept = model.generation_config
     ids = {name: getattr(kept, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids)
@@ -61,15 +61,15 @@ def _own_law(model):
 
 
 def counted(decoded: list[list[Event]]) -> dict:
-    """Tokens per step of some prompts, and of what it is made."""
+    """Tokens per step over some prompts, with the numbers of steps, tokens and prompts."""
     steps = sum(map(len, decoded))
     tokens = sum(len(event.committed) for events in decoded for event in events)
     return {"tokens_per_step": tokens / max(steps, 1), "steps": steps, "tokens": tokens, "prompts": len(decoded)}
 
 
 def by_category(prompts: Prompts, decoded: list[list[Event]]) -> dict[str, dict]:
-    """The same for each category."""
+    """`counted` for the prompts of each category."""
     groups: dict[str, list[list[Event]]] = {}
     for (category, _), events in zip(prompts, decoded):
         groups.setdefault(category, []).append(events)
-    return {category: counted(own) for category, own in groups.items()}
+    return {category: counted(decoded_of_category) for category, decoded_of_category in groups.items()}

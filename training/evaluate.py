@@ -1,9 +1,9 @@
-"""The command `paceline evaluate`: what a drafter is worth, foretold from text and counted in decoding.
+"""The command `paceline evaluate`: tokens per step with a drafter, estimated from text and measured by decoding.
 
-First p[depth][rank] is counted: teacher-forced, on held-out rows or on the target's own greedy answers, or, for what
-cannot be judged so (prompt lookup, sampling), from a wide tree drafted at every position. From p a tree is planned,
-and with it the prompts are really decoded. Both go into one `acceptance.json`, with their denominators and how they
-came about.
+First p[depth][rank] is counted: teacher-forced, on held-out rows or on the target's own greedy answers; for prompt
+lookup and for sampling, where that is impossible, by drafting a wide tree at every position. A tree is planned from p
+and the prompts are decoded with it. Estimate and measurement are written to one `acceptance.json`, with the counts
+behind them and how they were made.
 """
 
 import os
@@ -36,14 +36,14 @@ from .ranks import accuracies, judge_of, spans, walk
 from .records import shown, write_whole
 from .versions import versions
 
-ROWS = 8  # judged together
-ANSWERED = 32  # decoded together, to be judged
-DEPTHS = 8  # that a draft model is judged to
-SIZES = (4, 8, 16, 32, 64)  # trees that are replayed beside the one that decodes
+ROWS = 8  # batch size of teacher-forced counting
+ANSWERED = 32  # batch size when the target answers the prompts
+DEPTHS = 8  # depths counted for a draft model
+SIZES = (4, 8, 16, 32, 64)  # numbers of nodes for which tokens per step are estimated by replay
 
 
 def evaluate(args) -> None:
-    """Evaluate a drafter and write what was found into its folder, or to `-o`."""
+    """Evaluate a drafter and write `acceptance.json` into its folder, or to `-o`."""
     if not 0 <= args.temperature < float("inf"):
         raise ValueError(f"--temperature {args.temperature} is not a number of at least 0; 0 is greedy")
     folder = _own_folder(args.drafter)
@@ -60,12 +60,12 @@ def evaluate(args) -> None:
         raise ValueError(f"{args.drafter} has no p of its own; evaluate its parts, and measure it with paceline bench")
     prompts = first_turns(args.prompts, tokenizer, model)
     settings = Settings(args.max_new_tokens, args.temperature, args.verify, args.executor)
-    found, shape = _foretold(args, model, tokenizer, drafter, prompts, settings)
+    acceptance, shape = _foretold(args, model, tokenizer, drafter, prompts, settings)
     decoded = decode(model, prompts, drafter, shape, settings)
     tree = {"nodes": len(shape), "depth": shape.max_depth, "parents": _static(shape) and list(shape.parents)}
-    found["measured"] = {**counted(decoded), **tree}
-    found["categories"] = by_category(prompts, decoded)
-    found["how"] |= {
+    acceptance["measured"] = {**counted(decoded), **tree}
+    acceptance["categories"] = by_category(prompts, decoded)
+    acceptance["how"] |= {
         "command": command(args),
         "rule": args.verify,
         "temperature": args.temperature,
@@ -80,14 +80,14 @@ def evaluate(args) -> None:
         },
         "versions": versions(),
     }
-    write_whole(kept, found)
+    write_whole(kept, acceptance)
     if not args.output:
         write_card(folder)
-    _show(found)
+    _show(acceptance)
 
 
 def _own_folder(name: str) -> Path | None:
-    """The drafter folder on this machine that `name` means."""
+    """The local drafter folder called `name`; None where there is none."""
     path = Path(name) if Path(name).is_dir() else shipped_folder(name)
     return path if path is not None and read_folder(path) is not None else None
 
@@ -105,7 +105,7 @@ def _overlap(folder: Path | None, prompts: str) -> int | None:
 
 
 def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Settings) -> tuple[dict, TreeShape]:
-    """The record of p and what it promises, and the tree to decode with."""
+    """Count p: the contents of `acceptance.json` so far (p, counts, estimates), and the tree to decode with."""
     sampled = args.temperature > 0
     asked = read_shape(args.tree, drafter) if args.tree not in (None, "auto") else None
     deepest = max(DEPTHS, asked.max_depth if asked else 0)
@@ -117,10 +117,11 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
         replay = calibrate(model, drafter, encoded, args.verify, args.temperature, args.max_new_tokens)
         counts = Acceptance.of(replay.walk(TreeShape.chain(0)))
         shape = asked or _planned(args, model, drafter, counts.rates())
-        found = record(counts, _static(shape))
+        acceptance = record(counts, _static(shape))
         if _static(shape):
-            found["estimated"]["replayed"] = _replayed(len(replay.walk(shape)), sum(map(len, replay.texts)))
-        return {**found, "how": {"counted": "a wide tree drafted at every position of the target's own text"}}, shape
+            acceptance["estimated"]["replayed"] = _replayed(len(replay.walk(shape)), sum(map(len, replay.texts)))
+        acceptance["how"] = {"counted": "a wide tree drafted at every position of the target's own text"}
+        return acceptance, shape
     if args.data:
         batches, text = _held_out(args.data, tokenizer), f"held-out rows of {Path(args.data).name}"
     else:
@@ -133,15 +134,15 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
     depths = answers[0].shape[1]
     counts = count_ranks(answers, depths, WIDTH)
     shape = asked or _planned(args, model, drafter, counts.rates())
-    found = record(counts, _static(shape))
+    acceptance = record(counts, _static(shape))
     right, judged = accuracies(answers, depths)
-    found["accuracy"] = [hits / max(tried, 1) for hits, tried in zip(right, judged)]
-    found["labels"] = judged
+    acceptance["accuracy"] = [hits / max(tried, 1) for hits, tried in zip(right, judged)]
+    acceptance["labels"] = judged
     if _static(shape):
-        found["estimated"]["replayed"] = _replayed(*walk(answers, shape))
+        acceptance["estimated"]["replayed"] = _replayed(*walk(answers, shape))
     trees = [best_tree(counts.rates(), nodes, drafter.traits.deepest)[0] for nodes in SIZES]
-    found["by_size"] = [{"nodes": len(tree), **_replayed(*walk(answers, tree))} for tree in trees]
-    return {**found, "how": {"counted": f"teacher-forced on {text}"}}, shape
+    acceptance["by_size"] = [{"nodes": len(tree), **_replayed(*walk(answers, tree))} for tree in trees]
+    return {**acceptance, "how": {"counted": f"teacher-forced on {text}"}}, shape
 
 
 def _replayed(steps: int, tokens: int) -> dict:
@@ -153,7 +154,7 @@ def _static(shape) -> TreeShape | None:
 
 
 def _planned(args, model, drafter, rates) -> TreeShape:
-    """The plan kept for this device, else a tree of modest size planned from p."""
+    """The tree of the plan stored for this device, else a tree of moderate size planned from p."""
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     kept = plan_path(model, drafter, executor, args.verify, args.temperature)
     if kept.is_file():
@@ -173,7 +174,7 @@ def _held_out(folder: str, tokenizer) -> list[Batch]:
 
 
 def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
-    """The target's own greedy answers as rows of one document each, of like length together."""
+    """The target's own greedy answers as batches of rows of similar length, one document per row."""
     texts: list[tuple[list[int], list[int]]] = []  # tokens, and which of them are the answer's
     with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False, disable=None) as bar:
 
@@ -184,7 +185,7 @@ def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
             bar.update()
 
         ids = [prompt["input_ids"][0].tolist() for _, prompt in prompts]
-        asked = [Text(own, new_tokens, 0, len(own) + new_tokens) for own in ids]
+        asked = [Text(tokens, new_tokens, 0, len(tokens) + new_tokens) for tokens in ids]
         decode_texts(model, asked, finish, batch=ANSWERED)
     texts.sort(key=lambda text: (len(text[0]), text[0]))
     batches = []
@@ -196,7 +197,7 @@ def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
 
 
 def command(args) -> str:
-    """The command to repeat this, with names in the place of absolute paths."""
+    """The command that repeats this evaluation, absolute paths replaced by their last part."""
     parts = ["paceline", "evaluate", shown(args.drafter), "--model", shown(args.model)]
     parts += ["--prompts", shown(args.prompts), "--max-new-tokens", str(args.max_new_tokens)]
     given = {"--data": args.data and shown(args.data), "--tree": args.tree and shown(args.tree)}
@@ -206,16 +207,16 @@ def command(args) -> str:
     return shlex.join([*parts, *(part for option, value in given.items() if value for part in (option, value))])
 
 
-def _show(found: dict) -> None:
-    if "accuracy" in found:
-        print(f"accuracy by depth: {' '.join(f'{share:.3f}' for share in found['accuracy'])}")
-    for name, own in found["estimated"].items():
-        print(f"estimated, {name}: {own['tokens_per_step']:.2f} tokens per step")
-    if "by_size" in found:
-        sizes = ", ".join(f"{own['tokens_per_step']:.2f} with {own['nodes']}" for own in found["by_size"])
+def _show(acceptance: dict) -> None:
+    if "accuracy" in acceptance:
+        print(f"accuracy by depth: {' '.join(f'{share:.3f}' for share in acceptance['accuracy'])}")
+    for name, entry in acceptance["estimated"].items():
+        print(f"estimated, {name}: {entry['tokens_per_step']:.2f} tokens per step")
+    if "by_size" in acceptance:
+        sizes = ", ".join(f"{entry['tokens_per_step']:.2f} with {entry['nodes']}" for entry in acceptance["by_size"])
         print(f"replayed by number of nodes: {sizes}")
-    rows = [
-        [category or "-", str(own["prompts"]), str(own["steps"]), str(own["tokens"]), f"{own['tokens_per_step']:.2f}"]
-        for category, own in (*found["categories"].items(), ("together", found["measured"]))
-    ]
+    rows = []
+    for category, entry in (*acceptance["categories"].items(), ("together", acceptance["measured"])):
+        counts = [str(entry[name]) for name in ("prompts", "steps", "tokens")]
+        rows.append([category or "-", *counts, f"{entry['tokens_per_step']:.2f}"])
     print(table(["category", "prompts", "steps", "tokens", "tokens per step"], rows))

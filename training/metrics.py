@@ -1,4 +1,4 @@
-"""What a run reports: sums over tokens, JSON lines, trackers, the progress line. Knows nothing of models."""
+"""Reporting of a training run: sums over tokens, JSON lines, trackers, the progress bar. Knows nothing of models."""
 
 import importlib.util
 import json
@@ -11,8 +11,8 @@ from ..spec.files import whole
 
 
 def tokens_per_step(hits: list[float], tried: list[float]) -> float:
-    """What a chain of first guesses commits a step: 1 + sum over depths d of the product of hits_i / tried_i for i
-    up to d, where each depth counts the places at which the depths before it were right."""
+    """Estimated tokens per step with a chain of first guesses: 1 + sum over depths d of the product of
+    hits_i / tried_i for i <= d. At each depth only positions where all earlier depths were right are tried."""
     estimate, survival = 1.0, 1.0
     for right, all_ in zip(hits, tried):
         survival *= right / all_ if all_ else 0.0
@@ -22,7 +22,7 @@ def tokens_per_step(hits: list[float], tried: list[float]) -> float:
 
 @dataclass
 class Tally:
-    """Sums over tokens and processes; the figures made of them are weighted by tokens."""
+    """Sums over tokens and processes, from which token-weighted figures are computed."""
 
     total: float = 0.0  # loss
     counted: float = 0.0
@@ -38,7 +38,7 @@ class Tally:
         self.tried = [a + b for a, b in zip(self.tried or zeros, other.tried)]
 
     def figures(self, split: str) -> dict[str, float | None]:
-        """Loss per token, accuracy of each depth given that those before it were right, tokens per step."""
+        """Loss per token, accuracy of each depth given that all earlier depths were right, tokens per step."""
         accuracies = {
             f"{split}/acc_{d}": h / t if t else None for d, (h, t) in enumerate(zip(self.hits, self.tried), 1)
         }
@@ -92,7 +92,7 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, str]:
 
 
 def _forget_after(path: Path, step: int) -> None:
-    """Drop the lines of steps that will be run again, and a line that was cut off by a kill."""
+    """Remove the lines of steps after `step`, which will be run again, and a line that a kill cut off."""
     if not path.exists():
         return
     kept = []

@@ -1,4 +1,4 @@
-"""AdamW over an objective's parameter groups, and the learning rate's way up and down. Knows no trainer."""
+"""AdamW over an objective's parameter groups, and the learning rate schedule. Knows no trainer."""
 
 import math
 

@@ -1,7 +1,7 @@
-"""Forwards and gradients of a step: some rows of the data, summed over micro-batches and processes.
+"""The forward and backward passes of a step, summed over micro-batches and processes.
 
-Losses are sums over counted tokens, so that neither the size of a micro-batch nor the number of processes enters. Knows
-nothing of optimisers, checkpoints or drafters.
+Losses are sums over counted tokens, so that the result depends neither on the micro-batch size nor on the number of
+processes. Knows nothing of optimisers, checkpoints or drafters.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ from .signals import Stop
 
 
 class Passes:
-    """`model` is `objective` as accelerate has wrapped it. A signal that `stop` got reaches all processes with the next
-    sum."""
+    """`model` is `objective` as wrapped by accelerate. A signal received by one process (`stop`) is passed to all
+    processes with the next sum."""
 
     def __init__(
         self,
@@ -40,15 +40,15 @@ class Passes:
         self.target, self.splits, self.stop, self.depths = target, splits, stop, objective.depths
 
     def nominal(self) -> int:
-        """A number of tokens to scale sums by before the true one is known, so that float16 can hold them."""
+        """The tokens of a full batch: divides sums before the true count is known, so that they fit in float16."""
         return self.config.optimisation.batch * self.splits["train"].length
 
     def gradient(self, rows: list[int]) -> Tally:
-        """Leave the gradient of the summed loss of `rows`, divided by the nominal count, in the parameters."""
+        """Compute the gradient of the summed loss of `rows` over the nominal count, and leave it in the parameters."""
         accelerator, micro = self.accelerator, self.config.optimisation.micro_batch
         self.model.train()
-        mine = rows[accelerator.process_index :: accelerator.num_processes]
-        parts = [mine[start : start + micro] for start in range(0, len(mine), micro)]
+        rows_of_rank = rows[accelerator.process_index :: accelerator.num_processes]
+        parts = [rows_of_rank[start : start + micro] for start in range(0, len(rows_of_rank), micro)]
         # Wrappers average gradients over the processes; the sum is wanted.
         scale = accelerator.num_processes / self.nominal()
         sums = self._zeros()
@@ -62,7 +62,7 @@ class Passes:
 
     @torch.no_grad()
     def evaluate(self) -> tuple[Tally, Acceptance]:
-        """The tally over the held-out rows and the acceptance there; the same number of forwards in every process."""
+        """Tally and acceptance on the held-out rows. Every process runs the same number of forwards."""
         accelerator, micro = self.accelerator, self.config.optimisation.micro_batch
         count = min(len(self.splits.get("held_out", ())), self.config.data.held_out_rows)
         self.model.eval()
@@ -82,7 +82,7 @@ class Passes:
         return self._reduce(sums), acceptance
 
     def _read(self, split: str, rows: list[int], counting: int | None = None) -> tuple[Batch, TargetView | None]:
-        """Some rows, and what the target saw on them; rows from place `counting` on count for nothing."""
+        """The batch of `rows` and the target's view of it. Rows from index `counting` on are masked out."""
         batch = self.splits[split].batch(rows, self.accelerator.device)
         if counting is not None:
             batch["loss_mask"][counting:] = 0
@@ -91,8 +91,8 @@ class Passes:
         return batch, seen
 
     def _forward(self, batch: Batch, seen: TargetView | None) -> tuple[Losses, Tensor]:
-        """The losses of a batch, and their sums as one vector."""
-        with self.accelerator.autocast():  # the wrappers of other kinds do it themselves, FSDP2 does not
+        """The losses of a batch, and the same as one vector in the order of `_zeros`."""
+        with self.accelerator.autocast():  # other wrappers do it themselves, FSDP2 does not
             losses = self.model(batch, seen)
         tokens = (batch["document"] >= 0).sum()
         sums = self._zeros()
@@ -101,13 +101,13 @@ class Passes:
         return losses, sums
 
     def _zeros(self) -> Tensor:
-        """total, counted, tokens, hits, tried, stop."""
+        """A zero vector for the sums total, counted, tokens, hits (depths), tried (depths), stop."""
         device = self.accelerator.device
-        dtype = torch.float32 if device.type == "mps" else torch.float64  # which has no float64
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
         return torch.zeros(4 + 2 * self.depths, dtype=dtype, device=device)
 
     def _reduce(self, sums: Tensor) -> Tally:
-        """The sums over all processes. A signal that any of them got reaches all of them on the way."""
+        """The sums over all processes. Also tells all processes of a signal that any of them received."""
         sums[-1] = self.stop.got is not None
         values = self.accelerator.reduce(sums, "sum").tolist()
         if values[-1]:
@@ -116,8 +116,8 @@ class Passes:
 
     @contextlib.contextmanager
     def _whole_weights(self):
-        """Within, weights that FSDP2 shards are whole outside of forwards too, and afterwards they are shards again:
-        after a forward that no backward follows they would stay whole, and strangers to the optimizer."""
+        """Within, FSDP2's sharded weights are unsharded, also between forwards; on exit they are sharded again. Without
+        this they would stay unsharded after a forward without backward, and the optimizer would not know them."""
         parts = [module for module in self.model.modules() if isinstance(module, FSDPModule)]
         for part in parts:
             part.unshard()

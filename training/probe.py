@@ -1,6 +1,6 @@
 """How fast heads train on this machine with the target online: a few steps of the trainer on random tokens.
 
-For `paceline check`, which has no data. Nothing is written but a folder that goes away.
+For `paceline check`, which has no data. Writes nothing but a temporary folder.
 """
 
 import math
@@ -20,7 +20,7 @@ SIZES = {"cpu": (1, 128), "cuda": (4, 1024)}  # rows of a step and tokens of a r
 
 
 class RandomRows:
-    """Rows as the trainer reads them, of one document of random tokens each, all of it the target's own."""
+    """Stands in for `data.rows.Rows`: each row is one document of random tokens, all of which count in the loss."""
 
     def __init__(self, vocabulary: int, length: int):
         self.vocabulary, self.length = vocabulary, length
@@ -37,7 +37,7 @@ class RandomRows:
 
 
 def heads_speed(model, steps: int) -> tuple[float, float]:
-    """Tokens per second over `steps` steps of training independent heads, the first aside, and the last loss.
+    """Tokens per second of training independent heads for `steps` steps (the first not timed), and the last loss.
 
     Raises ValueError where the loss is not a finite number."""
     device = model.device

@@ -1,4 +1,4 @@
-"""The command `paceline push`: a drafter folder to the model hub, and nothing in it that does not belong there."""
+"""The command `paceline push`: uploads the files of a drafter folder (`KEPT`), and no others, to the model hub."""
 
 from pathlib import Path
 
@@ -46,10 +46,10 @@ def check(folder: Path) -> list[str]:
     """The names of the files to upload. Raises ValueError for a folder that is not to be uploaded."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is no folder; give a drafter folder")
-    found = read_folder(folder)
-    if found is None:
+    drafter = read_folder(folder)
+    if drafter is None:
         raise ValueError(f"{folder} is no drafter folder: its config.json names no paceline_drafter; train one first")
-    found.tensors()
+    drafter.tensors()
     if pickles := sorted(file.name for file in folder.rglob("*") if file.suffix in PICKLES):
         raise ValueError(f"{folder} holds {pickles[0]}, a pickle, which can run code; remove it first")
     if not (folder / "README.md").is_file():

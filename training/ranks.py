@@ -1,8 +1,8 @@
-"""Where the text's own tokens stand in a drafter's ranking, and what decoding would make of them.
+"""Label ranks: how a drafter ranks the tokens of a text; accuracy and tokens per step computed from them.
 
-Label ranks (n, D) say, place by place, how many tokens the drafter holds more likely than the one that follows, and
-than the next, given the text before. From them come p[depth][rank], the accuracy of each depth, and an exact replay
-of greedy decoding with any tree: where the text is the target's own greedy text, the same steps. Knows no files.
+`ranks[i, d]` (n, D) is the number of tokens that the drafter holds more likely at position i and depth d than the token
+of the text, given the text before. With them greedy decoding can be replayed with any tree; for the target's own greedy
+text the replay takes exactly the steps of real decoding. Knows no files.
 """
 
 from collections.abc import Iterable
@@ -18,21 +18,21 @@ from .objectives.objective import NO_LABEL, Judge
 
 
 def judge_of(drafter, model, depths: int) -> Judge | None:
-    """What ranks the tokens of a text by `drafter` for the target `model`, as the objective of its kind does it; heads
-    give as many depths as they are. None for a drafter that nothing but decoding can judge."""
+    """The function that computes label ranks of `drafter` for the target `model`, from the objective of its kind; for
+    heads, D is the number of heads. None for drafters that can be evaluated by decoding only."""
     kind = KINDS.get(drafter.traits.kind)
     return kind.objective_class().judge(drafter, model, depths) if kind and kind.objective else None
 
 
 def spans(ranks: Tensor, judged: Tensor) -> list[Tensor]:
-    """Cut the ranks (n, D) of the true places of `judged` (B, T) into runs of neighbours, (m, D) each: the answers."""
+    """Split `ranks` (n, D), a row per True of `judged` (B, T), into one tensor (m, D) per run of adjacent positions."""
     rows, columns = judged.nonzero(as_tuple=True)
     cuts = ((rows.diff() != 0) | (columns.diff() != 1)).nonzero()[:, 0] + 1
     return [part.cpu() for part in ranks.tensor_split(cuts.cpu()) if len(part)]
 
 
 def accuracies(found: Iterable[Tensor], depths: int) -> tuple[list[int], list[int]]:
-    """Of how many labels at each depth the drafter's first guess was right, the text before being given."""
+    """For each depth, the number of labels that were the first guess, and of all labels, over label ranks `found`."""
     right, judged = torch.zeros(depths, dtype=torch.int64), torch.zeros(depths, dtype=torch.int64)
     for ranks in found:
         right += (ranks == 0).sum(0).cpu()
@@ -41,7 +41,7 @@ def accuracies(found: Iterable[Tensor], depths: int) -> tuple[list[int], list[in
 
 
 def walk(found: Iterable[Tensor], shape: TreeShape) -> tuple[int, int]:
-    """The steps that greedy decoding with this tree takes over answers (m, D) each, and the tokens that they bring."""
+    """Replay greedy decoding with tree `shape` over the answers `found`, (m, D) each: numbers of steps and tokens."""
     steps = tokens = 0
     for ranks in found:
         reach = [depth_within(row, shape) for row in ranks.tolist()]

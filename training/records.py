@@ -1,6 +1,6 @@
-"""Append-only JSONL that survives a kill at any moment, and small files written whole or not at all.
+"""Append-only JSONL that survives a kill at any moment, and small JSON files written atomically.
 
-A line counts once it ends in a line break and is on the disk; a torn last line is cut when the file is opened
+A line is complete when its line break is on the disk; an incomplete last line is removed when the file is opened
 again. Knows nothing of what the lines mean.
 """
 
@@ -12,9 +12,9 @@ from ..spec.files import whole
 
 
 class Journal:
-    """Records appended to `path`, one JSON object a line, each on the disk before `add` returns.
+    """Appends JSON objects to `path`, one a line, each synced to disk before `add` returns.
 
-    `records` are those that were there. Raises ValueError for a file that holds something else."""
+    `records` are those already in the file. Raises ValueError for a file that holds anything else."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -60,15 +60,15 @@ class Journal:
 
 
 def shown(value):
-    """A value for a file that others will read: names in the place of absolute paths, wherever they are inside."""
+    """`value` with absolute paths, also nested ones, replaced by their last part, for files that are published."""
     if isinstance(value, dict):
-        return {key: shown(own) for key, own in value.items()}
+        return {key: shown(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [shown(own) for own in value]
+        return [shown(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
 
 
 def write_whole(path: str | Path, data: dict) -> None:
-    """Write a JSON file so that a kill leaves the old one or the new one."""
+    """Write a JSON file atomically: a kill leaves either the old one or the new one."""
     with whole(path) as beside:
         beside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What SIGINT and SIGTERM mean to a run: the first asks it to stop, a second acts as usual."""
+"""SIGINT and SIGTERM during a run: the first asks it to stop, a second has its usual effect."""
 
 import contextlib
 import signal
@@ -8,7 +8,7 @@ STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stop:
-    """Whether a run is to stop: the signal that this process `got`, and the one that all processes have `heard` of."""
+    """Whether a run is to stop. `got` is the signal that this process received, `heard` what all processes know."""
 
     def __init__(self):
         self.got: int | None = None
@@ -20,7 +20,7 @@ class Stop:
 
 @contextlib.contextmanager
 def first_signal(heed: Callable[[int], None]):
-    """Within it the first of the two signals calls `heed` with its number, and nothing else happens."""
+    """Within, the first SIGINT or SIGTERM only calls `heed` with its number; then the former handlers are restored."""
     usual = {number: signal.getsignal(number) for number in STOPPING}
 
     def restore():

@@ -55,7 +55,7 @@ def train(args) -> None:
 
 
 def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | None:
-    """Train; the number of the signal that stopped it, if one did. Raises ValueError for what a user can mend."""
+    """Train; returns the number of the signal that stopped it, if any. Raises ValueError for a user's errors."""
     config = _with_precision(config)
     kind = objective_of(config.objective)
     check_trackers(config.run.trackers)
@@ -73,7 +73,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     need = _hidden_bytes(config, objective, model, splits)
     if need:
         accelerator.print(make_plan(config, objective, vocabulary, splits["train"], need).show())
-        if plan_only:  # the time could be measured only after writing them
+        if plan_only:  # measuring the time would need the hidden states on disk
             return None
     seen = _target(config, objective, model, splits, accelerator) if objective.taps else None
     identity = {
@@ -104,7 +104,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
 
 
 def _describe(folder: Path, about: dict, config: Config) -> None:
-    """Write record and card beside the checkpoints that have a name."""
+    """Write record and card into the checkpoints `latest` and `best`."""
     for name in ("latest", "best"):
         if (folder / name).exists():
             write_record(folder / name, about, config)
@@ -112,7 +112,7 @@ def _describe(folder: Path, about: dict, config: Config) -> None:
 
 
 def _with_precision(config: Config) -> Config:
-    """`config` with a mixed precision that says what it is."""
+    """`config` with the mixed precision 'auto' resolved for this device."""
     device = PartialState(cpu=not torch.accelerator.is_available()).device
     if config.optimisation.mixed_precision == "fp16" and device.type == "cpu":
         raise ValueError(
@@ -129,7 +129,7 @@ def _with_precision(config: Config) -> Config:
 
 
 def objective_of(settings: dict) -> type[Objective]:
-    """The class that trains what the section `objective` of a configuration names."""
+    """The objective class for the kind named in the section `objective` of a configuration."""
     name, trained = settings.get("kind"), sorted(name for name, kind in KINDS.items() if kind.objective)
     if name not in trained:
         raise ValueError(f"config: objective.kind is {name!r}{suggest(str(name), trained)}")
@@ -137,7 +137,7 @@ def objective_of(settings: dict) -> type[Objective]:
 
 
 def _accelerator(config: Config) -> Accelerator:
-    """The processes of this run. Refuses what would train wrongly or could not be resumed."""
+    """The accelerator of this run. Raises ValueError for set-ups that train wrongly or cannot resume."""
     plugin = _sharding()
     accelerator = Accelerator(
         cpu=not torch.accelerator.is_available(),
@@ -156,8 +156,8 @@ def _accelerator(config: Config) -> Accelerator:
 
 
 def _sharding() -> FullyShardedDataParallelPlugin | None:
-    """How weights are sharded, where accelerate is set up for FSDP. Casting is left to autocast, as everywhere else:
-    FSDP2 would cast the summed loss and the gradients on their way too."""
+    """The FSDP2 plugin, where accelerate is set up for FSDP. Its mixed precision is off, because it would also cast the
+    summed loss and the gradients; autocast does the casting, as without FSDP."""
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
     if (version := os.environ.get("FSDP_VERSION", "1")) != "2":
@@ -166,7 +166,7 @@ def _sharding() -> FullyShardedDataParallelPlugin | None:
 
 
 def _shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin) -> None:
-    """Do for CPUs what accelerate does for GPUs; it would train by DDP without a word."""
+    """Turn FSDP on for CPU processes, where accelerate would silently train with DDP instead."""
     accelerator.state.fsdp_plugin = plugin
     accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
@@ -178,7 +178,7 @@ def _hidden_bytes(config: Config, objective, model, splits: dict[str, Rows]) -> 
 
 
 def _target(config: Config, objective, model, splits: dict[str, Rows], accelerator: Accelerator):
-    """The target as the objective sees it; for hidden states on disk, after writing those that are not there."""
+    """The target that gives the objective its hidden states; with states on disk, after writing the missing ones."""
     taps = objective.taps
     if config.target.hidden == "online":
         return OnlineTarget(model, taps)
@@ -192,7 +192,7 @@ def _target(config: Config, objective, model, splits: dict[str, Rows], accelerat
 
 
 def _decoding(config: Config, model, tokenizer):
-    """What decodes `run.decode_prompts` with the drafter in a folder: tokens per step."""
+    """A function from a drafter folder to the tokens per step of decoding `run.decode_prompts` with it, or None."""
     if config.run.decode_prompts is None:
         return None
     prompts = first_turns(config.run.decode_prompts, tokenizer, model)
@@ -206,5 +206,5 @@ def _decoding(config: Config, model, tokenizer):
 
 
 def _documents(config: Config) -> dict[str, str]:
-    """What is written beside every checkpoint: the resolved configuration and what it ran with."""
+    """The files written into every checkpoint: the resolved configuration, and the versions of all packages."""
     return {"config.yaml": configuration.dump(config), "versions.json": json.dumps(versions(), indent=1) + "\n"}

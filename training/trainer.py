@@ -1,8 +1,8 @@
 """The one training loop, for every objective, on accelerate.
 
 A step reads `batch` rows, the same ones whatever the number of processes, sums the loss over all counted tokens
-(passes.py) and divides the gradient by their number. Everything random is seeded by (seed, step, process), so that a
-run goes on exactly where a checkpoint left it. Knows nothing of drafters.
+(passes.py) and divides the gradient by their number. All random numbers are seeded by (seed, step, process), so that a
+run resumes exactly from a checkpoint. Knows nothing of drafters.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from .signals import Stop, first_signal
 
 
 class Trainer:
-    """Trains `objective` for `steps` steps on `splits`, looking at `target` (an Online- or OfflineTarget, or None).
+    """Trains `objective` on `splits` with the hidden states of `target` (an OnlineTarget, OfflineTarget or None).
 
-    `identity` is what a checkpoint must agree with to be resumed; `documents` are files (name: text) that are
-    written beside every checkpoint. `decoding`, where given, measures tokens per step of a drafter folder."""
+    A checkpoint can be resumed only if its `identity` is the same; `documents` are files (name: text) that are written
+    into every checkpoint. `decoding`, where given, measures tokens per step with a drafter folder."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Trainer:
         self.identity, self.documents, self.decoding = identity, documents, decoding
         self.depths = objective.depths
         self.steps = 0
-        # Under FSDP2 the weights are shards; this copy takes the whole ones to save itself.
+        # Under FSDP2 the weights are sharded; this copy on the CPU receives the gathered weights and saves them.
         self.sharded = accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and decoding is not None:
             raise ValueError("run.decode_prompts decodes with whole weights and FSDP shards them; leave it out")
@@ -67,10 +67,10 @@ class Trainer:
         self.checkpoints = Checkpoints(Path(config.run.folder), config.run.keep)
         self.step, self.window, self.tokens = 0, Tally(), 0.0
         self.best: dict | None = None  # step and tokens_per_step
-        self.acceptance = -1, Acceptance([], [])  # the step evaluated last, and what was counted there
+        self.acceptance = -1, Acceptance([], [])  # the last evaluated step and the acceptance there
 
     def train(self, steps: int) -> int | None:
-        """Train up to step `steps`; the number of the signal that stopped it, if one did.
+        """Train up to step `steps`; returns the number of the signal that stopped it, if any.
 
         Raises ValueError where the loss is no number or a checkpoint cannot be written; earlier ones stay."""
         self.steps, run = steps, self.config.run
@@ -94,21 +94,21 @@ class Trainer:
         return self.stop.heard
 
     def close(self) -> None:
-        """Leave the other processes. The wrapper goes first: as the last owner of the process group it would hold the
-        interpreter while it waits for gloo's threads, and they may be waiting for the interpreter."""
+        """Leave the process group. The DDP wrapper is dropped first: as the group's last owner it would wait for gloo's
+        threads while it holds the GIL, and they may be waiting for the GIL."""
         self.model = self.passes.model = self.objective
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
     def _train_step(self) -> tuple[float, float]:
-        """One step; the learning rate and the norm of the gradient."""
+        """Run one step; returns the learning rate and the norm of the gradient."""
         accelerator, settings = self.accelerator, self.config.optimisation
         rate = self._begin_step()
         rows = rows_of_step(self.step, settings.batch, len(self.splits["train"]), self.config.run.seed)
         tally = self.passes.gradient(rows)
         if not math.isfinite(tally.total):
             raise self._not_a_number("the loss", rows)
-        if tally.counted:  # else there is nothing to learn from these rows
+        if tally.counted:  # otherwise these rows have no token to learn from
             factor = self.passes.nominal() / tally.counted
             for parameter in self.objective.parameters():
                 if parameter.grad is not None:
@@ -124,7 +124,7 @@ class Trainer:
         return rate, norm if tally.counted else 0.0
 
     def _begin_step(self) -> float:
-        """Seed what is random in this step and set its learning rates."""
+        """Seed this step's random numbers and set its learning rates; returns the rate of ordinary groups."""
         set_seed((self.config.run.seed * 1_000_003 + self.step) * 4_099 + self.accelerator.process_index & 0xFFFFFFFF)
         share = schedule(self.step, self.steps, self.config.optimisation)
         for group in self.optimizer.param_groups:
@@ -132,7 +132,7 @@ class Trainer:
         return self.config.optimisation.learning_rate * share
 
     def _evaluate(self, report: Report) -> bool:
-        """Evaluate on held-out text; whether it is the best so far."""
+        """Evaluate on held-out text; returns whether the result is the best so far."""
         tally, acceptance = self.passes.evaluate()
         if not tally.counted:
             return False
@@ -143,30 +143,30 @@ class Trainer:
         if self.decoding is not None:
             self._on_main(lambda: figures.update({"eval/measured_tokens_per_step": self._decoded()}))
         report.write(self.step, figures)
-        found = figures["eval/tokens_per_step"]
-        better = self.best is None or found > self.best["tokens_per_step"]
+        tokens_per_step = figures["eval/tokens_per_step"]
+        better = self.best is None or tokens_per_step > self.best["tokens_per_step"]
         if better:
-            self.best = {"step": self.step, "tokens_per_step": found}
+            self.best = {"step": self.step, "tokens_per_step": tokens_per_step}
         return better
 
     def _decoded(self) -> float:
-        """Tokens per step of real decoding, by the drafter as it would be saved now."""
+        """Measured tokens per step of decoding with the drafter in its present state."""
         with tempfile.TemporaryDirectory() as folder:
             self._save_drafter(Path(folder))
             return self.decoding(Path(folder))
 
     def _save_drafter(self, folder: Path) -> None:
-        """A drafter folder, with its acceptance where it has been evaluated at this step."""
+        """Write a drafter folder, with `acceptance.json` where this step has been evaluated."""
         (self.saved or self.objective).save(folder)
         step, counts = self.acceptance
         if step == self.step:
-            how = {"counted": "teacher-forced on held-out rows in training", "step": step}
+            method = {"counted": "teacher-forced on held-out rows in training", "step": step}
             shape = best_tree(counts.rates(), MODEST, self.depths)[0]
-            write_json(folder / "acceptance.json", {**record(counts, shape), "how": how})
+            write_json(folder / "acceptance.json", {**record(counts, shape), "how": method})
 
     def measure(self, steps: int = 2, learn: bool = False) -> tuple[float, float]:
-        """Tokens per second of at least two steps, the first of which warms up, and the last loss. Nothing changes,
-        unless the steps are to `learn`."""
+        """Run at least two steps; tokens per second (the first step is not timed) and the last loss. Parameters change
+        only with `learn`."""
         self.steps, tokens = steps, 0.0
         for step in range(steps):
             if step == 1:
@@ -185,7 +185,7 @@ class Trainer:
         return tokens / (time.perf_counter() - started), tally.total / max(tally.counted, 1.0)
 
     def save(self) -> None:
-        """Write the checkpoint of this step and let `latest` and `best` follow. Every process must call it."""
+        """Write the checkpoint of this step and update `latest` and `best`. All processes must call it."""
         weights, moments = gather(self.objective, self.optimizer)
         self._on_main(lambda: self._write(weights, moments))
 
@@ -225,9 +225,9 @@ class Trainer:
             return False
         folder = self.checkpoints.folder(steps[-1])
         weights, moments, state = read_state(folder / "trainer")
-        if found := differences(self.identity, state["identity"]):
+        if mismatches := differences(self.identity, state["identity"]):
             raise ValueError(
-                f"{folder} cannot be resumed: {'; '.join(found)}; restore that, or train into another run.folder"
+                f"{folder} cannot be resumed: {'; '.join(mismatches)}; restore that, or train into another run.folder"
             )
         restore(self.objective, self.optimizer, weights, moments)
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -238,7 +238,7 @@ class Trainer:
         return True
 
     def _on_main(self, act) -> None:
-        """Act in the main process; a user's error there is raised in all of them."""
+        """Call `act` in the main process; a ValueError there is raised in all processes."""
         said: list[str | None] = [None]
         if self.accelerator.is_main_process:
             try:
@@ -249,13 +249,13 @@ class Trainer:
         if said[0] is not None:
             raise ValueError(said[0])
 
-    def _not_a_number(self, what: str, rows: list[int]) -> ValueError:
+    def _not_a_number(self, quantity: str, rows: list[int]) -> ValueError:
         kept = self.checkpoints.steps()
-        place = f" on rows {rows} of the data" if rows else ""
+        rows_in_words = f" on rows {rows} of the data" if rows else ""
         last = f"the checkpoint of step {kept[-1]} is kept" if kept else "there is no checkpoint yet"
         return ValueError(
-            f"{what} of step {self.step} is not a finite number{place}; {last}; lower optimisation.learning_rate or "
-            "look at these rows"
+            f"{quantity} of step {self.step} is not a finite number{rows_in_words}; {last}; lower "
+            "optimisation.learning_rate or look at these rows"
         )
 
 

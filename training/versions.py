@@ -1,4 +1,4 @@
-"""What a result of training was made with: the versions of everything that may change it."""
+"""The versions of all software that a training result depends on."""
 
 from importlib.metadata import version
 

@@ -1,8 +1,8 @@
-"""Time for a check: a budget in seconds, shares of it for the parts, and a hard end for whatever is running.
+"""The time budget of a check: seconds in total, a share for each part, and an alarm that ends a running task.
 
-Work is cut into tasks. A task that is known to take longer than what is left of its part's share is not begun; one that
-turns out to is interrupted by an alarm, where the system has one (the main thread on Linux and macOS). What a task
-raises becomes its finding, and the next task goes on. Knows nothing of what the tasks do.
+Work is divided into tasks. A task that is expected to take longer than the rest of its part's share is not begun; one
+that takes longer than expected is interrupted by an alarm, where possible (in the main thread on Linux and macOS). An
+exception in a task becomes its finding, and the next task follows. Knows nothing of what the tasks do.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from .record import FAILS, NOT_HERE, Finding
 
 
 class OutOfTime(BaseException):
-    """The alarm. No `Exception`, so that no library takes it for an error of its own."""
+    """Raised by the alarm. Not an `Exception`, so that libraries do not catch it."""
 
 
 class NotHere(Exception):
@@ -29,8 +29,8 @@ class NotHere(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One thing to find out. `seconds` is what it is known to take; what is `short` runs after the part's end too, such
-    as timing what was made until then, or saying why something is not here."""
+    """One thing to find out, named by the labels `what`. `seconds` is the expected duration. A `short` task runs even
+    after the part's time is used up: timing what was made until then, or reporting why something is missing."""
 
     what: dict
     work: Callable[[], list[Finding]]
@@ -46,7 +46,7 @@ class Clock:
         self.end = started + seconds
 
     def begin(self, share: float) -> None:
-        """The part that begins now may take `share` of all time that is left."""
+        """Begin a part, which may take `share` of the remaining time."""
         now = time.perf_counter()
         self.end = now + share * max(self.started + self.seconds - now, 0.0)
 
@@ -66,7 +66,7 @@ class Clock:
             raise OutOfTime
 
         before = signal.signal(signal.SIGALRM, ring)
-        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3), 1.0)  # and again: a first one can be swallowed
+        signal.setitimer(signal.ITIMER_REAL, max(self.left, 1e-3), 1.0)  # and again: the first may be swallowed
         try:
             yield
         finally:
@@ -75,8 +75,8 @@ class Clock:
 
 
 def run_tasks(tasks: Iterable[Task], clock: Clock) -> Iterator[Finding]:
-    """Run the tasks of a part one by one, each as far as time allows; yields what they find. An error between tasks
-    ends the part and is a finding of its own."""
+    """Run the tasks of a part one by one while there is time; yields their findings. An exception in the generator
+    `tasks` itself ends the part and is a finding too."""
     tasks = iter(tasks)
     while True:
         try:
@@ -107,7 +107,7 @@ def _run(task: Task, clock: Clock) -> list[Finding]:
 
 
 def _stop_compiling(before: set[psutil.Process]) -> None:
-    """End what an interrupted compilation leaves running: it would slow down everything that is measured after it."""
+    """Kill processes that an interrupted compilation leaves running, as they would slow down later measurements."""
     if (workers := sys.modules.get("torch._inductor.async_compile")) is not None:
         workers.shutdown_compile_workers()
     for process in set(psutil.Process().children(recursive=True)) - before:
@@ -116,12 +116,12 @@ def _stop_compiling(before: set[psutil.Process]) -> None:
 
 
 def single(find: Callable[..., Finding], *arguments) -> Callable[[], list[Finding]]:
-    """The work of a task that finds one thing."""
+    """The `work` of a task whose function `find(*arguments)` returns a single finding."""
     return lambda: [find(*arguments)]
 
 
 def absent(what: dict, reason: str) -> Task:
-    """A task that finds nothing but the reason why."""
+    """A task whose finding is that `what` is not here, for `reason`."""
 
     def work() -> list[Finding]:
         raise NotHere(reason)
@@ -140,9 +140,9 @@ def _outcome(task: Task, work: Callable[[], list[Finding]]) -> list[Finding]:
         return [_failure(task.what, error)]
 
 
-def _failure(what: dict, error: Exception) -> Finding:
+def _failure(labels: dict, error: Exception) -> Finding:
     said = _first_line(error)
-    return Finding(what, FAILS, said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}")
+    return Finding(labels, FAILS, said if isinstance(error, ValueError) else f"{type(error).__name__}: {said}")
 
 
 def _first_line(error: BaseException) -> str:

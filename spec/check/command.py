@@ -1,7 +1,7 @@
-"""The command `paceline check`: five parts over one model, within a budget, written down as they are found.
+"""The command `paceline check`: five parts over one model, within a time budget; findings are written as they come.
 
-What is at stake is refused before any work: a model that does not fit, an output that cannot be written. After that
-nothing stops the check but its budget and Ctrl-C, and both leave what was found so far in the JSON file.
+A model that does not fit or an output that cannot be written is refused before any work. After that only the budget
+and Ctrl-C end the check, and both leave the findings so far in the JSON file.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ SHORTEST_CONTEXT = 64
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A part with its tasks, and its share of the time that is left when it begins."""
+    """A part with its tasks, and its share of the whole time."""
 
     part: Part
     tasks: Callable[[], Iterator[Task]]
@@ -46,7 +46,7 @@ class Plan:
 
 
 def check(args: Namespace) -> int:
-    """Check what `args` name; 1 where a promise of losslessness does not hold, or no text could be compared."""
+    """Run the check; returns the exit code: 1 where decoding is not lossless, or no text could be compared."""
     output, markdown = (Path(path) if path and path != "-" else None for path in (args.output, args.markdown))
     _check_outputs(args, [path for path in (output, markdown) if path])
     executors = all_executors(args.executors)
@@ -56,7 +56,7 @@ def check(args: Namespace) -> int:
     result = Check(_about(args, subject), [plan.part for plan in plans])
     try:
         with warnings.catch_warnings(), _stoppable() as stopped:
-            warnings.simplefilter("ignore")  # of other packages; what matters here is found and said
+            warnings.simplefilter("ignore")  # of other packages
             run(plans, clock, result, output, stopped)
     except BaseException:
         result.interrupted = True
@@ -75,7 +75,7 @@ def check(args: Namespace) -> int:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM end the block, and are noted, because a library may swallow what they raise."""
+    """Ctrl-C and SIGTERM end the block. Yields a list of their numbers, as a library may swallow the exception."""
     stopped: list[int] = []
 
     def stop(number: int, frame) -> None:
@@ -91,8 +91,8 @@ def _stoppable() -> Iterator[list[int]]:
 
 
 def run(plans: list[Plan], clock: Clock, result: Check, output: Path | None, stopped: list[int]) -> None:
-    """Run the parts one after the other and print each as it ends; every finding is in the JSON file at once. Ends by
-    KeyboardInterrupt where `stopped` names a signal."""
+    """Run the parts one after the other and print each at its end; every finding is written to the JSON file at once.
+    Raises KeyboardInterrupt once `stopped` holds a signal."""
     shares = sum(plan.share for plan in plans)
     for plan in plans:
         begun = time.perf_counter()
@@ -120,19 +120,19 @@ def _plans(subject: Subject, clock: Clock) -> list[Plan]:
 
 
 def _training_tasks(subject: Subject) -> Iterator[Task]:
-    what = {"what": f"{TRAINED_STEPS} steps of heads, the target online"}
+    labels = {"what": f"{TRAINED_STEPS} steps of heads, the target online"}
 
     def train() -> list[Finding]:
         if index := subject.device.index:
             raise NotHere(f"accelerate trains on the first GPU; CUDA_VISIBLE_DEVICES={index} makes it this one")
         speed, loss = import_module("...training.probe", __package__).heads_speed(subject.model, TRAINED_STEPS)
-        return [Finding(what, figures={"tokens_per_second": speed, "loss": loss})]
+        return [Finding(labels, figures={"tokens_per_second": speed, "loss": loss})]
 
-    yield Task(what, train)
+    yield Task(labels, train)
 
 
 def _subject(args: Namespace, executors: list[str]) -> Subject:
-    """The model that the options name. Says first what memory it needs."""
+    """Load or make the model that the options name, after printing and checking the memory that it needs."""
     device, label = _device(args.device), args.shape
     if args.model is not None or args.config is not None:
         label = args.model if args.model is not None else args.config
@@ -152,7 +152,7 @@ def _subject(args: Namespace, executors: list[str]) -> Subject:
         model = shapes.random_model(config, dtype, device, args.trust_remote_code)
     check_kind(model)
     if device.type == "cpu":
-        native.prepare()  # which may take its seconds to compile, and must not be interrupted
+        native.prepare()  # may compile for some seconds, which must not be interrupted
     make_drafter = import_module("...drafters.untrained", __package__).untrained
     return Subject(Path(label).name, model, executors, make_drafter)
 
@@ -193,7 +193,7 @@ def _check_outputs(args: Namespace, outputs: list[Path]) -> None:
     for number, path in enumerate(outputs):
         if path.exists() and not path.is_file():
             raise ValueError(f"{path} is no ordinary file; give another place")
-        if any(path.resolve() == other.resolve() for other in [*outputs[:number], *inputs]):
+        if any(path.resolve() == file.resolve() for file in [*outputs[:number], *inputs]):
             raise ValueError(f"{path} is named twice, as an output and as something else; give another place")
         try:
             existed = path.exists()

@@ -1,6 +1,6 @@
-"""Two checks side by side: what changed its verdict, and every figure of both with the ratio.
+"""Comparison of two checks: changed verdicts, and all figures of both with their ratio.
 
-Reads the JSON files of `paceline check` and nothing else.
+Given the JSON files of `paceline check`.
 """
 
 import json
@@ -15,7 +15,7 @@ def read_check(path: str) -> dict | None:
     try:
         check = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None  # a run file, or something that whoever reads it next will refuse
+        return None  # perhaps a run file; other readers will refuse the rest
     if not isinstance(check, dict) or check.get("kind") != "paceline-check":
         return None
     try:
@@ -27,7 +27,7 @@ def read_check(path: str) -> dict | None:
 
 
 def compare_checks(paths: list[str], checks: list[dict | None]) -> int:
-    """Print A and B side by side; 1 where something that holds in A fails in B.
+    """Print A and B side by side; returns 1 where something that holds in A fails in B, else 0.
 
     Raises ValueError where one of the two files is no check."""
     known: list[dict] = []
@@ -39,13 +39,13 @@ def compare_checks(paths: list[str], checks: list[dict | None]) -> int:
         print(f"{name}: {_heading(check)}")
     (a, b), rows, broken = map(_findings, known), [], 0
     for key in [*a, *(key for key in b if key not in a)]:
-        mine, theirs = (side.get(key, {"verdict": "-", "figures": {}}) for side in (a, b))
-        part, what = key
-        label = f"{part}: {', '.join(str(value) for _, value in what)}"
-        if mine["verdict"] != theirs["verdict"]:
-            broken += (mine["verdict"], theirs["verdict"]) == (HOLDS, FAILS)
-            rows.append([label, "verdict", mine["verdict"], theirs["verdict"], ""])
-        rows += _figure_rows(label, mine["figures"], theirs["figures"])
+        finding_a, finding_b = (side.get(key, {"verdict": "-", "figures": {}}) for side in (a, b))
+        part, labels = key
+        label = f"{part}: {', '.join(str(value) for _, value in labels)}"
+        if finding_a["verdict"] != finding_b["verdict"]:
+            broken += (finding_a["verdict"], finding_b["verdict"]) == (HOLDS, FAILS)
+            rows.append([label, "verdict", finding_a["verdict"], finding_b["verdict"], ""])
+        rows += _figure_rows(label, finding_a["figures"], finding_b["figures"])
     print(table(["what", "figure", "A", "B", "B / A"], rows))
     return 1 if broken else 0
 
@@ -57,7 +57,7 @@ def _heading(check: dict) -> str:
 
 
 def _findings(check: dict) -> dict[tuple, dict]:
-    """Every finding by its part and labels."""
+    """Verdict and figures of every finding, by (part, labels)."""
     return {
         (part["name"], tuple(finding["what"].items())): {
             "verdict": finding["verdict"], "figures": dict(finding["figures"])
@@ -67,10 +67,10 @@ def _findings(check: dict) -> dict[tuple, dict]:
     }  # fmt: skip
 
 
-def _figure_rows(label: str, mine: dict, theirs: dict) -> list[list[str]]:
+def _figure_rows(label: str, figures_a: dict, figures_b: dict) -> list[list[str]]:
     rows = []
     for name, (_, heading, show) in FIGURES.items():
-        pair = mine.get(name), theirs.get(name)
+        pair = figures_a.get(name), figures_b.get(name)
         if None in pair or (pair[0] == pair[1] and isinstance(pair[0], str)):
             continue
         numbers = all(isinstance(value, (int, float)) for value in pair)

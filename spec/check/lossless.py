@@ -1,9 +1,9 @@
 """The second part of a check: is drafted text the text of plain decoding, with every executor that can run here?
 
-The target passes its self-test; then texts are decoded plainly and with every kind of drafter, greedily and sampled
-with seeds, one row and a ragged batch of four, and compared token by token. In low precision two forwards of different
-shapes round differently, and texts may part where two tokens are closer than that: the rounding is measured on this
-model, and a parting that it cannot explain is a failure.
+After the target's self-test, texts are decoded plainly and with every kind of drafter, greedily and sampled with seeds,
+as one row and as a ragged batch of four, and compared token by token. In low precision forwards of different shapes
+round differently, so that texts may differ where two tokens are nearly tied. This rounding is measured on the model,
+and a difference that it cannot explain is a failure.
 """
 
 import time
@@ -55,7 +55,7 @@ SPACINGS, LOOSE_SPACINGS = 6, 64
 
 
 class Lossless:
-    """The tasks of the part, and what they share: prompts, plain texts, the length that the budget allows."""
+    """The tasks of the part, and what they share: prompts, texts of plain decoding, and the affordable length."""
 
     def __init__(self, subject: Subject, clock: Clock):
         self.subject, self.clock = subject, clock
@@ -93,22 +93,22 @@ class Lossless:
                 yield absent({"promise": "same text", "executor": executor}, reason)
 
     def _combinations(self, executor: str) -> list[tuple[str, int, str]]:
-        """Drafter, rows and way, the most telling first. Plain decoding too, which for the eager executor is the truth
-        itself."""
+        """(drafter, rows, way), the most informative first; without plain decoding ("none") for the eager executor,
+        which is what all others are compared with."""
         kinds = [*DRAFTS] if executor == "eager" else [next(iter(DRAFTS)), "none", *list(DRAFTS)[1:]]
         return [(kind, rows, way) for rows, way in COMBINATIONS for kind in kinds]
 
     def _texts(self, executor: str, count: int) -> Iterator[Task]:
-        """The first `count` combinations, without those that have been checked, as far as the time reaches."""
+        """Tasks for those of the first `count` combinations that are not checked yet, while there is time."""
         for kind, rows, way in self._combinations(executor)[self.checked[executor] : count]:
             if self.clock.left < self._seconds(executor, rows):
                 return
             self.checked[executor] += 1
-            what = {"promise": "same text", "executor": executor, "drafter": kind, "rows": rows, "way": way}
-            yield Task(what, single(self._same_text, what))
+            labels = {"promise": "same text", "executor": executor, "drafter": kind, "rows": rows, "way": way}
+            yield Task(labels, single(self._same_text, labels))
 
     def _seconds(self, executor: str, rows: int) -> float:
-        """What a text takes, roughly."""
+        """A rough estimate of the time to check one combination."""
         compiling = self.subject.expected_compile() if executor in COMPILED else 0.0
         return compiling + self.new_tokens * self.token_seconds * (1.0 + 0.5 * rows)
 
@@ -128,7 +128,7 @@ class Lossless:
         return [Finding({"promise": "self-test of the target"}, figures=figures)]
 
     def _measure_rounding(self) -> list[Finding]:
-        """And decide how long texts can be: a text takes about so long as plain decoding of it."""
+        """Measure rounding, and choose the length of texts from the speed of plain decoding."""
         for _ in range(2):  # the first warms up
             started = time.perf_counter()
             self._decode("eager", "none", 1, "greedy", 4)
@@ -173,10 +173,10 @@ class Lossless:
             self.plain[rows, way] = self._decode("eager", "none", rows, way, self.new_tokens).sequences
         return self.plain[rows, way]
 
-    def _same_text(self, what: dict) -> Finding:
-        executor, rows, way = what["executor"], what["rows"], what["way"]
+    def _same_text(self, labels: dict) -> Finding:
+        executor, rows, way = labels["executor"], labels["rows"], labels["way"]
         truth, known = self._truth(rows, way), set(map(id, pool_of(self.subject.model).runs))
-        out = self._decode(executor, what["drafter"], rows, way, self.new_tokens)
+        out = self._decode(executor, labels["drafter"], rows, way, self.new_tokens)
         assert out.trace is not None
         figures = {"texts": rows, "parted": 0, "tokens_per_step": out.trace.summary()["tokens_per_step"]}
         for run in pool_of(self.subject.model).runs:
@@ -184,25 +184,26 @@ class Lossless:
                 figures["making_seconds"] = run.executor.making_seconds
                 if executor in COMPILED:
                     self.subject.compile_seconds = run.executor.making_seconds
-        finding = Finding(what, figures=figures)
+        finding = Finding(labels, figures=figures)
         for row in range(rows):
             self._judge(finding, rows, row, way, truth[row].tolist(), out.sequences[row].tolist())
         return finding
 
     def _judge(self, finding: Finding, rows: int, row: int, way: str, plain: list[int], drafted: list[int]) -> None:
-        """Note where two texts of a row part, and whether rounding explains it."""
-        place = parting(plain, drafted)
-        if place is None:
+        """Note in `finding` where two texts of a row differ first, and whether rounding explains it."""
+        position = parting(plain, drafted)
+        if position is None:
             return
         figures = finding.figures
         figures["parted"] += 1
-        said = f"row {row} leaves the text of plain decoding at token {place - PROMPT_TOKENS + 1} of {self.new_tokens}"
-        if place >= min(len(plain), len(drafted)):
+        number = position - PROMPT_TOKENS + 1
+        said = f"row {row} leaves the text of plain decoding at token {number} of {self.new_tokens}"
+        if position >= min(len(plain), len(drafted)):
             finding.verdict, finding.reason = FAILS, f"{said}, where one of them ends"
             return
         _, mask = self.prompts[rows]
-        text = plain[PROMPT_TOKENS - int(mask[row].sum()) : place]
-        explained, gap = self._explained(text, plain[place], drafted[place], row, way)
+        text = plain[PROMPT_TOKENS - int(mask[row].sum()) : position]
+        explained, gap = self._explained(text, plain[position], drafted[position], row, way)
         figures["margin"] = max(gap, figures.get("margin", 0.0))
         figures["rounding"] = self.rounding
         apart = f"{said}, where the two tokens' logits are {gap:.2g} apart and rounding is {self.rounding:.2g}"
@@ -226,9 +227,9 @@ class Lossless:
 
 @torch.no_grad()
 def _rounding(model: "PreTrainedModel", text: Tensor) -> tuple[float, float, float]:
-    """The largest difference of a logit between a cache-less forward of `text` (T,) and the forward of a chain of its
-    last tokens over slots, as drafted decoding runs it, and of one of them, as plain decoding does; between two
-    cache-less forwards of different shapes; and the largest logit."""
+    """Three numbers for `text` (T,): the largest difference of a logit between a forward without cache and forwards
+    over slots of its last tokens as a chain (like drafted decoding) and of one of them (like plain decoding); the
+    largest difference between two forwards without cache of different shapes; and the largest logit."""
     ids, base = text[None], torch.tensor([len(text) - PROBED], device=text.device)
     truth = model(input_ids=ids, use_cache=False).logits[0, -PROBED:].float()
     beside = model(input_ids=torch.cat([ids, ids.flip(1)]), use_cache=False).logits[0, -PROBED:].float()

@@ -1,4 +1,4 @@
-"""The first part of a check: what this machine is, how fast its memory is read and how fast it multiplies."""
+"""The first part of a check: facts about the machine, its memory bandwidth and the speed of matrix products."""
 
 import re
 import shutil
@@ -18,7 +18,7 @@ from .subject import Subject
 
 
 def machine_tasks(subject: Subject) -> Iterator[Task]:
-    """Facts first, then the two probes."""
+    """The tasks: facts first, then the two measurements."""
     facts = {
         "processor": lambda: f"{provenance.machine()['cpu']}, {provenance.machine()['cores']} cores",
         "processor features": _features,
@@ -75,7 +75,7 @@ def _compiler() -> str:
 
 
 def _bandwidth(subject: Subject) -> Finding:
-    """Reads a buffer much larger than the caches, which is what a decoding step does with the weights."""
+    """Bandwidth of reading a buffer much larger than the caches, as a decoding step reads weights."""
     wanted = (1 << 31) if subject.device.type == "cuda" else (1 << 29)
     numbers = torch.ones(min(wanted, subject.free_bytes // 8) // 4, device=subject.device)
     seconds = _least_seconds(subject, lambda: numbers.sum())
@@ -87,12 +87,12 @@ def _matmul(subject: Subject) -> Finding:
     size = 8192 if subject.device.type == "cuda" else 1024
     matrix = torch.ones(size, size, device=subject.device, dtype=subject.dtype)
     seconds = _least_seconds(subject, lambda: matrix @ matrix)
-    what = {"figure": f"matrix product in {subject.dtype_name}"}
-    return Finding(what, figures={"flops": 2 * size**3 / seconds})
+    labels = {"figure": f"matrix product in {subject.dtype_name}"}
+    return Finding(labels, figures={"flops": 2 * size**3 / seconds})
 
 
 def _least_seconds(subject: Subject, work: Callable[[], object], repeats: int = 7) -> float:
-    """The least of a few times: what the machine can do when nobody else uses it."""
+    """The least of a few durations, which other load on the machine affects least."""
     seconds = []
     for _ in range(repeats):
         wait_for(subject.model)

@@ -1,8 +1,8 @@
-"""What a check finds: findings in parts, their verdicts, and how they are written as JSON, as tables and as Markdown.
+"""The record of a check: findings in parts, and their output as JSON, tables and Markdown.
 
-A finding says of one thing (an executor with a drafter, a size of tree, a figure of the machine) whether it `holds`,
-`fails` or is `not here`, why, and with which figures. Figures are raw numbers in the units of `FIGURES`; only tables
-round them. Knows nothing of models or of how anything is measured.
+A finding is about one thing (an executor with a drafter, a tree size, a figure of the machine): its verdict (`holds`,
+`fails` or `not here`), a reason, and figures. Figures are raw numbers in the units of `FIGURES`; only tables round
+them. Knows nothing of models or of how anything is measured.
 """
 
 import json
@@ -20,8 +20,8 @@ NOT_HERE: "Verdict" = "not here"
 Verdict = Literal["holds", "fails", "not here"]
 
 
-def _number(places: int, factor: float = 1.0) -> Callable[[float], str]:
-    return lambda value: f"{value * factor:,.{places}f}"
+def _number(decimals: int, factor: float = 1.0) -> Callable[[float], str]:
+    return lambda value: f"{value * factor:,.{decimals}f}"
 
 
 # Every figure by name: its unit in the JSON, its heading in tables, and how tables show it.
@@ -55,7 +55,7 @@ FIGURES: dict[str, tuple[str, str, Callable]] = {
 
 @dataclass(slots=True)
 class Finding:
-    """`what` names the thing, label by label; `figures` are of `FIGURES`, or raw lists that tables leave out."""
+    """`what` names the thing by labels; keys of `figures` are those of `FIGURES`, or raw lists that tables omit."""
 
     what: Mapping[str, str | int]
     verdict: Verdict = HOLDS
@@ -80,7 +80,7 @@ class Part:
         return FAILS if FAILS in verdicts else HOLDS if HOLDS in verdicts else NOT_HERE
 
     def rows(self) -> tuple[list[str], list[list[str]]]:
-        """What was found as a table: header and rows. What is not here has no figures; `notes` says why."""
+        """The findings as a table, header and rows, without those that are not here (see `notes`)."""
         shown = [finding for finding in self.findings if finding.verdict != NOT_HERE]
         labels = list(dict.fromkeys(label for finding in shown for label in finding.what))
         used = {name for finding in shown for name in finding.figures}
@@ -106,7 +106,7 @@ def _shown(name: str, value) -> str:
 
 @dataclass(slots=True)
 class Check:
-    """A whole check. `about` is what it was made of: subject, machine, versions, command, commit, budget."""
+    """A whole check. `about` holds its circumstances: subject, machine, versions, command, commit, budget."""
 
     about: dict
     parts: list[Part]
@@ -152,6 +152,6 @@ def _cell(text: str) -> str:
 
 
 def write_json(path: Path, value: dict) -> None:
-    """Write `path` whole or not at all."""
+    """Write a JSON file atomically."""
     with whole(path) as beside:
         beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,8 +1,8 @@
 """Models to check with: well-known shapes with random weights, made on the device without any download.
 
 A shape is the published configuration of a model. Weights are drawn so that activations and logits are about as large
-as in a trained model: the logits have a standard deviation of 3, so that greedy texts part at near-ties about as rarely
-as real ones. What such a model says is noise; how long it takes and whether its texts agree is not.
+as in a trained model: the logits have a standard deviation of 3, so that near-ties are about as rare as in real texts.
+The texts are meaningless, but timings and comparisons of texts are valid.
 """
 
 from pathlib import Path
@@ -61,7 +61,7 @@ SHAPES: dict[str, dict] = {
 ATTENTION = {"gemma-2-2b": "eager"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 SPREAD = 3.0  # standard deviation of the logits
-_BLOCK = 4_194_301  # random numbers that are drawn and repeated; a prime, so that no two rows of a matrix are alike
+_BLOCK = 4_194_301  # random numbers drawn and then repeated; a prime, so that no two rows of a matrix are equal
 
 
 def shape_config(name: str) -> PreTrainedConfig:
@@ -87,8 +87,8 @@ def read_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig
 
 
 def settled_dtype(dtype: str, device: torch.device, published: torch.dtype | None = None) -> torch.dtype:
-    """The dtype that `--dtype` means: for auto the `published` one of a model with weights, or bfloat16; but float32
-    for bfloat16 where the device only emulates it."""
+    """The dtype for `--dtype`: "auto" is the `published` one of a model with weights, else bfloat16; and float32
+    instead of bfloat16 where the device only emulates it. Raises ValueError for an unknown name."""
     if dtype == "auto":
         if published not in (None, torch.bfloat16):
             return published
@@ -112,7 +112,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def check_memory(name: str, needed: int, dtype: torch.dtype, device: torch.device) -> str:
-    """One line: what the weights need and what is free. Raises ValueError where they do not fit with room to work."""
+    """One line: memory that the weights need and that is free. Raises ValueError where they do not fit."""
     free = free_bytes(device)
     weights = f"{name}: {needed / 1e9:.2f} GB of weights in {str(dtype).removeprefix('torch.')}"
     if needed * 1.2 > free:
@@ -137,7 +137,7 @@ def random_model(
         for module in model.modules():
             parameters = dict(module.named_parameters(recurse=False))
             if parameters and all(parameter.ndim < 2 for parameter in parameters.values()):
-                model._init_weights(module)  # norms, whose neutral weights only their family knows
+                model._init_weights(module)  # norms: their neutral weights differ between families
                 continue
             for name, parameter in parameters.items():
                 if parameter.ndim < 2:
@@ -150,7 +150,7 @@ def random_model(
 
 
 def named_model(name: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model as `load_target` loads it, whose texts have no end."""
+    """A model loaded by `load_target`, without end-of-text ids."""
     model, _ = load_target(name, dtype, device, trust_remote_code, with_tokenizer=False)
     model.generation_config = GenerationConfig()
     return model

@@ -1,8 +1,8 @@
 """The third part of a check: what steps cost here, by executor, rows and nodes, beside transformers' `generate()`.
 
-Idle engines are timed in turns, as the planner times them: a step in which every row is done costs what a real one
-does. Beside each step stands the target's forward in it alone, and how near that comes to the time in which the probed
-memory bandwidth reads the weights and the text's keys and values once.
+Idle engines are timed in turns, as by the planner: a step in which every row is done costs as much as a real one. For
+each step the target's forward alone is timed too, and compared with a roofline: the time to read the weights and the
+text's keys and values once at the measured memory bandwidth.
 """
 
 import statistics
@@ -27,7 +27,7 @@ from .subject import COMPILED, Subject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Rows and nodes, the most telling first, in case time runs out.
+# (rows, nodes), the most informative first, in case time runs out.
 SIZES = ((1, 1), (1, 8), (1, 4), (1, 16), (1, 2), (1, 32), (1, 64), (8, 1), (8, 4), (8, 8))
 DRAFTED_LEVELS = (1, 4, 8)
 KINDS = ("ngram", "hydra", "medusa", "draft model")
@@ -37,7 +37,7 @@ COMPARED_TOKENS = 16  # of transformers' generate()
 
 @dataclass(slots=True)
 class Timed:
-    """A runner to time, and what making it took; `drafts` says that its steps draft by prompt lookup."""
+    """A runner to time, and the seconds of making it; with `drafts` its steps include prompt lookup."""
 
     runner: Executor
     making_seconds: float
@@ -46,15 +46,15 @@ class Timed:
 
 
 class Steps:
-    """The tasks of the part. `curves[executor][nodes]` are seconds of one row's step, `drafts[executor][kind][levels]`
-    those of drafting, for the part that plans."""
+    """The tasks of the part. For the next part (worth.py) it keeps seconds: `curves[executor][nodes]` of a step of one
+    row, `drafts[executor][kind][levels]` of drafting."""
 
     def __init__(self, subject: Subject, clock: Clock):
         self.subject, self.clock = subject, clock
         self.runners: dict[str, dict[tuple, Timed]] = defaultdict(dict)  # [executor][rows, nodes, whole or "forward"]
         self.curves: dict[str, dict[int, float]] = {}
         self.drafts: dict[str, dict[str, dict[int, float]]] = defaultdict(dict)
-        self.drafting: set[str] = set()  # executors of whose curves some steps draft by prompt lookup
+        self.drafting: set[str] = set()  # executors some of whose timed steps include prompt lookup
         self.slot_bytes = 0
 
     def tasks(self) -> Iterator[Task]:
@@ -75,15 +75,15 @@ class Steps:
                 yield absent({"executor": executor}, reason)
 
     def _compiled(self, executor: str) -> Iterator[Task]:
-        """Steps that were compiled for texts before, then one size after the other while there is time."""
+        """Tasks: steps already compiled for texts are taken over, then one size after the other while there is time."""
         self._take_kept(executor)
         for rows, nodes in SIZES:
             seconds = self.subject.expected_compile() + 5.0  # and to time it
             known = (rows, nodes, "whole") in self.runners[executor]
             if known or self.clock.left < seconds:
                 continue
-            what = {"executor": executor, "rows": rows, "nodes": nodes}
-            yield Task(what, partial(self._compile, executor, rows, nodes))
+            labels = {"executor": executor, "rows": rows, "nodes": nodes}
+            yield Task(labels, partial(self._compile, executor, rows, nodes))
         yield Task({"executor": executor}, lambda: self._time_compiled(executor), short=True)
 
     def _take_kept(self, executor: str) -> None:
@@ -117,7 +117,7 @@ class Steps:
 
     @torch.no_grad()
     def _time_cheap(self, executor: str, seconds: float) -> list[Finding]:
-        """Make what can be timed in turns within `seconds`, and time it."""
+        """Make as many runners as can be timed in turns within `seconds`, and time them."""
         turn, begun = 0.0, time.perf_counter()
         for rows, nodes, part in ((*size, part) for size in SIZES for part in ("whole", "forward")):
             made = self._open(executor, rows, nodes, part)
@@ -133,8 +133,8 @@ class Steps:
         missing = [size for size in SIZES if (*size, "whole") not in self.runners[executor]]
         if not missing:
             return []
-        what = {"executor": executor, "nodes": f"{len(missing)} of {len(SIZES)} sizes"}
-        return [Finding(what, NOT_HERE, f"{reason}; give a larger --budget")]
+        labels = {"executor": executor, "nodes": f"{len(missing)} of {len(SIZES)} sizes"}
+        return [Finding(labels, NOT_HERE, f"{reason}; give a larger --budget")]
 
     def _timed(self, executor: str, limit: float) -> list[Finding]:
         """Time all runners of an executor in turns: a finding for each size, and the curve for the planner."""
@@ -154,12 +154,12 @@ class Steps:
         return findings
 
     def _finding(self, executor: str, rows: int, nodes: int, times: tuple, timed: Timed) -> Finding:
-        """One size: `times` are those of the whole step and, where it was timed, of the forward in it."""
+        """The finding for one size; `times` are the seconds of the whole step and of its forward (None: not timed)."""
         (step, forward), plain, bandwidth = times, self.curves[executor].get(1), self.subject.bandwidth
         figures = {"step_seconds": step, "of_plain": plain and step / plain, "making_seconds": timed.making_seconds}
         if forward is not None:
             figures |= {"forward_seconds": forward, "elsewhere": max(1 - forward / step, 0.0)}
-        if not self.subject.has_experts:  # else what a step reads depends on its tokens
+        if not self.subject.has_experts:  # with experts, the bytes read depend on the tokens
             read = weights_read(self.subject.model) + rows * timed.text * self.slot_bytes
             figures["bytes_read"] = read
             figures["of_roofline"] = bandwidth and read / bandwidth / (forward or step)
@@ -168,8 +168,8 @@ class Steps:
 
     @torch.no_grad()
     def _transformers(self) -> list[Finding]:
-        """Seconds a token of transformers' own loop, the prompt aside: the median of a few differences of a short and
-        a longer call, in turns."""
+        """Seconds per token of transformers' own loop without the prompt: the median difference between a longer and a
+        short call, over the number of tokens between them."""
         model, ids = self.subject.model, torch.ones(1, 8, dtype=torch.long, device=self.subject.device)
 
         def seconds(tokens: int) -> float:
@@ -186,7 +186,7 @@ class Steps:
 
     @torch.no_grad()
     def _time_drafting(self, executor: str, kind: str) -> list[Finding]:
-        """What drafting adds to a step of as many nodes, both in the same turns."""
+        """Seconds that drafting adds to a step with the same number of nodes; the two are timed in turns."""
         drafter, model = self.subject.drafter(kind), self.subject.model
         runners = {}
         for levels in DRAFTED_LEVELS:
@@ -195,13 +195,13 @@ class Steps:
         seconds = in_turns(model, runners, REPEATS // 3, warm_up=1, limit=0.1 * self.clock.left)
         costs = {levels: max(seconds[levels, drafter] - seconds[levels, Blank()], 0.0) for levels in DRAFTED_LEVELS}
         self.drafts[executor][kind] = {0: 0.0, **costs}
-        what = {"executor": executor, "drafter": kind}
-        return [Finding({**what, "levels": levels}, figures={"draft_seconds": s}) for levels, s in costs.items()]
+        labels = {"executor": executor, "drafter": kind}
+        return [Finding({**labels, "levels": levels}, figures={"draft_seconds": s}) for levels, s in costs.items()]
 
 
 def weights_read(model: "PreTrainedModel") -> int:
-    """Bytes of weights that a step reads: all but the input embeddings, of which a step looks up a few rows, unless
-    they are the LM head too."""
+    """Bytes of weights that a step reads: all except the input embeddings, of which it reads a few rows only; tied
+    embeddings count, as they are the LM head too."""
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
     total = sum(parameter.nbytes for parameter in model.parameters())
     return total if embeddings is head else total - embeddings.nbytes

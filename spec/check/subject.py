@@ -1,6 +1,6 @@
-"""What is checked: a model on a device, the executors that can run it there, and the drafters made for it.
+"""The subject of a check: a model on a device, the executors to check, and the drafters made for it.
 
-One object that the parts share; what an earlier part has measured stands in it for the later ones.
+All parts share one object, which also passes measurements of earlier parts on to later ones.
 """
 
 from collections.abc import Callable
@@ -55,7 +55,7 @@ class Subject:
 
     @property
     def has_experts(self) -> bool:
-        """Whether layers are mixtures of experts, of which a token reads only some."""
+        """Whether the model has mixture-of-experts layers, in which each token uses only some experts."""
         config = self.model.config.get_text_config()
         return any(getattr(config, name, None) for name in _EXPERTS)
 
@@ -77,7 +77,7 @@ class Subject:
         return [name for name in self.executors if self.why_not(name) is None]
 
     def drafter(self, kind: str) -> Drafter:
-        """The drafter of a kind, made once. Raises NotHere where memory is too small for it."""
+        """The drafter of a kind, made on first use. Raises NotHere where memory is too small for it."""
         if kind not in self.drafters:
             weights = sum(parameter.nbytes for parameter in self.model.parameters())
             if kind == "draft model" and 1.1 * weights > self.free_bytes:
@@ -89,7 +89,7 @@ class Subject:
         return self.drafters[kind]
 
     def expected_compile(self) -> float:
-        """Seconds that compiling a step will take: as long as the last one, or on two slow cores about 2.5 a layer."""
+        """Expected seconds of compiling a step: as for the last one; before the first, 10 and 2.5 per layer."""
         return self.compile_seconds or 10.0 + 2.5 * self.layers
 
 

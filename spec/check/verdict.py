@@ -1,4 +1,4 @@
-"""What a check comes to: the sentence at its end, and which of the two captures is the better one on this GPU."""
+"""The conclusions of a check: its final sentence, and which of the two captured steps is better on this GPU."""
 
 import sys
 
@@ -7,11 +7,11 @@ import torch
 from ..engines.captures import keep_verdict
 from .record import FAILS, HOLDS, NOT_HERE, Check
 
-COMPARED_TEXTS, COMPARED_SIZES = 6, 3  # from which on one capture is said to be right, and faster than the other
+COMPARED_TEXTS, COMPARED_SIZES = 6, 3  # least numbers for the verdict on captured steps
 
 
 def verdict(result: Check) -> str:
-    """The last line: whether the promises hold, and what speculation is worth."""
+    """The final sentence: whether decoding is lossless here, and what speculation gains."""
     lossless = next(part for part in result.parts if part.name == "lossless").findings
     counts = {kind: sum(f.verdict == kind for f in lossless) for kind in (HOLDS, FAILS, NOT_HERE)}
     parted, texts = (sum(f.figures.get(name, 0) for f in lossless) for name in ("parted", "texts"))
@@ -32,7 +32,7 @@ def verdict(result: Check) -> str:
 
 
 def _worth(result: Check) -> str:
-    """What the best tree gains over the fastest plain step, whichever executors the two have."""
+    """The gain of the best tree over the fastest plain step; the two may have different executors."""
     findings = {part.name: part.findings for part in result.parts}
     drafted = [f for f in findings["worth"] if f.what.get("accepted") == "70%" and "token_seconds" in f.figures]
     single = [f for f in findings["steps"] if (f.what.get("rows"), f.what.get("nodes")) == (1, 1)]
@@ -43,13 +43,13 @@ def _worth(result: Check) -> str:
     gain = min(plain) / best.figures["token_seconds"]
     if gain <= 1:
         return "; at 70% acceptance a level speculation does not pay here"
-    how = f"{best.what['executor']} steps, drafts like {best.what['drafter']}'s"
-    return f"; at 70% acceptance a level the best tree would be {gain:.2f} times as fast as plain decoding ({how})"
+    setting = f"{best.what['executor']} steps, drafts like {best.what['drafter']}'s"
+    return f"; at 70% acceptance a level the best tree would be {gain:.2f} times as fast as plain decoding ({setting})"
 
 
 def keep_better_capture(device: torch.device, result: Check) -> None:
-    """On a GPU, keep which captured step is the better one, where several texts of the compiled one were compared and
-    steps of several sizes were timed alike."""
+    """On a GPU, store which captured step is better, if enough texts of the compiled one were compared and steps of
+    enough sizes were timed with both."""
     parts = {part.name: part for part in result.parts}
     eager, compiled = "cuda_graph_eager", "cuda_graph_compiled"
     texts = [f for f in parts["lossless"].findings if f.what.get("executor") == compiled]

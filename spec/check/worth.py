@@ -1,8 +1,8 @@
 """The fourth part of a check: is speculation worth it here, and with which tree?
 
-For a drafter whose next token is right with probability a, and whose next guess catches the same share of what is left
-(p[rank] = a (1 - a)**rank at every level), the planner looks for the best tree on the curves that were just measured.
-Not to speculate is one of its choices.
+For drafters with p[rank] = a (1 - a)**rank at every level (the first guess is right with probability a, and each
+further one with probability a if those before it were wrong), the planner finds the best tree for the step times just
+measured. Not to speculate is one of its choices.
 """
 
 from collections.abc import Iterator
@@ -25,24 +25,24 @@ def worth_tasks(steps: Steps) -> Iterator[Task]:
         # Where drafting was not timed with this executor, its costs with eager steps are an upper bound.
         drafts = steps.drafts.get(executor) or steps.drafts.get("eager", {})
         if executor in steps.drafting:
-            drafts = {"ngram": {0: 0.0, LEVELS: 0.0}}  # which the steps' own times hold
+            drafts = {"ngram": {0: 0.0, LEVELS: 0.0}}  # the step times include it
         for kind, costs in drafts.items():
             for accepted in ACCEPTED:
-                what = {"executor": executor, "drafter": kind, "accepted": f"{accepted:.0%}"}
-                yield Task(what, single(_best, what, accepted, _rising(curve), costs), short=True)
+                labels = {"executor": executor, "drafter": kind, "accepted": f"{accepted:.0%}"}
+                yield Task(labels, single(_best, labels, accepted, _rising(curve), costs), short=True)
 
 
-def _best(what: dict, accepted: float, curve: dict[int, float], costs: dict[int, float]) -> Finding:
+def _best(labels: dict, accepted: float, curve: dict[int, float], costs: dict[int, float]) -> Finding:
     rates = [[accepted * (1 - accepted) ** rank for rank in range(RANKS)]] * LEVELS
     plan = choose_tree(rates, curve, costs)
     figures = {"nodes": len(plan.shape), "depth": plan.shape.max_depth, "tokens_per_step": plan.tokens_per_step}
     figures |= {"speedup": plan.speedup, "token_seconds": plan.seconds_per_step / plan.tokens_per_step}
     reason = "do not speculate" if len(plan.shape) == 1 else ""
-    return Finding(what, reason=reason, figures={**figures, "parents": list(plan.parents)})
+    return Finding(labels, reason=reason, figures={**figures, "parents": list(plan.parents)})
 
 
 def _rising(curve: dict[int, float]) -> dict[int, float]:
-    """A larger step never costs less; noise may say so."""
+    """`curve` made non-decreasing: a larger step never costs less, except by noise."""
     most, rising = 0.0, {}
     for nodes in sorted(curve):
         most = rising[nodes] = max(most, curve[nodes])

@@ -1,1 +1,1 @@
-"""Engines and how they are run: executors, runs made for a call, and the pool of those that are kept."""
+"""Running engines: executors, the runs of calls, and the pool of runs that are kept for later calls."""

@@ -1,8 +1,7 @@
-"""Which of the two captured steps is the better one on a GPU: what `paceline check` found there, kept in the cache.
+"""Which of the two captured steps is better on this GPU, as `paceline check` has found; kept in the cache folder.
 
-Capturing the compiled step is worth its compile time only where Triton's kernels are right and faster, which nobody
-can know beforehand. Until a check on this GPU, with this torch, has shown both, the captured eager step is taken.
-Knows nothing of steps.
+Capturing the compiled step pays only where Triton's kernels are right and faster. Until a check on this GPU, with this
+version of torch, has shown both, the captured eager step is used. Knows nothing of steps.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ def verdict_path(device: torch.device) -> Path:
 
 
 def keep_verdict(device: torch.device, compiled_is_better: bool) -> None:
-    """Keep what a check found out. Raises ValueError where the cache cannot be written."""
+    """Store the result of a check. Raises ValueError where the cache cannot be written."""
     path = verdict_path(device)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,6 +35,6 @@ def compiled_capture_is_better(device: torch.device) -> bool:
     """Whether a check has shown the captured compiled step to be right and faster on this GPU."""
     try:
         verdict = json.loads(verdict_path(device).read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # nothing kept, or nothing that can be read
+    except (OSError, ValueError):  # no verdict is stored, or its file is damaged
         return False
     return isinstance(verdict, dict) and verdict.get("compiled_is_better") is True

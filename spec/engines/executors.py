@@ -1,14 +1,14 @@
-"""Ways to run the one step function over one record of persistent buffers.
+"""Executors: ways to run the step function on an engine's persistent buffers.
 
-    eager                as it is written
+    eager                plain Python, as it is written
     compiled             torch.compile, one graph, no recompiles, cached on disk between processes
     cuda_graph_eager     the eager step captured once as a CUDA graph and replayed
-    cuda_graph_compiled  the compiled step captured, so that Triton's fused kernels are replayed without any Python
-    cuda_graph           the better of these two on this GPU, as far as `paceline check` has shown (captures.py)
+    cuda_graph_compiled  the compiled step captured, which replays Triton's fused kernels without any Python
+    cuda_graph           the better of these two on this GPU, according to `paceline check` (captures.py)
 
-Results of captured steps are read one step late, so nothing waits for the host. All but eager bind to the buffers
-of an engine, so an engine with its executor is kept and filled again with the next text of the same shape. Knows
-nothing of what a step does.
+The host reads the results of captured steps one step late, so that the device never waits for it. All executors but
+eager are bound to the buffers of an engine; an engine is therefore kept with its executor and used again for the next
+call of the same shapes. Knows nothing of what a step does.
 """
 
 import os
@@ -27,15 +27,15 @@ from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
 from .captures import compiled_capture_is_better
 
-LONG_RUN = 8192  # new tokens in one call from which compiling on a CPU pays for itself, roughly
+LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
 PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
 
 
-Step = Callable[[Engine, Callable[[str], None]], Any]  # gives a `StepResult`; other work on an engine, what it likes
+Step = Callable[[Engine, Callable[[str], None]], Any]  # returns a `StepResult`; other work may return anything
 
 
 def _silent(phase: str) -> None:
-    """The marks of a step that cannot be interrupted to look at the clock."""
+    """Takes the place of `mark` where the phases of a step cannot be timed one by one."""
 
 
 class Executor(Protocol):
@@ -43,7 +43,7 @@ class Executor(Protocol):
 
     @property
     def engine(self) -> Engine:
-        """Whose steps they are."""
+        """The engine whose steps it runs."""
 
     @property
     def lag(self) -> int:
@@ -51,14 +51,14 @@ class Executor(Protocol):
 
     @property
     def making_seconds(self) -> float:
-        """What compiling and capturing took."""
+        """Seconds that compiling and capturing took."""
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
-        """A step; `mark` hears of its phases, or of the step as a whole, as each ends."""
+        """Run a step; `mark` is called at the end of each of its phases, or once with "step"."""
 
 
 class Eager:
-    """The step (or other `work` on an engine) as it is written, timed phase by phase."""
+    """Runs the step (or other `work` on an engine) as plain Python, timed phase by phase."""
 
     lag = 0
     making_seconds = 0.0
@@ -71,9 +71,9 @@ class Eager:
 
 
 class Compiled:
-    """One graph for one engine. Compiling takes tens of seconds a shape, less when the disk cache has it.
+    """The step compiled to one graph for one engine. Compiling takes tens of seconds, less with a warm disk cache.
 
-    On a CPU it reads a packed copy of the weights."""
+    On a CPU the graph reads packed copies of the weights."""
 
     lag = 0
 
@@ -90,7 +90,7 @@ class Compiled:
             options={
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                 "size_asserts": False,  # packed weights have no strides to assert
-                # Rounding where eager code does, whatever is fused: a step of one node has the numbers of one of many.
+                # Round where eager code does, however kernels are fused, so that all tree sizes give the same numbers.
                 "emulate_precision_casts": True,
             },
         )
@@ -112,11 +112,11 @@ class Compiled:
 
 
 class CompiledLater:
-    """Eager steps for `patience` seconds, and compiled ones from then on: nobody knows beforehand how long a text
-    becomes. `compiled` is the executor of these, once it is there."""
+    """Eager steps for `patience` seconds, then compiled ones, because it is not known beforehand how long a text
+    becomes. `compiled` is None until then, and where compiling fails."""
 
     lag = 0
-    making_seconds = 0.0  # of the steps that it begins with
+    making_seconds = 0.0  # of eager steps
 
     def __init__(self, engine: Engine, patience: float):
         self.engine, self.patience = engine, patience
@@ -131,7 +131,7 @@ class CompiledLater:
         return (self.compiled or self.eager).run(mark)
 
     def _compile(self) -> None:
-        """In the middle of a run: tracing needs steps in which every row is done, which change no text."""
+        """Compile in the middle of a run. Tracing runs steps with every row marked as done, so that no text changes."""
         state = self.engine.state
         done = state.done.clone()
         try:
@@ -142,8 +142,8 @@ class CompiledLater:
 
 
 class CudaGraph:
-    """One capture of the eager step for one engine; all captures on a device share one memory pool, as no two of them
-    ever run at the same time and none reads what another left behind."""
+    """The eager step of one engine, captured as a CUDA graph. All captures on a device share one memory pool, because
+    they never run at the same time and never read one another's results."""
 
     lag = 1
     name = "cuda_graph_eager"
@@ -164,7 +164,7 @@ class CudaGraph:
         self.making_seconds = time.perf_counter() - started
 
     def _capture(self, engine: Engine) -> None:
-        if self.device not in self.streams:  # torch's own default stream is of the device that was captured on first
+        if self.device not in self.streams:  # torch's default capture stream belongs to the device of the first capture
             self.streams[self.device] = torch.cuda.Stream()
         side, graphs = self.streams[self.device], self.living.setdefault(self.device, WeakSet())
         side.wait_stream(torch.cuda.current_stream())
@@ -186,7 +186,7 @@ class CudaGraph:
 
 
 class CompiledCudaGraph(CudaGraph):
-    """One capture of the compiled step."""
+    """The compiled step of one engine, captured as a CUDA graph."""
 
     name = "cuda_graph_compiled"
 
@@ -197,7 +197,7 @@ class CompiledCudaGraph(CudaGraph):
 
 
 def _keep_compiled_code() -> None:
-    """Let the next process find the compiled code, where the cache can be written."""
+    """Let torch keep compiled code in our cache folder, for later processes, if it can be written."""
     folder = cache_folder() / "inductor"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -222,8 +222,8 @@ def _reason(name: str, error: Exception) -> str:
 
 
 def choose(name: str, device: torch.device, new_tokens: int, capturable: bool, compiled_before: bool) -> str:
-    """The executor of `EXECUTORS` that `name` means here. Raises ValueError, naming one that can run, for one that
-    cannot."""
+    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for here. Raises ValueError, with an
+    alternative, for an executor that cannot run."""
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or device.type == "cuda"
     if name == "auto":
         if not capturable:

@@ -1,9 +1,9 @@
-"""What a kept step depends on in a model, so that a step made for another state of it is never taken for this one.
+"""Hashes of a model's state, to decide whether a compiled or captured step is still valid for it.
 
-A compiled or captured step has looked once at the tree of modules, their hooks and their plain attributes (a scaling
-factor, a switched adapter), and reads its weights from where they lay. `structure` and `addresses` say in a few
-milliseconds whether all that is as it was; numbers that changed in place are read as they are and do not matter.
-`fingerprint` tells whether two models hold the same numbers. Knows nothing of steps.
+Such a step was made for one tree of modules with their hooks and plain attributes (a scaling factor, an active adapter)
+and reads the weights at fixed addresses. `structure` and `addresses` are hashes of these, computed in a few
+milliseconds. Weights that change in place do not matter, because the step reads the new values. `fingerprint` tells
+whether two models hold the same numbers. Knows nothing of steps.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..target.taps import is_tap
 
-# Of a module, but no part of what its forward computes; some are this package's own.
+# Attributes of modules that do not affect what their forward computes; some are set by this package.
 _IGNORED = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "generation_config", "_backward_hooks",
     "_is_full_backward_hook", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
@@ -27,13 +27,13 @@ _IGNORED = {
     "packed_weight", "_layer", "generate", "__getstate__", "_paceline_patch", "_paceline_drafter",
 }  # fmt: skip
 _PLAIN = {bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device}
-_DEPTH = 3  # of containers whose values count; below it only which object it is
+_DEPTH = 3  # of nested containers that are compared by value; deeper ones are compared by identity
 
 _fingerprints: "WeakKeyDictionary[nn.Module, tuple[str, str]]" = WeakKeyDictionary()
 
 
 def structure(module: nn.Module) -> int:
-    """Changes with the tree of modules, their hooks, configurations and plain attributes, and the shapes, dtypes and
+    """A hash of the tree of modules, their hooks, configurations and plain attributes, and of the shapes, dtypes and
     devices of their tensors."""
     configs: dict[int, int] = {}
     tensors = tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in _tensors(module))
@@ -51,14 +51,14 @@ def _tree(module: nn.Module, configs: dict[int, int]) -> int:
 
 
 def addresses(module: nn.Module) -> int:
-    """Changes where a tensor of the module lies elsewhere."""
+    """A hash of the memory addresses of all tensors of the module."""
     return hash(tuple(map(_address, _tensors(module))))
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:
-    """A digest of the numbers in some modules, and of how they compute; kept until a tensor changes.
+    """A digest of the weights of some modules, and of their types and settings; cached until a tensor changes.
 
-    Changes that go past torch's version counters (through `.data`) are not seen once a digest is kept."""
+    Changes that torch's version counters miss (through `.data`) are not noticed once a digest is cached."""
     return " ".join(map(_fingerprint, modules))
 
 
@@ -78,7 +78,7 @@ def _fingerprint(module: nn.Module) -> str:
 
 
 def version(tensor: Tensor) -> int:
-    """Torch's count of changes in place; 0 for a tensor that was made in inference mode, which has none."""
+    """Torch's counter of in-place changes; 0 for a tensor made in inference mode, which has no counter."""
     return 0 if tensor.is_inference() else tensor._version
 
 

@@ -1,8 +1,8 @@
-"""The pool of a target: engines with their executors, kept where making them is expensive.
+"""The pool of a target: runs (an engine with its executor) that are kept because making them is expensive.
 
-A kept run is given out only while nobody uses it, and only to a call whose target and drafter are in the state that it
-was made for (module_state.py), or whose drafter is an equal one. A pool goes with its model: an engine at rest does not
-hold on to its target. Knows nothing of how runs are made.
+A kept run is used by one call at a time, and only by calls whose target and drafter are in the state that it was made
+for (module_state.py); an equal drafter will do. A pool is freed with its model: engines that are not in use hold no
+reference to their target. Knows nothing of how runs are made.
 """
 
 import threading
@@ -30,7 +30,7 @@ KEPT_SHARE = 0.25  # of the device's memory that their caches may take
 
 @dataclass(slots=True, eq=False)
 class KeptRun:
-    """An engine with its executor, and the state of the models that it is bound to."""
+    """An engine with its executor, and the state of the models for which it was made."""
 
     spec: "RunSpec"
     drafter: Drafter
@@ -45,21 +45,21 @@ class KeptRun:
         return self.engine.nbytes
 
     def wake(self, model: "PreTrainedModel") -> None:
-        """Let the engine run its target again, which it does not hold on to at rest."""
+        """Give the engine its target's model back, to which it has no reference while it is not in use."""
         self.engine.target.model = model
         put_taps(model, self.engine.target.traits.taps)  # should somebody have taken them off
 
 
 @dataclass(slots=True, eq=False)
 class EnginePool:
-    """The kept runs of one target, the one used last at the end."""
+    """The kept runs of one target, the most recently used at the end."""
 
     most: int = 0  # how many to keep, where a caller wants more than usual
     runs: list[KeptRun] = field(default_factory=list)
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def alike(self, spec: "RunSpec", target: tuple[int, int] | None, drafter: Drafter) -> list[KeptRun]:
-        """The kept runs for `spec`, in use or not, the one used last first."""
+        """The kept runs for `spec`, in use or not, the most recently used first."""
         with self.lock:
             runs = [run for run in reversed(self.runs) if run.spec == spec and run.target_state == target]
             return [run for run in runs if self._drafts_alike(run, drafter)]
@@ -67,8 +67,8 @@ class EnginePool:
     def take(
         self, spec: "RunSpec", target: tuple[int, int] | None, model: "PreTrainedModel", drafter: Drafter
     ) -> KeptRun | None:
-        """The kept run for `spec`, marked as in use; None where there is none that nobody uses. Forgets runs whose
-        target's weights lie elsewhere now."""
+        """A kept run for `spec` that is free, which is marked as in use; None where there is none. Drops runs whose
+        target's weights have moved to other addresses."""
         if target is None:
             return None
         with self.lock:
@@ -82,7 +82,7 @@ class EnginePool:
             return run
 
     def _drafts_alike(self, run: KeptRun, drafter: Drafter) -> bool:
-        """Whether `run` drafts what `drafter` would: it is bound to that very object, or to one of equal weights."""
+        """Whether `run` drafts as `drafter` would: it was made for the same object, or one with equal weights."""
         if state_of(run.drafter) != run.drafter_state:
             return False
         if run.drafter is drafter or run.drafter == drafter:
@@ -99,7 +99,7 @@ class EnginePool:
             run.in_use, run.engine.target.model = False, None
 
     def _shrink(self, device: torch.device) -> None:
-        """Forget the runs used longest ago, as far as nobody uses them, until count and memory are within bounds."""
+        """Drop the least recently used runs that are free, until count and memory are within bounds."""
         most, share = max(KEPT, self.most), KEPT_SHARE * _device_bytes(device)
         for run in list(self.runs):
             if len(self.runs) <= most and sum(kept.nbytes for kept in self.runs) <= share:
@@ -117,17 +117,17 @@ def pool_of(model: "PreTrainedModel") -> EnginePool:
 
 
 def target_state(model: "PreTrainedModel") -> tuple[int, int]:
-    """What a kept run depends on in its target; takes a few milliseconds."""
+    """The state of a target that a kept run depends on; takes a few milliseconds."""
     return structure(model), addresses(model)
 
 
 def forget(model: "PreTrainedModel") -> None:
-    """Let go of all that is kept for `model`."""
+    """Drop all runs kept for `model`."""
     _pools.pop(model, None)
 
 
 def modules_of(drafter: Drafter) -> list[torch.nn.Module]:
-    """The modules that a drafter, or each of the drafters side by side, holds."""
+    """The modules of a drafter, or of all drafters that it combines."""
     return [module for part in parts_of(drafter) for module in part.traits.modules]
 
 
@@ -136,7 +136,7 @@ def state_of(drafter: Drafter) -> tuple[tuple[int, int], ...]:
 
 
 def _identity(drafter: Drafter) -> tuple:
-    """Equal for drafters that draft alike: of one kind, with the same weights and the same known tokens."""
+    """Equal for drafters of one kind with the same weights and known tokens, which draft the same."""
     alike = []
     for part in parts_of(drafter):
         known, modules = part.traits.vocabulary, part.traits.modules

@@ -1,7 +1,7 @@
-"""Runs: an engine and its executor for a call, made for it or taken from the pool of its target.
+"""Runs: an engine and its executor for a call, newly made or from the pool of the target.
 
-Temperatures, seeds, ends of text and the like are data of a run, so that what is compiled or captured once serves every
-call of the same batch, tree, capacity and drafter.
+Temperatures, seeds, ends of text and the like are data in buffers, so that one compiled or captured step serves all
+calls with the same batch, tree, capacity and drafter.
 """
 
 import contextlib
@@ -28,8 +28,8 @@ from .pool import EnginePool, KeptRun, forget, pool_of, state_of, target_state
 
 @dataclass(frozen=True, slots=True)
 class RunSpec:
-    """What an engine is made for, beside target and drafter; equal specs can share one. As asked for, `executor` may be
-    "auto" and `capacity` and `eos` what is needed; as kept, they are settled."""
+    """What an engine is made for, apart from target and drafter; equal specs can share an engine. In the spec of a call
+    `executor` may be "auto", and `capacity` and `eos` are the least needed; `settled` gives the spec to make."""
 
     shape: TreeShape | DynamicShape
     rule: str
@@ -41,14 +41,14 @@ class RunSpec:
     sampling: tuple  # the sampler's signature
 
     def settled(self, executor: str) -> "RunSpec":
-        """With `executor`, and the slots and end-of-text ids that it takes."""
+        """The spec with `executor`, and with capacity and number of end-of-text ids rounded up for it."""
         eos = max(8, 1 << max(self.eos - 1, 0).bit_length())
         return replace(self, executor=executor, capacity=settled_capacity(self.capacity, executor), eos=eos)
 
 
 def settled_capacity(needed: int, executor: str) -> int:
-    """Slots for `needed` ones: in whole 64s where a size costs nothing, in powers of two where each size is compiled or
-    captured."""
+    """`needed` slots rounded up: to a multiple of 64 for eager steps, to a power of two where every size has to be
+    compiled or captured."""
     return -(-needed // 64) * 64 if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
 
 
@@ -59,16 +59,16 @@ _making = threading.RLock()  # one step is compiled or captured at a time
 def open_run(
     model: PreTrainedModel, drafter: Drafter, asked: RunSpec, sampler: Sampler, new_tokens: int
 ) -> Iterator[Executor]:
-    """The executor of an engine for a run of `new_tokens` tokens in all, for the time of the block.
+    """Yields the executor of an engine for a run of `new_tokens` tokens in total.
 
-    Where the kept engine is in use (by another thread, or by the call that this one is inside of), or "auto" chose an
-    executor that fails, the run is eager. Raises ValueError for a drafter of another vocabulary or a named executor
+    The run is eager where the kept engine is in use (by another thread or an outer call), and where "auto" chose an
+    executor that fails. Raises ValueError for a drafter of another vocabulary or a named executor
     that cannot run."""
-    mine, theirs = model.config.get_text_config().vocab_size, drafter.traits.vocab_size
-    if theirs not in (None, mine):
+    target_vocab, draft_vocab = model.config.get_text_config().vocab_size, drafter.traits.vocab_size
+    if draft_vocab not in (None, target_vocab):
         raise ValueError(
-            f"drafter {drafter.name!r} has a vocabulary of {theirs} tokens and the target one of {mine}; use a drafter "
-            "made for this target's tokenizer"
+            f"drafter {drafter.name!r} has a vocabulary of {draft_vocab} tokens and the target one of {target_vocab}; "
+            "use a drafter made for this target's tokenizer"
         )
     pool = pool_of(model)
     target = target_state(model) if pool.runs and asked.executor != "eager" else None
@@ -93,7 +93,7 @@ def open_run(
 def _begun_eagerly(
     pool: EnginePool, model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler
 ) -> Iterator[Executor]:
-    """A run that compiles only if it goes on for long; what it has compiled is kept."""
+    """A run that begins eagerly and compiles if it takes long; the compiled run is then kept in the pool."""
     engine = make_engine(model, drafter, spec, sampler)
     executor = CompiledLater(engine, PATIENCE)
     try:
@@ -114,8 +114,8 @@ def _kept_or_made(
     sampler: Sampler,
     name: str,
 ) -> KeptRun | None:
-    """A run in the pool, marked as in use; None where the call has to be eager. `target` is the state of the model,
-    None where nothing was kept for it."""
+    """A run from the pool, made now if there is none, and marked as in use; None where the call has to be eager.
+    `target` is the state of the model, None where the pool is empty."""
     spec = asked.settled(name)
     if run := pool.take(spec, target, model, drafter):
         try:
@@ -146,7 +146,7 @@ def _made(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Samp
 
 
 def _kept_run(model: PreTrainedModel, drafter: Drafter, engine: Engine, spec: RunSpec, executor: Executor) -> KeptRun:
-    """To be called once the executor is made, when whatever a first forward sets in the models is set."""
+    """To be called after the executor is made, because a first forward may set attributes of the models."""
     return KeptRun(spec, drafter, engine, executor, target_state(model), state_of(drafter), in_use=True)
 
 
@@ -167,7 +167,7 @@ def open_engine(
     eos: int,
     keep_scores: bool = False,
 ) -> Engine:
-    """The parts of a run with their buffers, as many rows as the target has; each is done until a text is admitted.
+    """An engine with fresh buffers for as many rows as the target has; every row is done until a text is admitted.
 
     `eos` is how many end-of-text ids a row may have. Raises ValueError for a shape that the drafter cannot fill."""
     if isinstance(shape, DynamicShape) and not drafter.traits.fills_dynamic:
@@ -187,7 +187,7 @@ def open_engine(
 
 
 def keep(model: PreTrainedModel, engines: int) -> None:
-    """Let `model` keep as many, where that is more than usual, for a caller that comes back to all of them."""
+    """Let the pool of `model` keep up to `engines` runs, if that is more than usual."""
     pool_of(model).most = engines
 
 

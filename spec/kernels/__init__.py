@@ -1,1 +1,1 @@
-"""Code for the processor: C++ operators, the layouts of weights that they read, and what this CPU can do."""
+"""CPU code: C++ operators, packed weights for them, and the abilities of this CPU."""

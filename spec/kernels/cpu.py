@@ -1,4 +1,4 @@
-"""What this processor can do, as torch sees it."""
+"""The abilities of this CPU, as torch reports them."""
 
 import torch
 
@@ -8,10 +8,10 @@ def is_x86() -> bool:
 
 
 def has_bfloat16() -> bool:
-    """Whether oneDNN takes bfloat16 on this CPU."""
+    """Whether oneDNN supports bfloat16 on this CPU."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
-    """Whether products of many rows take several times as long in bfloat16 as in float32 there."""
+    """Whether `device` is a CPU that emulates bfloat16, which makes large products several times slower."""
     return device.type == "cpu" and is_x86() and not torch.cpu._is_avx512_bf16_supported()

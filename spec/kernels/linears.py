@@ -1,9 +1,9 @@
-"""Linear layers with weights in another layout, for compiled steps on a CPU.
+"""Linear layers with repacked weights, for compiled steps on a CPU.
 
-With weights as they are, they are read at half the speed of the memory, and a decoding step is little else than
-reading weights. Here each `nn.Linear` keeps a second copy, in the layout of the first of `BACKENDS` that takes its
-weight. `packed_linears` lets a trace use them; everything else goes on with the weights as they are. Knows nothing of
-steps or executors.
+A decoding step mostly reads weights, and in the usual layout torch reads them at half the memory bandwidth. `pack` adds
+to each `nn.Linear` a second copy of its weight in a faster layout, that of the first of `BACKENDS` that supports it.
+Code traced within `packed_linears` uses the copies; everything else uses the original weights. Knows nothing of steps
+or executors.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from . import native
 from .cpu import has_bfloat16, is_x86
 
 _KEPT = "packed_weight"  # the attribute of a layer that holds its packed copy
-ROWS = 16  # that oneDNN chooses its layout for; it suits 1 to 64
+ROWS = 16  # rows for which oneDNN chooses its layout; it is good for 1 to 64
 
-# Through an operator of its own, because inductor takes packed weights only as constants.
+# A custom operator, because inductor accepts packed weights only as constants.
 _library = torch.library.Library("paceline", "FRAGMENT")
 _library.define("packed_linear(Tensor x, Tensor packed, Tensor? bias) -> Tensor")
 for _backend in ("CPU", "MkldnnCPU"):
@@ -39,21 +39,21 @@ def _(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class Backend(Protocol):
-    """A layout for the weights of linear layers, and the operator that multiplies by them."""
+    """A layout for weights of linear layers, and the product with them."""
 
     def takes(self, weight: Tensor) -> bool:
-        """Whether it can pack a weight (O, I), here."""
+        """Whether it can pack this weight (O, I) on this machine."""
 
     def pack(self, weight: Tensor) -> Tensor:
         """The packed copy."""
 
     def linear(self, x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-        """x W' + b, for x (..., I): (..., O). In operators that a compiler can take."""
+        """x W' + b for x (..., I): (..., O), with operators that torch.compile can trace."""
 
 
 class Panels:
-    """The panels of linear.cpp, in float32, half as large where the weights came from a bfloat16 checkpoint. Products
-    differ from torch's by the order of their sums."""
+    """The panel layout of linear.cpp for float32; half as large where all weights are bfloat16 numbers. Products differ
+    from torch's in the order of summation."""
 
     def takes(self, weight: Tensor) -> bool:
         return weight.dtype == torch.float32 and native.prepare()
@@ -66,8 +66,8 @@ class Panels:
 
 
 class OneDnn:
-    """The blocked layout that oneDNN prefers for few rows: in bfloat16, where the products are the same numbers, and in
-    float32 where there is no compiler for panels."""
+    """oneDNN's blocked layout for few rows: for bfloat16, where the products are the same numbers as torch's, and for
+    float32 where panels cannot be compiled."""
 
     def takes(self, weight: Tensor) -> bool:
         if weight.dtype == torch.bfloat16:
@@ -85,8 +85,8 @@ BACKENDS: list[Backend] = [Panels(), OneDnn()]
 
 
 class PackedWeight:
-    """A packed copy, whose layout it is, and what the weight was that it was made of. Copies of a module do not take it
-    along."""
+    """A packed copy, its layout, and the identity of the weight that it was made of. Copies and pickles of a module do
+    not include it."""
 
     def __init__(self, tensor: Tensor | None = None, backend: Backend | None = None, identity: tuple | None = None):
         self.tensor, self.backend, self.identity = tensor, backend, identity
@@ -99,8 +99,8 @@ class PackedWeight:
 
 
 def pack(models: Iterable[nn.Module]) -> None:
-    """Pack the linear layers of `models` that a backend takes, and again those that have changed. Layers on the same
-    memory share a copy."""
+    """Pack the linear layers of `models` that a backend supports; repacks layers whose weights have changed. Layers on
+    the same memory share a copy."""
     made: dict[tuple, PackedWeight] = {}
     for layer in _linears(models):
         weight = layer.weight.detach()
@@ -108,17 +108,17 @@ def pack(models: Iterable[nn.Module]) -> None:
         if backend is None:
             layer.__dict__.pop(_KEPT, None)
             continue
-        place = (weight.data_ptr(), weight.dtype, weight.shape)
-        if place not in made:
-            identity = (backend, *place[1:], version(weight), _checksum(weight))
+        storage = (weight.data_ptr(), weight.dtype, weight.shape)
+        if storage not in made:
+            identity = (backend, *storage[1:], version(weight), _checksum(weight))
             kept = layer.__dict__.get(_KEPT, PackedWeight())
-            made[place] = kept if kept.identity == identity else PackedWeight(backend.pack(weight), backend, identity)
-        layer.__dict__[_KEPT] = made[place]
+            made[storage] = kept if kept.identity == identity else PackedWeight(backend.pack(weight), backend, identity)
+        layer.__dict__[_KEPT] = made[storage]
 
 
 def _checksum(weight: Tensor) -> int:
-    """A sum over all bits that sees the order of the rows, and mostly that of columns, in one reading: for changes that
-    go past torch's version counters (through `.data`)."""
+    """A checksum of all bits that depends on the order of rows and mostly on that of columns, computed in one pass. It
+    detects changes that torch's version counters miss (through `.data`)."""
     words = weight.view(-1).view(torch.int64)
     rows = words.view(len(weight) if words.numel() % len(weight) == 0 else 1, -1).sum(1)  # modulo 2**64
     return int((rows * (2 * torch.arange(len(rows)) + 1)).sum())
@@ -132,8 +132,8 @@ def _can_be_packed(weight: Tensor) -> bool:
 
 @contextlib.contextmanager
 def packed_linears(models: Iterable[nn.Module]) -> Iterator[None]:
-    """What is traced inside reads the packed weights of `models`, where there are any. What runs meanwhile in another
-    thread does not."""
+    """Code that torch.compile traces within the block uses the packed weights of `models`, where there are any; code
+    that runs eagerly meanwhile in another thread does not."""
     layers = [layer for layer in _linears(models) if _KEPT in vars(layer) and "forward" not in vars(layer)]
     for layer in layers:
         layer.__dict__["forward"] = MethodType(_packed_forward, layer)

@@ -1,8 +1,8 @@
 """Attention (attention.cpp) and linear layers in float32 (linear.cpp) in C++ as operators, where there is a compiler.
 
-`prepare` compiles the sources in some seconds and keeps the result in the cache folder, under a name made of the
-sources, the flags and the torch version; loading it gives the operators (operators.cpp) what they run. Knows nothing of
-models.
+`prepare` compiles the sources, which takes some seconds, and keeps the library in the cache folder under a hash of the
+sources, the flags and the torch version. Loading it registers the operators' implementations (operators.cpp). Knows
+nothing of models.
 """
 
 import ctypes
@@ -35,7 +35,7 @@ _loaded: ctypes.CDLL | None = None
 
 
 def prepare() -> bool:
-    """Make the operators ready, where they can be, and say whether they are; to be called before anything is traced."""
+    """Compile and load the operators; returns whether they can be used here. To be called before anything is traced."""
     global _loaded
     _loaded = _library_file()
     return _loaded is not None
@@ -43,9 +43,9 @@ def prepare() -> bool:
 
 @functools.cache
 def _library_file() -> ctypes.CDLL | None:
-    """The compiled sources, or None, with a line that says why unless it is for want of a compiler."""
+    """The compiled library; None where it cannot be made, with a line on stderr unless there simply is no compiler."""
     march = _MARCH.get(torch.backends.cpu.get_cpu_capability(), [])
-    compilers = [found for name in (os.environ.get("CXX", "g++"), "clang++") if (found := shutil.which(name))]
+    compilers = [path for name in (os.environ.get("CXX", "g++"), "clang++") if (path := shutil.which(name))]
     reason = None
     for compiler in compilers if march else ():
         try:
@@ -59,7 +59,7 @@ def _library_file() -> ctypes.CDLL | None:
 
 
 def _built(compiler: str, flags: list[str]) -> Path:
-    """The library as made by `compiler`, found in the cache folder or made now."""
+    """The library's file in the cache folder, compiled now if it is not there."""
     key = [
         *(source.read_text(encoding="utf-8") for source in SOURCES),
         compiler,
@@ -86,9 +86,8 @@ def _panel_outputs() -> int:
 
 
 def panels(weight: Tensor) -> Tensor:
-    """`weight` (N, K) in float32 as `panel_linear` reads it: of P panels of 2 L outputs, the last one filled up with
-    zeros. Where every weight is a bfloat16 they lie in the two halves of int32 (P, K, L), else in float32
-    (P, K, 2 L)."""
+    """`weight` (N, K) in float32, packed for `panel_linear`: P panels of 2 L outputs, the last one padded with zeros.
+    float32 (P, K, 2 L); or, where every weight is exactly a bfloat16 number, two of them in each int32 (P, K, L)."""
     outputs, inputs = weight.shape
     lanes = _panel_outputs() // 2
     filled = F.pad(weight, (0, 0, 0, -outputs % (2 * lanes))).view(-1, 2, lanes, inputs)  # (P, 2, L, K)
@@ -111,7 +110,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> 
 
 @torch.library.register_fake("paceline::panel_linear", lib=_library)
 def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
-    """Checks too, because a step is traced once and run often."""
+    """Also checks the arguments, once per trace instead of in every step."""
     assert x.dtype == torch.float32 and x.shape[-1] == packed.shape[1], "what was packed is another layer"
     assert -(-outputs // _panel_outputs()) == len(packed)
     assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous())

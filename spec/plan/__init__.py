@@ -1,1 +1,1 @@
-"""Which tree to draft: acceptance, step times, and the plans that are kept."""
+"""Planning which tree to draft: acceptance, step times, and stored plans."""

@@ -1,8 +1,8 @@
-"""Calibration: what a drafter has to offer at every position of the target's own text, and what a tree makes of it.
+"""Calibration: acceptance at every position of the target's own text, and the replay of decoding with any tree.
 
-p as seen by the steps of one tree is biased for another: a deep tree leaps over the easy places, so that its steps
-begin at the hard ones. So the text is decoded one token a step while a wide tree is drafted at each, and the
-decoding of any tree within the wide one is replayed from that. Knows no clock.
+p counted in the steps of one tree is biased for another: a deep tree skips easy positions, so that its steps begin at
+hard ones. Therefore the text is decoded one token per step while a wide tree is drafted at every position; from this,
+decoding with any tree contained in the wide one can be replayed. Knows no clock.
 """
 
 import itertools
@@ -28,16 +28,16 @@ from ..tree import TreeShape
 from ..verify import draft_sampling
 from .trees import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
 
-# What drafters are like, roughly: the tree with which an unknown one is calibrated is planned for this.
+# A rough guess at p[depth][rank], for which the wide calibration tree is planned.
 _PRIOR = [[0.65 * 0.4**rank for rank in range(8)] for _ in range(8)]
 WIDE = TreeShape(tuple(grow(_PRIOR, 48, 8)[0]))
-ROUNDS = 6  # of planning for the positions at which the last plan's steps begin
+ROUNDS = 6  # rounds in which p is counted where the last plan's steps begin, and a tree is planned again
 
 
 @dataclass(frozen=True)
 class Replay:
-    """For each text the events of a wide tree at all of its positions, each with the whole path that would have
-    been accepted there."""
+    """For each text, one event per position: the wide tree drafted there and the whole path of it that would have been
+    accepted."""
 
     texts: list[list[Event]]
 
@@ -57,7 +57,7 @@ class Replay:
         return sum(map(len, self.texts)) / len(self.walk(shape))
 
     def rates(self, shape: TreeShape) -> Rates:
-        """p[depth][rank] as the steps of `shape` meet it."""
+        """p[depth][rank] counted at the positions where steps with `shape` begin."""
         return Acceptance.of(self.walk(shape)).rates()
 
 
@@ -66,8 +66,8 @@ def _accepted(events: list[Event], shape: TreeShape, position: int) -> int:
 
 
 def step_positions(length: int, reach: Callable[[int], int]) -> Iterator[int]:
-    """The positions of a text of `length` tokens at which decoding begins its steps, where one that begins at a
-    position has `reach(position)` drafted tokens accepted."""
+    """The positions of a text of `length` tokens at which decoding begins its steps; a step that begins at a position
+    has `reach(position)` drafted tokens accepted."""
     position = 0
     while position < length:
         yield position
@@ -83,30 +83,32 @@ def _ranks(event: Event) -> Iterator[int]:
 
 
 def plan_by_replay(replay: Replay, target_seconds: dict[int, float], draft_seconds: dict[int, float]) -> Plan:
-    """The tree with the least time per token in the replay. Planned with p at all positions, then with p as the
-    planned tree's own steps meet it, until no new tree comes up; not to speculate is one of the choices."""
+    """The tree with the least time per token in the replay; not to speculate is one of the choices.
+
+    A tree is planned with p of all positions, then again with p of the positions where the planned tree's steps begin,
+    and so on until a tree comes up again."""
     plain = target_seconds[1]
     shape, best, seen = TreeShape.chain(0), Plan((-1,), 1.0, 1.0, plain, plain), set()
     for _ in range(ROUNDS):
-        found = choose_tree(replay.rates(shape), target_seconds, draft_seconds)
-        shape = found.shape
+        planned = choose_tree(replay.rates(shape), target_seconds, draft_seconds)
+        shape = planned.shape
         if shape in seen or len(shape) == 1:
             break
         seen.add(shape)
         tokens = replay.tokens_per_step(shape)
-        found = replace(found, tokens_per_step=tokens, speedup=plain * tokens / found.seconds_per_step)
-        best = max(best, found, key=lambda plan: plan.speedup)
+        planned = replace(planned, tokens_per_step=tokens, speedup=plain * tokens / planned.seconds_per_step)
+        best = max(best, planned, key=lambda plan: plan.speedup)
     return best
 
 
 def plan_side_by_side(
     replays: tuple[Replay, Replay], target_seconds: dict[int, float], draft_seconds: tuple[dict[int, float], ...]
 ) -> Plan:
-    """The same for two drafters behind one root, of which the second drafts a chain: every tree of the first that
-    `grow` finds with every length of the chain, replayed together. Not to speculate is one of the choices; one of
-    the drafters alone is not."""
+    """The best tree for two drafters side by side, the second of which drafts a chain. Every tree of the first drafter
+    that `grow` gives is replayed with every length of the chain. Not to speculate is one of the choices; one drafter
+    alone is not."""
     first, second = aligned(replays)
-    plain, depths, most = target_seconds[1], [max(own) for own in draft_seconds], max(target_seconds)
+    plain, depths, most = target_seconds[1], [max(curve) for curve in draft_seconds], max(target_seconds)
     parents, _ = grow(first.rates(TreeShape.chain(0)), most - 1, depths[0])
     chains = [(TreeShape.chain(length), second.reach(TreeShape.chain(length))) for length in range(1, depths[1] + 1)]
     best = Plan((-1,), 1.0, 1.0, plain, plain)
@@ -116,18 +118,18 @@ def plan_side_by_side(
         for chain, copied in chains[: most - size]:
             shape = tree.beside(chain)
             seconds = interpolate(target_seconds, len(shape))
-            seconds += sum(interpolate(own, part.max_depth) for own, part in zip(draft_seconds, (tree, chain)))
+            seconds += sum(interpolate(curve, part.max_depth) for curve, part in zip(draft_seconds, (tree, chain)))
             tokens, steps = walk_together(reach, copied)
-            found = Plan(shape.parents, tokens / steps, plain * tokens / steps / seconds, seconds, plain)
-            best = max(best, found, key=lambda plan: plan.speedup)
+            candidate = Plan(shape.parents, tokens / steps, plain * tokens / steps / seconds, seconds, plain)
+            best = max(best, candidate, key=lambda plan: plan.speedup)
     return best
 
 
 def aligned(replays: tuple[Replay, Replay]) -> tuple[Replay, Replay]:
-    """Both replays as far as they follow the same texts, which may part at near-ties in low precision."""
+    """Both replays, each text cut where the two differ, as they may at near-ties in low precision."""
     cut: tuple[list, list] = [], []
     for pair in zip(*(replay.texts for replay in replays)):
-        same = (own.tokens[0] == other.tokens[0] for own, other in zip(*pair))
+        same = (text.tokens[0] == twin.tokens[0] for text, twin in zip(*pair))
         length = sum(itertools.takewhile(bool, same))
         for kept, events in zip(cut, pair):
             kept.append(events[:length])
@@ -135,10 +137,10 @@ def aligned(replays: tuple[Replay, Replay]) -> tuple[Replay, Replay]:
 
 
 def walk_together(first: list[list[int]], second: list[list[int]]) -> tuple[int, int]:
-    """Tokens and steps of decoding texts in which two drafters reach that far at each position, the farther taken."""
+    """Tokens and steps of decoding with two drafters, from the accepted tokens of each at every position."""
     count = 0
-    for one, other in zip(first, second, strict=True):
-        farther = [max(pair) for pair in zip(one, other, strict=True)]
+    for first_text, second_text in zip(first, second, strict=True):
+        farther = [max(pair) for pair in zip(first_text, second_text, strict=True)]
         count += sum(1 for _ in step_positions(len(farther), farther.__getitem__))
     return sum(map(len, first)), count
 

@@ -1,7 +1,7 @@
-"""What steps cost on this device: t_target(n) and t_draft(d), measured in place.
+"""Step times on this device: seconds of verifying n nodes and of drafting d levels, measured.
 
-Steps in which every row is done cost what real ones do (all shapes are static), so engines are timed idle, as if half
-their slots held text, in turns, and medians are kept. Knows nothing of acceptance.
+As all shapes are static, steps in which every row is done cost as much as real ones. So idle engines are timed, with
+half of their slots counted as text; they take turns, and medians are taken. Knows nothing of acceptance.
 """
 
 import functools
@@ -36,7 +36,7 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True)
 class Curves:
-    """Seconds of a step that verifies n nodes, drafting aside, and of each drafter's drafting d levels."""
+    """`target[n]`: seconds of a step with n nodes, without drafting. `drafts[i][d]`: of drafter i drafting d levels."""
 
     target: dict[int, float]
     drafts: tuple[dict[int, float], ...]
@@ -44,7 +44,7 @@ class Curves:
 
 @dataclass(frozen=True, slots=True)
 class Blank(NoDrafter):
-    """A drafter that costs nothing: it repeats the root, as if drawn uniformly."""
+    """A drafter that costs almost nothing: all its tokens are the root's, with uniform draft probabilities."""
 
     def open(self, request: DraftRequest) -> "BlankSession":
         flat = torch.zeros(1, 1, 1, device=request.device).expand(request.batch, len(request.shape), request.vocab_size)
@@ -63,8 +63,8 @@ class BlankSession(EmptySession):
 def in_turns(
     model: PreTrainedModel, runners: Mapping[Key, Executor], repeats: int, warm_up: int = 3, limit: float = math.inf
 ) -> dict[Key, float]:
-    """Median seconds of a run of each of `runners`, which take turns, after `warm_up` turns that do not count; no turn
-    begins after `limit` seconds, but one counts in any case."""
+    """Median seconds of a step of each of `runners`, which take turns: `warm_up` turns that do not count, then up to
+    `repeats`. No turn begins after `limit` seconds, except for the first one that counts."""
     seconds: dict[Key, list[float]] = {key: [] for key in runners}
     with torch.no_grad():
         begun = time.perf_counter()
@@ -91,19 +91,19 @@ def open_idle(
     forward_only: bool = False,
     batch: int = 1,
 ) -> Executor:
-    """An executor over an engine of `batch` rows without a text, of whole steps or of their target forwards."""
+    """An executor of an idle engine of `batch` rows, for whole steps or (`forward_only`) the target forward alone."""
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)
     rule = "residual" if sampling.noise == "own" else "match"
     with torch.no_grad():
         target = SlotModel(model, batch, capacity, drafter.traits.taps)
         engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)
-        engine.state.lengths.fill_(capacity // 2)  # attention looks as far as there is text
+        engine.state.lengths.fill_(capacity // 2)  # attention takes longer with more text
         return EXECUTORS[executor](engine, _forward_alone(engine) if forward_only else None)
 
 
 def _forward_alone(engine: Engine) -> Step:
-    """The target forward of a step and nothing else; what it sees is drafted beforehand."""
+    """The target forward of a step alone; its proposal is drafted once, beforehand."""
     base, proposal = engine.state.lengths - 1, engine.session.propose(engine.state)
     return lambda engine, mark: engine.target.forward(proposal, base).logits
 
@@ -117,35 +117,35 @@ def measure(
     repeats: int = 15,
     sampling: DraftSampling | None = None,
 ) -> Curves:
-    """The curves for one target, executor and some drafters; a compiled executor compiles one step a point."""
+    """The curves of a target and some drafters with one executor; every point takes a step to compile or capture."""
     opened = functools.partial(open_idle, model, executor, sampling=sampling)
     runs: dict[int | tuple[int, int], Executor] = {}
     for size in sizes:
         runs[size] = opened(Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1))
-    drafts = [(place, depth) for place in range(len(drafters)) for depth in depths]
-    for place, depth in drafts:
-        runs[place, depth] = opened(drafters[place], TreeShape.chain(depth))
+    drafts = [(index, depth) for index in range(len(drafters)) for depth in depths]
+    for index, depth in drafts:
+        runs[index, depth] = opened(drafters[index], TreeShape.chain(depth))
     seconds = in_turns(model, runs, repeats)
     target = {size: seconds[size] for size in sizes}
-    for smaller, larger in itertools.pairwise(sizes):  # a larger step never costs less; noise may say so
+    for smaller, larger in itertools.pairwise(sizes):  # a larger step never costs less, except by noise
         target[larger] = max(target[larger], target[smaller])
     beyond = {key: max(seconds[key] - interpolate(target, key[1] + 1), 0.0) for key in drafts}
-    found = ({0: 0.0, **{depth: beyond[place, depth] for depth in depths}} for place in range(len(drafters)))
-    return Curves(target, tuple(found))
+    draft_curves = ({0: 0.0, **{depth: beyond[index, depth] for depth in depths}} for index in range(len(drafters)))
+    return Curves(target, tuple(draft_curves))
 
 
 def own_cost(
     model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape, repeats: int = 40
 ) -> tuple[float, float]:
-    """Median seconds of a whole step, drafting included, and of the target forward in it alone, in turns."""
+    """Median seconds of a whole step, drafting included, and of its target forward alone; the two take turns."""
     runs = {only: open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)}
     seconds = in_turns(model, runs, repeats)
     return seconds[False], seconds[True]
 
 
 def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
-    """Median seconds that the trace takes for one row of a step with a chain of `depth` tokens, all accepted: its part
-    of the report read, the event made, and its line written with those of `steps` others when the call ends."""
+    """Median seconds of tracing one row of a step with a chain of `depth` tokens, all accepted: reading the report,
+    making the event, and writing its line (measured over `steps` events)."""
     nodes = depth + 1
     report = [*range(nodes), *range(-1, depth), *range(nodes), depth, 7, nodes, 0, 0]
     reports, times = torch.tensor([report] * steps), {"draft": 0.01, "verify": 0.03, "commit": 0.001}
@@ -161,7 +161,7 @@ def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
 
 
 def slot_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one slot of a row in the cache of `model`, over all layers."""
+    """Bytes of one cache slot of one row, over all layers."""
     runner = open_idle(model, "eager", NoDrafter(), TreeShape.chain(0), capacity=64)
     with torch.no_grad():
         runner.run(lambda phase: None)
@@ -169,6 +169,6 @@ def slot_bytes(model: PreTrainedModel) -> int:
 
 
 def wait_for(model: PreTrainedModel) -> None:
-    """Return once the device of `model` has done all that it was given."""
+    """Wait until the device of `model` has finished all queued work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

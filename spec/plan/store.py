@@ -1,4 +1,4 @@
-"""Where plans are kept, and how `tree=` is read: a shape, a planned file, or "auto" for the kept plan."""
+"""Where plans are stored, and reading `tree=`: a shape, a plan's file, or "auto" for the stored plan."""
 
 import hashlib
 import json
@@ -34,8 +34,8 @@ def plan_path(model: "PreTrainedModel", drafter: Drafter, executor: str, rule: s
 def automatic_shape(
     model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float
 ) -> TreeShape:
-    """The shape of the kept plan; a root alone where not to speculate is best. Raises ValueError where no
-    plan has been made."""
+    """The shape of the stored plan; the root alone where it is best not to speculate. Raises ValueError where there is
+    no plan."""
     path = plan_path(model, drafter, executor, rule, temperature)
     if not path.is_file():
         raise ValueError(
@@ -48,7 +48,7 @@ def automatic_shape(
 def read_shape(
     tree: str | Path | Sequence[int] | TreeShape | DynamicShape | None, drafter: Drafter | None
 ) -> TreeShape | DynamicShape:
-    """The shape that `tree=` means, "auto" excepted; None is the drafter's own, which only then has to be given."""
+    """The shape for a value of `tree=` other than "auto"; None is the default of `drafter`, needed only then."""
     if tree is None:
         assert drafter is not None
         return drafter.default_shape

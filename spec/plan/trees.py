@@ -1,10 +1,10 @@
-"""The planner: from measured acceptance and measured times to the tree with the least time per token.
+"""The planner: the tree with the least time per token, from measured acceptance and measured times.
 
-Sequoia (arXiv:2402.12374, section 3.1) assumes that whether a child is the accepted one depends on its rank
-only; here on its depth and rank: p[d][r] is the probability that the child of rank r of an accepted node at
-depth d is accepted. A node is worth the product of p along its path, and a tree the sum over its nodes plus
-one for the bonus. With p non-increasing in rank no child is worth more than its parent or its elder
-sibling, so the n most valuable nodes are a tree, and a heap finds them; the tests hold it against the dynamic
+p[d][r] is the probability that the child of rank r of an accepted node at depth d is accepted; it depends on depth and
+rank, while Sequoia (arXiv:2402.12374, section 3.1) lets it depend on rank only. The value of a node is the product of p
+along its path, the probability that it is accepted; the expected tokens per step of a tree are the sum over its nodes
+plus one for the bonus. As p does not increase with rank, no child has a higher value than its parent or the sibling
+before it, so the n most valuable nodes form a tree, which a heap finds; the tests compare it with Sequoia's dynamic
 programme. Pure numbers: knows no models, tensors or clocks.
 """
 
@@ -19,13 +19,13 @@ from ..trace import Event
 from ..tree import TreeShape
 
 Rates = list[list[float]]  # p[depth][rank]
-MODEST = 16  # nodes of a tree where no times are known
+MODEST = 16  # nodes of a tree that is planned without step times
 
 
 @dataclass
 class Acceptance:
-    """Counts from which p is estimated: of `trials[d][r]` times that an accepted node at depth d was offered
-    a child of rank r, the child was accepted `hits[d][r]` times."""
+    """Counts from which p is estimated: an accepted node at depth d had a child of rank r in `trials[d][r]` cases, and
+    it was accepted in `hits[d][r]` of them."""
 
     hits: list[list[int]]
     trials: list[list[int]]
@@ -38,8 +38,8 @@ class Acceptance:
     def rates(self, weight: float = 20.0) -> Rates:
         """p[d][r], non-increasing in rank, summing to at most 1.
 
-        A cell with few trials leans on the same rank one depth up, as if that had been seen `weight` times;
-        isotonic regression over ranks (pool adjacent violators) removes the noise that is left."""
+        The prior of a cell is p of the same rank one depth above, counted like `weight` trials. Isotonic regression
+        over ranks (pool adjacent violators) then makes each row non-increasing."""
         rates: Rates = []
         for hits, trials in zip(self.hits, self.trials):
             above = rates[-1] if rates else []
@@ -69,8 +69,8 @@ def non_increasing(values: list[float], weights: list[float]) -> list[float]:
 def grow(rates: Rates, nodes: int, depth: int) -> tuple[list[int], list[float]]:
     """The best tree of each size up to `nodes` (root included) within `depth`.
 
-    Returns the parents in order of value and the expected tokens per step of the first 1, 2, ... nodes; it
-    ends early where no node is worth anything. `rates` must be non-increasing in rank."""
+    Returns the parents of the nodes in order of value, and the expected tokens per step of the first 1, 2, ... nodes;
+    fewer than `nodes` where no further node has a value above 0. `rates` must be non-increasing in rank."""
     parents, depths, expected = [-1], [0], [1.0]
     heap: list[tuple[float, int, int, float]] = []  # -value, parent, rank, value of the parent
 
@@ -97,8 +97,8 @@ def best_tree(rates: Rates, nodes: int, depth: int) -> tuple[TreeShape, float]:
 
 
 def default_tree(rates: Rates, depth: int, on_cpu: bool) -> TreeShape:
-    """The tree that a drafter takes where nobody has planned for the device: one of a modest size, by `rates` alone.
-    It is small on a CPU, where a step of 8 nodes takes 1.2 to 1.5 times as long as one of up to 4."""
+    """A drafter's default tree, for devices without a plan: of moderate size, from `rates` alone. It is small on a CPU,
+    where a step of 8 nodes takes 1.2 to 1.5 times as long as one of up to 4."""
     return best_tree(rates, 4 if on_cpu else MODEST, depth)[0]
 
 
@@ -114,8 +114,8 @@ def expected_tokens(rates: Rates, shape: TreeShape) -> float:
 
 
 def depth_within(ranks: Iterable[int], shape: TreeShape) -> int:
-    """How deep the path whose nodes have these ranks among their siblings lies within `shape`; a negative rank is
-    no node."""
+    """How many nodes of a path are in `shape`, from the root's child on, given their ranks among their siblings; a
+    negative rank ends the path."""
     node = depth = 0
     for rank in ranks:
         if not 0 <= rank < len(shape.children[node]):
@@ -126,7 +126,7 @@ def depth_within(ranks: Iterable[int], shape: TreeShape) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned tree and what it is expected to bring; a JSON file that `tree=` takes."""
+    """A planned tree with its predicted speed; saved as a JSON file that `tree=` accepts."""
 
     parents: tuple[int, ...]
     tokens_per_step: float  # predicted
@@ -156,8 +156,8 @@ class Plan:
 def choose_tree(rates: Rates, target_seconds: Mapping[int, float], draft_seconds: Mapping[int, float]) -> Plan:
     """The tree that minimises seconds per token.
 
-    `target_seconds[n]` is what a step costs beside drafting when it verifies n nodes, measured for some n, 1
-    among them, and interpolated between; `draft_seconds[d]` what drafting d levels costs (0 for 0 levels).
+    `target_seconds[n]` are the seconds of a step with n nodes without drafting, for n = 1 and some larger n, between
+    which they are interpolated; `draft_seconds[d]` are the seconds of drafting d levels (0 for 0 levels).
     Not to speculate is one of the choices.
     """
     plain = target_seconds[1]
@@ -169,7 +169,7 @@ def choose_tree(rates: Rates, target_seconds: Mapping[int, float], draft_seconds
             if seconds / expected[size - 1] < best.seconds_per_step / best.tokens_per_step:
                 gain = plain * expected[size - 1] / seconds
                 best = Plan(tuple(parents[:size]), expected[size - 1], gain, seconds, plain)
-    return replace(best, parents=best.shape.parents)  # level by level
+    return replace(best, parents=best.shape.parents)  # sorted level by level
 
 
 def interpolate(curve: Mapping[int, float], at: int) -> float:

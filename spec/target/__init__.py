@@ -1,1 +1,1 @@
-"""How a Hugging Face model is run: slots, masks and attention of a tree, taps, self-test, and loading."""
+"""Running a Hugging Face model on trees: slot cache, masks, attention, taps, self-test, and loading."""

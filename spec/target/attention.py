@@ -1,10 +1,10 @@
 """Grouped-query attention for short query blocks over a long slot cache.
 
-transformers' sdpa repeats keys and values for every query head whenever a mask is given, over the whole
-preallocated buffer. Here the query heads of a group are packed beside their tree nodes instead, so that
-each key is read once: (B, H, n, D) becomes (B, Hkv, H/Hkv * n, D). On a CPU a few queries are attended by code
-of our own, which also looks at no slot beyond those in use. Once installed it answers to "sdpa" in transformers'
-attention registry while a slot forward runs, and hands everything else to the function that stood there.
+Given a mask, transformers' sdpa repeats keys and values for every query head over the whole preallocated buffer. Here
+the query heads of a group are packed along the node axis instead, so that each key is read once: (B, H, n, D) becomes
+(B, Hkv, H/Hkv * n, D). On a CPU short query blocks use our own kernel, which also skips slots that are not in use.
+`install` registers the function as "sdpa" in transformers' attention registry; outside of slot forwards it calls the
+function that was registered before.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels import native
 from .masks import active_view
 
-LONGEST = 128  # query tokens; beyond it a prompt is read, where the stock kernel is as good
-OURS = 64  # query tokens that our own code attends: any tree worth drafting on a CPU
-FEW = 64  # queries of a group of heads that it takes at a time
-_stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # what stood in the registry
+LONGEST = 128  # query tokens; longer blocks are prompts, for which the stock kernel is as good
+OURS = 64  # query tokens up to which our own CPU kernel is used: any tree worth drafting there
+FEW = 64  # queries of a group of heads that our kernel takes per call
+_stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # the function registered before ours
 
 
 def packed_attention(
@@ -44,7 +44,7 @@ def packed_attention(
     if nodes <= OURS and groups <= FEW and native.can_attend(query, key, value, attention_mask):
         scale = width**-0.5 if scaling is None else scaling
         blocks = zip(query.split(FEW // groups, dim=2), attention_mask.split(FEW // groups, dim=2))
-        parts = [torch.ops.paceline.slot_attention(own, key, value, mask, scale) for own, mask in blocks]
+        parts = [torch.ops.paceline.slot_attention(queries, key, value, mask, scale) for queries, mask in blocks]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
     if groups == 1:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
@@ -55,7 +55,7 @@ def packed_attention(
 
 
 def install() -> None:
-    """Let `packed_attention` stand in transformers' registry; once is as good as often."""
+    """Register `packed_attention` in transformers' registry; calling it again has no effect."""
     global _stock
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is not packed_attention:
         _stock = ALL_ATTENTION_FUNCTIONS["sdpa"]

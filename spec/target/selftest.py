@@ -1,10 +1,10 @@
 """Attaching a target: a numerical self-test decides whether a model can be decoded with trees.
 
-A tiny tree, two rows of different length, a step, a commit of a branch and a second step are compared
-with cache-less forwards of the same paths. That finds every model whose attention does not follow the
-positions and masks it is given, without a list of names. The test runs outside of autocast, and before it
-blames attention it asks how far the model's plain forwards of the same tokens differ from one another, as those
-do whose activations are quantised.
+Two steps with a small tree, on two rows of different length and with a commit of a branch between them, are compared
+with forwards of the same paths without cache. This finds every model whose attention does not follow the positions and
+masks it is given, without a list of names. The test runs outside of autocast. Before an error is put down to attention,
+the difference between plain forwards of the same tokens is measured, which is large for models with quantised
+activations.
 """
 
 import warnings
@@ -23,7 +23,7 @@ from .slots import SlotModel
 
 # Relative root-mean-square error of the logits that rounding may cause; a wrong mask costs far more.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
-UNSTEADY = 0.5  # relative difference of plain forwards from which nothing can be told any more
+UNSTEADY = 0.5  # relative difference of plain forwards above which the test cannot decide
 _SHAPE = TreeShape((-1, 0, 0, 1, 1, 2, 4))
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, set]" = weakref.WeakKeyDictionary()
 
@@ -33,25 +33,25 @@ class Unsteady(UserWarning):
 
 
 def attach(model: PreTrainedModel) -> None:
-    """Check once that `model` can be a target or a draft model.
+    """Check, once per model, dtype, attention and device, that `model` can be a target or a draft model.
 
-    Raises ValueError, in one sentence, for a model that cannot: its kind, its attention implementation, where its
-    weights are, or how far its tree logits are from the true ones. Warns where its logits depend on the batch.
+    Raises ValueError for an unsuitable kind of model, attention implementation or device of the weights, and where the
+    self-test fails. Warns where the model's logits depend on the rest of the batch.
     """
     check_kind(model)
     if model.training:
         name = type(model).__name__
         raise ValueError(f"{name} is in training mode, where dropout changes the text; call model.eval()")
     tested = _attached.setdefault(model, set())
-    what = model.dtype, model.config.get_text_config()._attn_implementation, model.device
-    if what not in tested:
+    condition = model.dtype, model.config.get_text_config()._attn_implementation, model.device
+    if condition not in tested:
         _check_weights(model)
         _judge(model, self_test(model))
-        tested.add(what)
+        tested.add(condition)
 
 
 def check_kind(model: PreTrainedModel) -> None:
-    """Raise ValueError for a model whose kind or attention implementation says already that it cannot be a target."""
+    """Raise ValueError for a kind of model or an attention implementation that cannot be decoded with trees."""
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; Paceline decodes causal models only")
@@ -76,7 +76,7 @@ def check_kind(model: PreTrainedModel) -> None:
 
 
 def _check_weights(model: PreTrainedModel) -> None:
-    """Refuse a model that has no weights, and one whose weights come to the device only while they are used."""
+    """Raise ValueError for a model on the meta device, and for one whose weights are offloaded."""
     name = type(model).__name__
     hooked = any(hasattr(module, "_hf_hook") for module in model.modules())
     if not hooked and any(tensor.is_meta for tensor in model.parameters()):
@@ -92,7 +92,7 @@ def _check_weights(model: PreTrainedModel) -> None:
 
 
 def _judge(model: PreTrainedModel, error: float) -> None:
-    """Refuse a model whose self-test gave `error`, unless its own plain forwards differ as much."""
+    """Raise ValueError where the self-test's `error` is too large, unless plain forwards differ as much."""
     name, allowed = type(model).__name__, TOLERANCE.get(model.dtype, 0.1)
     if error != error:
         raise ValueError(f"{name} gives NaN logits; check its weights and dtype")
@@ -119,8 +119,8 @@ def _judge(model: PreTrainedModel, error: float) -> None:
 
 @torch.no_grad()
 def self_test(model: PreTrainedModel) -> float:
-    """The relative error of tree logits against cache-less forwards over two steps: the largest over the paths,
-    or the median in low precision, where rounding may send a token to another expert. NaN if any is NaN.
+    """The relative error of tree logits against forwards without cache, over two steps: the largest over all paths; in
+    low precision, where rounding may route a token to another expert, the median. NaN if any is NaN.
 
     Raises ValueError with the model's own message where the forward does not run at all."""
     with _plain_arithmetic(model):
@@ -139,15 +139,15 @@ def self_test(model: PreTrainedModel) -> float:
 
 @torch.no_grad()
 def unsteadiness(model: PreTrainedModel) -> float:
-    """How far the logits of the same tokens differ between plain forwards, alone and with another text in the batch,
-    relative, and taken over several texts as in the self-test. Neither positions, masks nor a cache enter."""
+    """The relative difference of logits between plain forwards of a text alone and with another text in the batch,
+    over several texts as in the self-test. Without explicit positions, masks or a cache."""
     with _plain_arithmetic(model):
         return _worst(model, _differences(model))
 
 
 @contextmanager
 def _plain_arithmetic(model: PreTrainedModel) -> Iterator[None]:
-    """The model's own arithmetic, whatever autocast the caller has."""
+    """Turn off the caller's autocast within the block."""
     with ExitStack() as stack:
         for kind in {"cpu", model.device.type}:
             if torch.amp.is_autocast_available(kind):
@@ -166,7 +166,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _check_forward(model: PreTrainedModel) -> None:
-    """Refuse a model of which not even a plain forward runs, so that nothing else is blamed."""
+    """Raise ValueError where not even a plain forward runs, so that trees are not blamed for it."""
     vocab = model.config.get_text_config().vocab_size
     try:
         model(input_ids=torch.tensor([_some_tokens(vocab, 4, 1)], device=model.device), use_cache=False).logits  # noqa: B018
@@ -225,7 +225,7 @@ def _errors(model: PreTrainedModel) -> list[float]:
 
 
 def _some_tokens(vocab: int, count: int, start: int) -> list[int]:
-    """Different small token ids that every vocabulary has."""
+    """`count` different token ids, small enough for every vocabulary."""
     return [(start * 31 + i * 17) % min(vocab, 997) for i in range(count)]
 
 
@@ -247,6 +247,6 @@ def _error(model: PreTrainedModel, text: list[int], drafted: Tensor, path: list[
 
 
 def _relative(logits: Tensor, truth: Tensor) -> float:
-    """The largest difference of a node's logits (n, V), as a share of how far the true ones are spread."""
+    """The largest RMS difference of a node's logits (n, V), relative to the standard deviation of `truth`."""
     spread = (truth - truth.mean(-1, keepdim=True)).square().mean().sqrt()
     return float((logits - truth).square().mean(-1).sqrt().max() / spread.clamp(min=1e-12))

@@ -1,8 +1,8 @@
-"""A causal LM over slots: the one way in which targets and draft models are run.
+"""A causal LM over a slot cache: how targets and draft models are run.
 
-`SlotModel` pairs an unmodified Hugging Face model with a slot cache and forwards tokens at explicit
-slots, positions and visibility. It holds the buffers of one decoding run; it knows the tree's layout
-(node i of a row sits at slot base + i, where base is the root's slot) but not what the tokens are for.
+`SlotModel` combines an unmodified Hugging Face model with a slot cache and forwards tokens with explicit slots,
+positions and visibility. It holds the buffers of one decoding run. Node i of a tree is written at slot base + i, where
+base is the slot of the root. Knows nothing of what the tokens are for.
 """
 
 import inspect
@@ -23,10 +23,10 @@ from .taps import HEAD, Tap, feature_sizes, joined, listening, put_taps
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """The name by which the forward of `model` takes its cache: `cache` since transformers 5.24, `past_key_values`
-    before it and in code that came with a checkpoint.
+    """The name of the cache parameter of the forward of `model`: `cache` since transformers 5.24, `past_key_values`
+    before it and in code that comes with a checkpoint.
 
-    Of a wrapper, what is inside says so; where nothing does, it is the name that transformers itself uses."""
+    For a wrapper without either parameter the model inside is asked, then transformers' own generation code."""
     inner = getattr(model, "_orig_mod", model)
     inner = getattr(inner, "get_base_model", lambda: inner)()
     forwards = model.forward, type(model).forward, inner.forward, GenerationMixin.prepare_inputs_for_generation
@@ -45,11 +45,11 @@ class SlotModel:
         self.cache_argument = cache_argument(model)
         self.capacity = capacity
         self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
-        # A drafted node may stand beyond the context, where it can never be committed.
+        # Positions are clamped to the context: a drafted node may lie beyond it, but is never committed there.
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
-        self.twice: Tensor | None = None  # (2,): node 0 and node 0, where it is not forwarded alone
-        put_taps(model, (*taps, HEAD) if taps else ())  # the head has nothing to do while a text is read
+        self.twice: Tensor | None = None  # (2,): node 0 twice, where a single node must not be forwarded alone
+        put_taps(model, (*taps, HEAD) if taps else ())  # the head is left idle while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
         self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
         if model.device.type == "cpu" and native.prepare() and model.dtype == torch.bfloat16:
@@ -84,7 +84,7 @@ class SlotModel:
         self.cache.copy_rows(other.cache, rows)
 
     def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
-        """Forward `tokens` (B, n) written at `slots` (B, n); `keep` as `logits_to_keep`, none with `idle_head`."""
+        """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
         taps = self.traits.taps
@@ -100,11 +100,11 @@ class SlotModel:
         return Seen(out.logits.float(), features)
 
     def forward_text(self, tokens: Tensor, slots: Tensor, reach: int | None = None, logits: bool = True) -> Seen:
-        """Committed text (B, n): each token stands at the slot of its position and sees all slots up to its own, none
-        of which is at `reach` or beyond it.
+        """Forward committed text (B, n): each token is written at the slot of its position and sees all slots up to its
+        own. All slots are below `reach`.
 
-        Slots below 0 mean padding and go to the last slot. Logits are those of the last column, and features those of
-        all where no `logits` are wanted."""
+        Negative slots mean padding, which is written to the last slot. Returns the logits of the last column; with
+        `logits=False` the features of all columns instead, where there are taps."""
         padding = slots < 0
         positions = slots.clamp(min=0)
         seen = self.slot_index[:reach]
@@ -115,12 +115,12 @@ class SlotModel:
         return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=whole)
 
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Seen:
-        """See tree nodes, all or a subset `nodes` (n,), behind the committed text of `base` (B,) slots.
+        """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots.
 
-        On a CPU, sums over a single row may be taken in another order than over each of several, and a bfloat16 result
-        is now and then rounded otherwise. A tree that is one node of one row is therefore forwarded twice, up to the
-        LM head, so that plain decoding rounds as drafted decoding does. It costs a few per cent of the step, most of
-        which is reading weights."""
+        On a CPU a product with a single row may be summed in another order than one with several rows, so that a
+        bfloat16 result is sometimes rounded differently. A tree of one node in a batch of one is therefore forwarded as
+        two equal nodes, up to the LM head, so that plain decoding rounds like drafted decoding. This costs a few per
+        cent of the step, most of which is reading weights."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
         if nodes is not None or tokens.numel() > 1 or self.twice is None:
             return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
@@ -129,7 +129,7 @@ class SlotModel:
         return self._run(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
 
     def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
-        """What the nodes `index` (n,) may see: the committed text, their ancestors and themselves."""
+        """The view of the nodes `index` (n,): they see the committed text, their ancestors and themselves."""
         depths, ancestors = tree.depths, tree.ancestors
         inside = self.slot_index - base[:, None]  # (B, capacity): the node at each slot
         is_node = (inside >= 0) & (inside < tree.size)

@@ -1,9 +1,8 @@
-"""Hidden states of a model, heard where they pass: at the LM head's door, or behind a decoder layer.
+"""Taps: hidden states of a model, recorded by hooks at the LM head's input or at a decoder layer's output.
 
-What goes into the LM head is right for every family: after the final norm and any projection, and before what some do
-to the logits (Gemma 2 caps them, Cohere scales them; both keep their order). The hooks are put on a module once, for
-those who ask, and are deaf outside of `listening`; decoding and training use the same ones. Knows nothing of what the
-states are for.
+The LM head's input is the right state for every family: it comes after the final norm and any projection, and before
+caps and scales of the logits (Gemma 2, Cohere), which keep their order. Hooks are registered once per module and record
+only inside `listening`; decoding and training use the same ones. Knows nothing of what the states are for.
 """
 
 import threading
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD: Literal["head"] = "head"
-Tap = int | Literal["head"]  # what comes out of the decoder layer of that number, from 0; or the LM head's input
+Tap = int | Literal["head"]  # the output of the decoder layer of that number, from 0; or the LM head's input
 
 _active = threading.local()
 _putting = threading.Lock()  # two threads must not put the same tap twice
@@ -37,10 +36,10 @@ def lm_head(model: "PreTrainedModel") -> nn.Linear:
 
 
 def layer_stacks(model: "PreTrainedModel") -> list[str]:
-    """The paths of the module lists of `model` that may be its decoder layers, by their length; one, as a rule."""
+    """The paths of the module lists of `model` that are as long as it has decoder layers; usually one."""
     count = model.config.get_text_config().num_hidden_layers
     lists = {path: module for path, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    outer = [path for path in lists if not any(path.startswith(f"{other}.") for other in lists)]
+    outer = [path for path in lists if not any(path.startswith(f"{container}.") for container in lists)]
     return [path for path in outer if len(lists[path]) == count]
 
 
@@ -55,13 +54,13 @@ def _layer(model: "PreTrainedModel", number: int) -> nn.Module:
 
 
 def feature_sizes(model: "PreTrainedModel", taps: Iterable[Tap]) -> list[int]:
-    """How many numbers each tap gives for a token."""
+    """The size of each tap's hidden state."""
     hidden = model.config.get_text_config().hidden_size
     return [lm_head(model).weight.shape[1] if tap == HEAD else hidden for tap in taps]
 
 
 def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
-    """Make `model` tell what passes at its taps while `listening`. Raises ValueError where it has no such place."""
+    """Register the hooks of `taps` on `model`. Raises ValueError where it has no such layer or LM head."""
     with _putting:
         for tap in taps:
             if tap == HEAD:
@@ -75,7 +74,7 @@ def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
 
 
 def is_tap(hook: object) -> bool:
-    """Whether a hook of a module is one of these, which change nothing of what the module computes."""
+    """Whether a module's hook is one of these taps, which do not change what the module computes."""
     return hook is _tell_input or (isinstance(hook, partial) and hook.func is _tell_output)
 
 
@@ -95,8 +94,8 @@ def _tell_output(layer: int, module: nn.Module, inputs: tuple, output: Tensor | 
 
 @contextmanager
 def listening(idle_head: bool = False) -> Iterator[dict[Tap, Tensor]]:
-    """Collects what passes at the taps of the models that this thread runs, (B, n, H) each; with `idle_head` an LM
-    head that is tapped is left nothing to do."""
+    """Within, the states at the taps of models run by this thread are recorded in the dict that is yielded, (B, n, H)
+    each. With `idle_head` a tapped LM head computes no logits (it gets no columns)."""
     _active.heard, _active.idle_head = {}, idle_head
     try:
         yield _active.heard
@@ -105,23 +104,23 @@ def listening(idle_head: bool = False) -> Iterator[dict[Tap, Tensor]]:
 
 
 def joined(heard: dict[Tap, Tensor], taps: tuple[Tap, ...]) -> Tensor:
-    """The features (B, n, F) of some taps. Raises ValueError where the model went past one of them."""
+    """Concatenate the states of `taps` to features (B, n, F). Raises ValueError where one was not recorded."""
     for tap in taps:
         if tap not in heard:
-            what = "its LM head" if tap == HEAD else f"its layer {tap}"
-            raise ValueError(f"the model does not call {what}, so its hidden states cannot be read; use 'ngram'")
+            missing = "its LM head" if tap == HEAD else f"its layer {tap}"
+            raise ValueError(f"the model does not call {missing}, so its hidden states cannot be read; use 'ngram'")
     return heard[taps[0]] if len(taps) == 1 else torch.cat([heard[tap] for tap in taps], dim=-1)
 
 
 def hidden_states(
     model: "PreTrainedModel", taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor
 ) -> dict[Tap, Tensor]:
-    """What passes at the taps, (B, T, H) each, for packed rows (B, T), without computing any logits.
+    """The hidden states at `taps`, (B, T, H) each, of packed rows (B, T), without computing logits.
 
     Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
     ids that restart."""
     put_taps(model, (*taps, HEAD))
     with listening(idle_head=True) as heard:
         model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
-    joined(heard, taps)  # are all there
+    joined(heard, taps)  # raises where one is missing
     return {tap: heard[tap] for tap in taps}

@@ -1,8 +1,7 @@
-"""Self-distillation: the target answers prompts, in its own words, by this project's batched decoding.
+"""Self-distillation: the target answers prompts, with this project's batched decoding (`decode_texts`).
 
-What a job becomes is a function of its prompt, its temperature, the seed and the settings, not of the order, the
-batch or the number of times that the run was killed (up to near-ties in low precision). Knows nothing of
-training.
+An answer depends on the prompt, temperature, seed and settings only, not on the order of jobs, the batch or whether the
+run was killed and resumed (up to near-ties in low precision). Knows nothing of training.
 """
 
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from ..records import Journal
 from .ledger import Job, Ledger, own_seed
 from .prompts import Prompt, Unusable, user_prefix
 
-SLACK = 16  # tokens a turn may take more when its text is tokenized again
+SLACK = 16  # extra tokens allowed per turn, as tokenizing its text again may give more
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ class Sampling:
 
 @dataclass(slots=True, eq=False)
 class Conversation:
-    """A job under way."""
+    """The conversation of a job so far."""
 
     job: Job
     messages: list[dict]
@@ -68,7 +67,7 @@ class Answering:
         self.ends = end_ids(model)
 
     def texts(self, jobs: list[Job]) -> list[Text]:
-        """The first turns; jobs that the context cannot hold are skipped."""
+        """The jobs' first turns as texts to decode; jobs that do not fit into the context are skipped."""
         made = []
         for job in jobs:
             conversation = Conversation.begin(job)
@@ -86,7 +85,7 @@ class Answering:
         return made
 
     def _room(self, job: Job, first: int) -> int:
-        """Tokens that the whole conversation can come to."""
+        """The most tokens that the whole conversation can have."""
         room = first + self.sampling.max_new_tokens
         for turn in job.prompt.turns[1:]:
             user = templated_ids(self.tokenizer, [{"role": "user", "content": turn}])
@@ -94,23 +93,23 @@ class Answering:
         return room
 
     def finish(self, text: Text, tokens: list[int], failed: bool) -> Text | None:
-        """Take an answer; the text of the next turn, if there is one."""
-        own: Conversation = text.name
+        """Add an answer to its conversation; returns the text of the next turn, if there is one."""
+        conversation: Conversation = text.name
         if failed:
-            self.ledger.fail(own.job.id, f"the scores after {len(tokens)} tokens are NaN")
+            self.ledger.fail(conversation.job.id, f"the scores after {len(tokens)} tokens are NaN")
             return None
-        own.finished = bool(tokens) and tokens[-1] in self.ends
-        answer = self.tokenizer.decode(tokens[:-1] if own.finished else tokens, skip_special_tokens=True)
-        own.messages.append({"role": "assistant", "content": answer})
-        own.token_ids.append(tokens)
-        turns = own.job.prompt.turns
-        if own.finished and len(own.token_ids) < len(turns):
-            messages = [*own.messages, {"role": "user", "content": turns[len(own.token_ids)]}]
+        conversation.finished = bool(tokens) and tokens[-1] in self.ends
+        answer = self.tokenizer.decode(tokens[:-1] if conversation.finished else tokens, skip_special_tokens=True)
+        conversation.messages.append({"role": "assistant", "content": answer})
+        conversation.token_ids.append(tokens)
+        turns = conversation.job.prompt.turns
+        if conversation.finished and len(conversation.token_ids) < len(turns):
+            messages = [*conversation.messages, {"role": "user", "content": turns[len(conversation.token_ids)]}]
             ids = templated_ids(self.tokenizer, messages)
             if len(ids) + self.sampling.max_new_tokens <= text.room:
-                own.messages = messages
-                return Text(ids, self.sampling.max_new_tokens, text.seed, text.room, own)
-        self.ledger.add(own.record(self.sampling))
+                conversation.messages = messages
+                return Text(ids, self.sampling.max_new_tokens, text.seed, text.room, conversation)
+        self.ledger.add(conversation.record(self.sampling))
         return None
 
 
@@ -127,20 +126,20 @@ def answer(model, tokenizer, jobs: list[Job], ledger: Ledger, sampling: Sampling
 def invent(
     model, tokenizer, path: Path, beginnings: list[str], count: int, sampling: Sampling, **decoding
 ) -> list[Prompt | Unusable]:
-    """`count` user turns that the target writes where its chat template expects one (Magpie, arXiv:2406.08464), going
-    on from each of `beginnings` in turn: from "" whatever comes to it, from "Summarize:" a text to summarise.
+    """`count` user turns written by the target itself after the user prefix of its chat template (Magpie,
+    arXiv:2406.08464). `beginnings` are used in rotation as their first words; "" leaves the turn to the target.
 
-    Kept in the journal `path`, so that a run that was killed goes on; what is empty or does not end is unusable."""
+    The turns are kept in the journal `path`, from which a killed run resumes. Empty or unfinished ones are unusable."""
     prefix = user_prefix(tokenizer)
-    begun = [tokenizer(prefix + own, add_special_tokens=False)["input_ids"] for own in beginnings]
+    begun = [tokenizer(prefix + beginning, add_special_tokens=False)["input_ids"] for beginning in beginnings]
     ends = end_ids(model)
     with Journal(path) as journal, tqdm(total=count, unit="turn", desc="inventing", disable=None) as bar:
         turns = {record["id"]: record for record in journal.records if record["id"] < count}
         bar.update(len(turns))
 
-        def finish(text: Text, own: list[int], failed: bool) -> None:
-            ended = bool(own) and own[-1] in ends and not failed
-            said = _said(tokenizer, text.tokens, own[:-1]) if ended else ""
+        def finish(text: Text, new: list[int], failed: bool) -> None:
+            ended = bool(new) and new[-1] in ends and not failed
+            said = _said(tokenizer, text.tokens, new[:-1]) if ended else ""
             turn = (beginnings[text.name % len(beginnings)] + said).strip() if said.strip() else ""
             turns[text.name] = {"id": text.name, "turn": turn, "ended": ended}
             journal.add(turns[text.name])
@@ -158,7 +157,7 @@ def invent(
 
 
 def _said(tokenizer, before: list[int], tokens: list[int]) -> str:
-    """The text of `tokens` behind those `before`, with the space between them, which some decoders take off a start."""
+    """The text of `tokens` after `before`, leading space included (which some tokenizers drop at a text's start)."""
     whole, first = (tokenizer.decode(ids, skip_special_tokens=True) for ids in ([*before, *tokens], before))
     return whole[len(first) :]
 

@@ -1,4 +1,4 @@
-"""The commands `paceline data generate` and `paceline data prepare`: options to calls, and what is printed."""
+"""The commands `paceline data generate` and `paceline data prepare`: from options to function calls, and output."""
 
 import sys
 from pathlib import Path
@@ -121,18 +121,18 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__}: {detail})") from error
     try:
-        found = GenerationConfig.from_pretrained(where).eos_token_id
+        eos = GenerationConfig.from_pretrained(where).eos_token_id
     except OSError:
-        found = None  # a folder of a tokenizer alone
-    ids = found if isinstance(found, list) else [found]
-    return tokenizer, frozenset(own for own in [*ids, tokenizer.eos_token_id] if own is not None)
+        eos = None  # a folder of a tokenizer alone
+    ids = eos if isinstance(eos, list) else [eos]
+    return tokenizer, frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
 
 
 def _temperatures(text: str) -> list[float]:
     try:
-        found = [float(part) for part in text.split(",")]
+        temperatures = [float(part) for part in text.split(",")]
     except ValueError:
-        found = [-1.0]
-    if not all(0 <= temperature < float("inf") for temperature in found):
+        temperatures = [-1.0]
+    if not all(0 <= temperature < float("inf") for temperature in temperatures):
         raise ValueError(f"--temperatures {text!r} is no list of numbers of at least 0; write it like 0,0.7,1.0")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(temperatures))

@@ -1,9 +1,9 @@
 """Documents: token ids and a loss mask, from conversations and from raw text.
 
-In a conversation the loss is on what the target itself says, its end of turn included: on the recorded tokens
-where the generator wrote them down, else where the chat template's generation markers say, else on the spans
-between the conversation templated up to an answer and with it. Nothing is searched for in text. In raw text
-the loss is on every token. Knows nothing of packing.
+In a conversation the loss is on the target's answers, end-of-turn tokens included. They are located by the recorded
+token ids if there are any, else by the chat template's generation markers, else as the difference between the
+conversation templated up to an answer and templated with it; never by searching in text. In raw text the loss is on
+every token. Knows nothing of packing.
 """
 
 import contextlib
@@ -24,12 +24,12 @@ TOGETHER = 256  # raw texts tokenized in one call
 class Document:
     tokens: list[int]
     loss: list[int]  # 0 or 1 for each token
-    key: str  # what decides the split: a conversation's user turns, or the raw text
+    key: str  # decides between train and held-out: a conversation's user turns, or the raw text
     turns: tuple[str, ...] = ()  # the user's, of a conversation
 
 
 class Unfit(ValueError):
-    """A record that makes no document; the others may."""
+    """A record that cannot become a document; it is left out and counted."""
 
 
 @dataclass(slots=True)
@@ -98,15 +98,15 @@ class Reader:
         return made["input_ids"], made["assistant_masks"]
 
     def _spans(self, messages: list[dict], recorded: list[list[int]] | None) -> tuple[list[int], list[int]]:
-        """Piece by piece, cut where decoding would cut: before and after every answer."""
+        """Tokens and loss mask, tokenized in pieces that begin and end with every answer, as in decoding."""
         tokens: list[int] = []
         loss: list[int] = []
         text, answers = "", 0
-        for place, message in enumerate(messages):
+        for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._rendered(messages[:place], add_generation_prompt=True)
-            after = self._rendered(messages[: place + 1])
+            before = self._rendered(messages[:index], add_generation_prompt=True)
+            after = self._rendered(messages[: index + 1])
             if not before.startswith(text) or not after.startswith(before):
                 raise Unfit("the chat template rewrites earlier turns, so answers cannot be told apart")
             context = self._tokenized(before[len(text) :], text, tokens)
@@ -114,10 +114,10 @@ class Reader:
             loss += [0] * len(context)
             answer = self._tokenized(after[len(before) :], before, tokens)
             said = next((i + 1 for i, token in enumerate(answer) if token in self.ends), len(answer))
-            own = answer[:said] if recorded is None else recorded[answers]
-            rest = answer[said:] if own[-1:] and own[-1] in self.ends else []
-            tokens += [*own, *rest]
-            loss += [1] * len(own) + [0] * len(rest)
+            spoken = answer[:said] if recorded is None else recorded[answers]
+            rest = answer[said:] if spoken[-1:] and spoken[-1] in self.ends else []
+            tokens += [*spoken, *rest]
+            loss += [1] * len(spoken) + [0] * len(rest)
             text, answers = after, answers + 1
         return tokens, loss
 
@@ -125,15 +125,15 @@ class Reader:
         return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     def _tokenized(self, text: str, before: str, known: list[int]) -> list[int]:
-        """The tokens of `text` behind `before`: in context where the tokens of `before` stay what they are."""
+        """The tokens of `text` after `before`: tokenized together where that keeps the `known` tokens of `before`."""
         whole = self.tokenizer(before + text, add_special_tokens=False)["input_ids"]
         if whole[: len(known)] == known:
             return whole[len(known) :]
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _without_end(self, tokens: list[int], loss: list[int]) -> tuple[list[int], list[int]]:
-        """An answer that was cut: what the template put behind it was never said."""
-        last = max((place for place, own in enumerate(loss) if own), default=-1)
+        """Remove what the template added after an answer that was cut off."""
+        last = max((index for index, counts in enumerate(loss) if counts), default=-1)
         stop = last if last >= 0 and tokens[last] in self.ends else last + 1
         return tokens[:stop], loss[:stop]
 
@@ -171,13 +171,13 @@ def unpacked_size(path: Path) -> int:
         return file.seek(0, 2)
 
 
-def _record(line: str, place: str) -> dict | Unfit:
+def _record(line: str, location: str) -> dict | Unfit:
     try:
         record = json.loads(line)
     except ValueError as error:
-        return Unfit(f"{place}: no JSON ({error})")
+        return Unfit(f"{location}: no JSON ({error})")
     if not isinstance(record, dict) or not ("messages" in record or isinstance(record.get("text"), str)):
-        return Unfit(f"{place}: neither 'messages' nor 'text'")
+        return Unfit(f"{location}: neither 'messages' nor 'text'")
     return record
 
 
@@ -201,12 +201,12 @@ def file_fingerprint(path: Path) -> str:
 
 
 def tokenizer_fingerprint(tokenizer) -> str:
-    """SHA-256 of what a tokenizer does to text; how it pads and truncates does not matter."""
+    """SHA-256 of a tokenizer's definition without its padding and truncation settings."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        what = tokenizer.get_vocab()
+        description = tokenizer.get_vocab()
     else:
-        what = json.loads(backend.to_str())
-        what.pop("truncation", None)
-        what.pop("padding", None)
-    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        description = json.loads(backend.to_str())
+        description.pop("truncation", None)
+        description.pop("padding", None)
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()

@@ -1,8 +1,8 @@
-"""The ledger of a generation run: every job is done, failed or skipped, and it is on the disk.
+"""The ledger of a generation run: records on disk whether each job is done, failed or skipped.
 
-Beside OUT.jsonl, which holds what is done, stand OUT.problems.jsonl (failed and skipped jobs with their reasons)
-and OUT.run.json (the settings that a resumed run must share). What failed is tried again by the next run; what
-was skipped is not. Knows nothing of models and servers.
+OUT.jsonl holds the answers, OUT.problems.jsonl the failed and skipped jobs with reasons, and OUT.run.json the settings,
+which must be the same when the run is resumed. Failed jobs are tried again by the next run, skipped ones are not. Knows
+nothing of models and servers.
 """
 
 import hashlib
@@ -28,12 +28,12 @@ class Job:
 
 
 def own_seed(seed: int, name: str) -> int:
-    """A job's seed: a function of the run's seed and the job's name, whatever the order."""
+    """A job's seed: a hash of the run's seed and the job's name, independent of the order of jobs."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "little")
 
 
 class Ledger:
-    """Opens, or goes on with, the files of a run. Raises ValueError where they were made with other settings."""
+    """Creates or resumes the files of a run. Raises ValueError where they were made with other settings."""
 
     def __init__(self, out: str | Path, settings: dict, limit_tokens: int | None = None):
         out = Path(out)
@@ -88,7 +88,7 @@ class Ledger:
         return self.limit_tokens is not None and self.tokens >= self.limit_tokens
 
     def progress(self, tokens: int) -> None:
-        """Hear of tokens made, for the bar."""
+        """Add `tokens` to the rate shown by the progress bar."""
         self.since += tokens
         self.bar.set_postfix_str(f"{self.rate:.0f} tokens/s", refresh=False)
 
@@ -118,7 +118,7 @@ class Ledger:
             self.bar.update()
 
     def summary(self) -> str:
-        """The account: done, failed and skipped jobs sum to those asked for, unless a limit left some."""
+        """One line: done + failed + skipped (+ left by the limit of tokens) = jobs asked for."""
         done, failed, skipped = (len(self.names & kind) for kind in (self.done, self.failed, self.skipped))
         left = len(self.names) - done - failed - skipped
         assert left == 0 or self.full, "every prompt is accounted for"

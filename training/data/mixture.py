@@ -1,4 +1,4 @@
-"""Mixtures: a stream of raw text from named sources, in proportions of tokens, the same for the same seed.
+"""Mixtures: a reproducible stream of raw text from named sources, in given proportions of tokens.
 
 A mixture is a YAML file:
 
@@ -49,10 +49,10 @@ class Source:
 
 @dataclass(slots=True)
 class Mixture:
-    """`sources` by name. Iterating gives (source, text, tokens) without end: a source that is through begins again
-    in another order, for as many `epochs` as its weight asks for.
+    """Iterating yields (source name, text, number of tokens) without end: an exhausted source starts again in another
+    order, and `epochs` counts how often.
 
-    `state_dict` and `load_state_dict` go on exactly where another iteration stood."""
+    With `state_dict` and `load_state_dict` an iteration resumes exactly where another one was."""
 
     sources: dict[str, Source]
     tokens_of: Callable[[str], int]  # how many tokens a text has
@@ -82,7 +82,7 @@ class Mixture:
     def _next(self, name: str) -> str:
         if name not in self._open:
             self._open[name] = self._pass(name)
-            before = sum(1 for _ in islice(self._open[name], self.read[name]))  # read by the iteration to go on with
+            before = sum(1 for _ in islice(self._open[name], self.read[name]))  # skip what was read before
             if before < self.read[name]:
                 raise ValueError(f"source {name!r} of the mixture has become shorter; begin again")
         try:
@@ -124,37 +124,38 @@ def load_mixture(path: str | Path, tokens_of: Callable[[str], int]) -> Mixture:
         raise ValueError(f"mixture {path} cannot be read ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict) or not isinstance(data.get("sources"), dict) or set(data) - {"seed", "sources"}:
         raise ValueError(f"mixture {path}: give 'sources', by name, and perhaps 'seed', and nothing else")
-    return Mixture({name: _source(name, own) for name, own in data["sources"].items()}, tokens_of, data.get("seed", 0))
+    sources = {name: _source(name, settings) for name, settings in data["sources"].items()}
+    return Mixture(sources, tokens_of, data.get("seed", 0))
 
 
-def _source(name: str, own: dict) -> Source:
-    if not isinstance(own, dict) or set(own) - _KEYS:
-        unknown = sorted(set(own) - _KEYS) if isinstance(own, dict) else [own]
+def _source(name: str, settings: dict) -> Source:
+    if not isinstance(settings, dict) or set(settings) - _KEYS:
+        unknown = sorted(set(settings) - _KEYS) if isinstance(settings, dict) else [settings]
         raise ValueError(f"source {name!r}: {unknown[0]!r} is not known; use {', '.join(sorted(_KEYS))}")
-    weight = own.get("weight")
+    weight = settings.get("weight")
     if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
         raise ValueError(f"source {name!r}: weight {weight!r} is no number of at least 0")
-    if ("folder" in own) == ("dataset" in own):
+    if ("folder" in settings) == ("dataset" in settings):
         raise ValueError(f"source {name!r}: give either a folder or a dataset")
-    lists = {key: tuple(own[key]) for key in ("include", "exclude") if key in own}
-    return Source(**{**own, **lists})
+    lists = {key: tuple(settings[key]) for key in ("include", "exclude") if key in settings}
+    return Source(**{**settings, **lists})
 
 
 def _folder_texts(source: Source, seed: int) -> Iterator[str]:
     """Every different text once; files are shuffled, and what is no UTF-8 is left out."""
-    found = {
+    paths = {
         str(path.relative_to(base)): path
         for base in _folders(source.folder)
         for pattern in source.include
         for path in base.glob(pattern)
         if not any(fnmatch(f"/{path.relative_to(base).as_posix()}", wrong) for wrong in source.exclude)
     }
-    names = sorted(found)
+    names = sorted(paths)
     random.Random(seed).shuffle(names)
     seen: set[bytes] = set()
     for name in names:
         try:
-            text = found[name].read_text(encoding="utf-8")
+            text = paths[name].read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):
             continue
         digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=12).digest()

@@ -1,6 +1,6 @@
-"""Packing: documents of any length into rows of one length, and what a row says about them.
+"""Packing documents of any length into rows of one length.
 
-Attention is kept inside a document by positions that restart. Pure functions of lengths and lists.
+Positions restart with every document, which is how attention is kept within it. Pure functions of lengths and lists.
 """
 
 from bisect import bisect_left, insort
@@ -20,9 +20,9 @@ def plan(lengths: Sequence[int], size: int) -> list[list[int]]:
     rows: list[list[int]] = []
     for item in sorted(range(len(lengths)), key=lambda item: (-lengths[item], item)):
         assert 0 < lengths[item] <= size
-        place = bisect_left(room, (lengths[item], -1))
-        if place < len(room):
-            free, row = room.pop(place)
+        index = bisect_left(room, (lengths[item], -1))
+        if index < len(room):
+            free, row = room.pop(index)
         else:
             free, row = size, len(rows)
             rows.append([])

@@ -1,8 +1,8 @@
 """`prepare`: from text and conversations to packed rows on disk, split by document.
 
-What comes out is a `datasets` folder with the splits `train` and `held_out`, a `paceline.json` that says what it
-was made from, and a `prompts.sha256` with a digest of every user turn in it. It appears whole or not at all, and the
-same input gives the same bytes. Knows nothing of drafters.
+The output is a `datasets` folder with the splits `train` and `held_out`, a `paceline.json` with its sources and
+settings, and a `prompts.sha256` with a digest of every user turn. It is written atomically, and the same input gives
+the same bytes. Knows nothing of drafters.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ class Settings:
             raise ValueError(f"--held-out {self.held_out} is no share of at least 0 and below 1")
 
     def is_held_out(self, key: str) -> bool:
-        """Decided by a document's content alone, so that it stays where it is when the data grows."""
+        """Whether a document is held out; depends on its content alone, so that more data does not change it."""
         digest = hashlib.blake2b(f"{self.seed}/{key}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little") < self.held_out * 2**64
 
@@ -82,7 +82,7 @@ def prepare(sources: list[str], out: str | Path, tokenizer, target: str, ends: f
         "settings": asdict(settings),
     }
     work = out.parent / f".{out.name}.partial"
-    shutil.rmtree(work, ignore_errors=True)  # what a run that was killed left
+    shutil.rmtree(work, ignore_errors=True)  # left by a killed run
     if out.exists():
         return _already(out, about)
     reader = Reader(tokenizer, ends)
@@ -138,9 +138,9 @@ def _estimate(reader: Reader, files: list[Path], out: Path, settings: Settings) 
     for record in islice(read_records(files), SAMPLE):
         seen += len(json.dumps(record, ensure_ascii=False).encode()) if isinstance(record, dict) else 0
         sample += [record] if isinstance(record, dict) else []
-    made = [found for found in reader.documents(sample) if isinstance(found, Document)]
+    made = [document for document in reader.documents(sample) if isinstance(document, Document)]
     size = sum(map(unpacked_size, files))
-    tokens = int(sum(len(own.tokens) for own in made) * max(1.0, size / max(seen, 1)))
+    tokens = int(sum(len(made_document.tokens) for made_document in made) * max(1.0, size / max(seen, 1)))
     tokens += mixtures * (settings.tokens or 0)
     disk = tokens * BYTES_PER_TOKEN
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -163,15 +163,15 @@ def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, ab
 
     def all_pieces():
         records = (record for record in _records(files, reader, settings) if _fit(record, unfit))
-        for found in reader.documents(records):
-            if not _fit(found, unfit):
+        for document in reader.documents(records):
+            if not _fit(document, unfit):
                 continue
-            held_out = settings.is_held_out(found.key)
+            held_out = settings.is_held_out(document.key)
             count = counts["held_out" if held_out else "train"]
             count["documents"] += 1
-            digests.update(map(digest, found.turns))
-            for start, stop in pieces(len(found.tokens), settings.length):
-                tokens, loss = found.tokens[start:stop], found.loss[start:stop]
+            digests.update(map(digest, document.turns))
+            for start, stop in pieces(len(document.tokens), settings.length):
+                tokens, loss = document.tokens[start:stop], document.loss[start:stop]
                 if len(tokens) > 1 and any(loss[1:]):
                     count["tokens"] += len(tokens)
                     count["loss_tokens"] += sum(loss)
@@ -189,8 +189,8 @@ def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, ab
     lengths = [len(tokens) for tokens in made.with_format("numpy")["tokens"]]
     splits = {}
     for split, wanted in (("train", False), ("held_out", True)):
-        chosen = [place for place, own in enumerate(held_out) if own == wanted]
-        rows = plan([lengths[place] for place in chosen], settings.length)
+        chosen = [piece for piece, is_held_out in enumerate(held_out) if is_held_out == wanted]
+        rows = plan([lengths[piece] for piece in chosen], settings.length)
 
         def packs(rows=rows, chosen=chosen):
             for row in rows:
@@ -206,10 +206,10 @@ def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, ab
     return counts
 
 
-def _fit(found, unfit: dict[str, int]) -> bool:
-    if not isinstance(found, Unfit):
+def _fit(record, unfit: dict[str, int]) -> bool:
+    if not isinstance(record, Unfit):
         return True
-    reason = str(found).split(": ", 1)[-1]
+    reason = str(record).split(": ", 1)[-1]
     unfit[reason] = unfit.get(reason, 0) + 1
     return False
 

@@ -1,8 +1,8 @@
-"""Prompts: where user turns come from, which of them are kept, and what identifies one.
+"""Prompts for data generation: reading, excluding and identifying them.
 
-A prompt is a list of user turns with perhaps a system turn before them; answers in the source are left out,
-because the target gives its own. What identifies it is its content, so that a source may grow or be
-reordered between two runs. Knows nothing of how answers are made.
+A prompt is a list of user turns, optionally after a system turn; answers in the source are ignored, because the target
+gives its own. Its id is a hash of its content, so that a source may grow or be reordered between two runs. Knows
+nothing of how answers are made.
 """
 
 import hashlib
@@ -44,8 +44,8 @@ def read_prompts(source: str, split: str = "train") -> Iterator[Prompt | Unusabl
     empty = True
     for number, entry in enumerate(_entries(source, split), 1):
         empty = False
-        place = f"{name}:{number}"
-        yield Unusable(place, entry.reason) if isinstance(entry, Unusable) else _prompt(entry, name, place)
+        location = f"{name}:{number}"
+        yield Unusable(location, entry.reason) if isinstance(entry, Unusable) else _prompt(entry, name, location)
     if empty:
         raise ValueError(f"{source} holds no prompts; give a file with at least one line")
 
@@ -83,12 +83,12 @@ def _parsed(line: str) -> dict | Unusable:
     return entry if isinstance(entry, dict) else Unusable("", "no JSON object")
 
 
-def _prompt(entry: dict, source: str, place: str) -> Prompt | Unusable:
+def _prompt(entry: dict, source: str, location: str) -> Prompt | Unusable:
     system = None
     if "messages" in entry:
         messages = entry["messages"]
         if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-            return Unusable(place, "'messages' is no list of objects with 'role' and 'content'")
+            return Unusable(location, "'messages' is no list of objects with 'role' and 'content'")
         turns = [message.get("content") for message in messages if message["role"] == "user"]
         system = next((message.get("content") for message in messages if message["role"] == "system"), None)
     elif "turns" in entry:
@@ -96,11 +96,11 @@ def _prompt(entry: dict, source: str, place: str) -> Prompt | Unusable:
     elif "prompt" in entry:
         turns = [entry["prompt"]]
     else:
-        return Unusable(place, "none of 'turns', 'messages' and 'prompt'")
+        return Unusable(location, "none of 'turns', 'messages' and 'prompt'")
     if not isinstance(turns, list) or not turns:
-        return Unusable(place, "no user turn")
+        return Unusable(location, "no user turn")
     if not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        return Unusable(place, "a user turn is empty or no text")
+        return Unusable(location, "a user turn is empty or no text")
     return Prompt(tuple(turns), system, str(entry.get("source", source)))
 
 
@@ -110,14 +110,14 @@ def read_beginnings(path: str) -> list[str]:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"beginnings {path} cannot be read ({error}); give a text file with one on a line") from error
-    found = [line.rstrip() for line in lines if line.strip()]
-    if not found:
+    beginnings = [line.rstrip() for line in lines if line.strip()]
+    if not beginnings:
         raise ValueError(f"{path} holds no beginnings of turns; write one on each line")
-    return found
+    return beginnings
 
 
 def normal(text: str) -> str:
-    """What counts as the same user turn: case and white space do not matter."""
+    """`text` normalised for comparison: without differences of case and white space."""
     return " ".join(text.casefold().split())
 
 
@@ -127,12 +127,12 @@ def turns_of(path: str) -> set[str]:
 
 
 def digest(turn: str) -> str:
-    """What stands for a user turn in a `prompts.sha256`: 64 bits of the SHA-256 of the normalised turn."""
+    """A user turn as listed in `prompts.sha256`: 64 bits of the SHA-256 of the normalised turn."""
     return hashlib.sha256(normal(turn).encode()).hexdigest()[:16]
 
 
 def write_digests(path: str | Path, digests: set[str]) -> None:
-    Path(path).write_text("".join(f"{own}\n" for own in sorted(digests)), encoding="utf-8")
+    Path(path).write_text("".join(f"{line}\n" for line in sorted(digests)), encoding="utf-8")
 
 
 def read_digests(folder: str | Path) -> set[str] | None:
@@ -142,15 +142,15 @@ def read_digests(folder: str | Path) -> set[str] | None:
 
 
 def sift(entries: Iterable[Prompt | Unusable], excluded: set[str]) -> Iterator[Prompt | Unusable]:
-    """Every entry in its order; repetitions and prompts with a turn in `excluded` become Unusable."""
+    """All entries in order; repeated prompts and prompts with a turn in `excluded` become Unusable."""
     seen: set[str] = set()
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Prompt):
-            place = f"{entry.source}:{number}"
+            location = f"{entry.source}:{number}"
             if any(normal(turn) in excluded for turn in entry.turns):
-                entry = Unusable(place, "excluded: a turn is in the exclusion file")
+                entry = Unusable(location, "excluded: a turn is in the exclusion file")
             elif entry.id in seen:
-                entry = Unusable(place, "the same prompt came before")
+                entry = Unusable(location, "the same prompt came before")
             else:
                 seen.add(entry.id)
         yield entry
@@ -162,7 +162,7 @@ def user_prefix(tokenizer) -> str:
         raise ValueError("--source self needs a tokenizer with a chat template and this one has none; give prompts")
     mark = "\u241f?\u241f"  # nothing that a template would alter or contain
     text = tokenizer.apply_chat_template([{"role": "user", "content": mark}], tokenize=False)
-    before, found, _ = text.partition(mark)
-    if not found:
+    before, separator, _ = text.partition(mark)
+    if not separator:
         raise ValueError("--source self: the chat template does not write the user's turn as it is; give prompts")
     return before

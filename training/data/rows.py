@@ -1,7 +1,7 @@
-"""The prepared data as the trainer reads it, and the order in which it does.
+"""The prepared data as the trainer reads it, and the order in which it reads.
 
-The rows of a step are a function of (seed, step) alone: whatever the number of processes, and wherever a run
-was killed and resumed. Knows nothing of models.
+The rows of a step depend on (seed, step) alone, not on the number of processes or on a kill and resume. Knows nothing
+of models.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ class Rows:
 
     def tokens_per_row(self, sample: int = 512) -> tuple[float, float]:
         """Mean numbers of real tokens and of counted tokens in a row, over `sample` rows spread evenly."""
-        rows = sorted({round(place) for place in np.linspace(0, len(self) - 1, min(sample, len(self)))})
+        rows = sorted({round(position) for position in np.linspace(0, len(self) - 1, min(sample, len(self)))})
         batch = self.batch(rows)
         return [float(mask.float().sum() / len(rows)) for mask in (batch["document"] >= 0, batch["loss_mask"] > 0)]
 
@@ -62,15 +62,15 @@ def open_data(folder: str | Path) -> tuple[dict[str, Rows], dict]:
 
 def check_tokenizer(about: dict, tokenizer, folder: str | Path) -> None:
     """Raise ValueError where a folder, described by `about`, was prepared with another tokenizer."""
-    theirs = about.get("tokenizer")
-    if isinstance(theirs, str) and theirs != tokenizer_fingerprint(tokenizer):
+    prepared_with = about.get("tokenizer")
+    if isinstance(prepared_with, str) and prepared_with != tokenizer_fingerprint(tokenizer):
         raise ValueError(
             f"data folder {folder} was prepared with another tokenizer than the target's; prepare it for this target"
         )
 
 
 def fingerprint(splits: dict[str, Rows], about: dict) -> str:
-    """Changes with the rows and how they were made, not with where they lie."""
+    """A hash of the rows (a sample) and of how they were made; it does not depend on the folder's path."""
     digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
     for name, rows in splits.items():
         digest.update(f"{name} {len(rows)} {rows.length}".encode())
@@ -81,9 +81,9 @@ def fingerprint(splits: dict[str, Rows], about: dict) -> str:
 
 def rows_of_step(step: int, batch: int, count: int, seed: int) -> list[int]:
     """The `batch` rows of step `step`: a slice of one endless sequence of shuffled epochs of `count` rows each."""
-    places = range(step * batch, (step + 1) * batch)
-    orders = {epoch: _shuffled(seed, epoch, count) for epoch in {place // count for place in places}}
-    return [int(orders[place // count][place % count]) for place in places]
+    positions = range(step * batch, (step + 1) * batch)
+    orders = {epoch: _shuffled(seed, epoch, count) for epoch in {position // count for position in positions}}
+    return [int(orders[position // count][position % count]) for position in positions]
 
 
 @lru_cache(2)

@@ -1,7 +1,7 @@
-"""An OpenAI-compatible server as the generator, so that big targets are sampled where they are served.
+"""Answers from an OpenAI-compatible server, for targets too large to run here.
 
-Several conversations at a time, each request tried again with growing pauses; when the server is gone for good,
-what is done is kept, the rest is accounted as failed, and the next run tries it again. Standard library only.
+Several conversations run at a time, and each request is retried with growing pauses. When the server is gone for good,
+finished answers are kept and the others are recorded as failed, for the next run to retry. Standard library only.
 """
 
 import http.client
@@ -39,23 +39,23 @@ class Server:
         """The record of one job. Raises OSError or ValueError where the server does not answer it."""
         if self.lost >= GONE:
             raise OSError("not tried, because the server no longer answers")
-        own, tokens = Conversation.begin(job), 0
+        conversation, tokens = Conversation.begin(job), 0
         try:
             for number in range(len(job.prompt.turns)):
                 if number:
-                    own.messages.append({"role": "user", "content": job.prompt.turns[number]})
-                choice, used = self._ask(own.messages, job)
-                own.messages.append({"role": "assistant", "content": choice["message"]["content"]})
-                own.finished = choice.get("finish_reason") == "stop"
+                    conversation.messages.append({"role": "user", "content": job.prompt.turns[number]})
+                choice, used = self._ask(conversation.messages, job)
+                conversation.messages.append({"role": "assistant", "content": choice["message"]["content"]})
+                conversation.finished = choice.get("finish_reason") == "stop"
                 tokens += used
-                if not own.finished:
+                if not conversation.finished:
                     break
         except OSError:
             with self.lock:
                 self.lost += 1
             raise
         self.lost = 0
-        record = own.record(self.sampling) | {"tokens": tokens}
+        record = conversation.record(self.sampling) | {"tokens": tokens}
         del record["token_ids"]  # a server speaks of text
         return record
 

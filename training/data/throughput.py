@@ -1,7 +1,7 @@
 """`paceline data generate --compare-transformers`: tokens per second against transformers' batched generate().
 
-The same prompts, batch, lengths and temperatures, one batch's worth of prompts after the other in turns, so that a
-machine that slows down slows both. Tokens behind an end of text do not count. Knows nothing of files.
+Both decode the same prompts with the same batch, lengths and temperatures, taking turns, so that a machine that slows
+down slows both. Tokens after an end of text do not count. Knows nothing of files.
 """
 
 import time
@@ -19,7 +19,7 @@ ROUNDS = 2  # each way decodes a part of the prompts, in turns
 
 
 def compare(model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sampling, **decoding) -> float:
-    """Print and return how many times transformers' tokens per second ours are, over all temperatures."""
+    """Print and return the ratio of Paceline's tokens per second to transformers', over all temperatures."""
     ids = [templated_ids(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     if not ids:
         raise ValueError("there is no prompt to compare with")
@@ -56,12 +56,12 @@ def compare(model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sam
 
 
 def _row(name: str, spent: dict) -> list[str]:
-    theirs, ours = (spent[way][0] / spent[way][1] for way in ("transformers", "paceline"))
-    return [name, f"{theirs:.1f}", f"{ours:.1f}", f"{ours / theirs:.2f}x"]
+    transformers_rate, paceline_rate = (spent[way][0] / spent[way][1] for way in ("transformers", "paceline"))
+    return [name, f"{transformers_rate:.1f}", f"{paceline_rate:.1f}", f"{paceline_rate / transformers_rate:.2f}x"]
 
 
 def _transformers(model, tokenizer, ids: list[list[int]], batch: int, temperature: float, sampling: Sampling) -> int:
-    """Decode in batches of like length, as a careful user would; the number of tokens that count."""
+    """Decode in batches of similar length; returns the number of tokens, without those after an end of text."""
     options = {"do_sample": True, "temperature": temperature, "top_p": sampling.top_p, "top_k": 0}
     options = options if temperature > 0 else {"do_sample": False}
     ends, tokens, ordered = end_ids(model), 0, sorted(ids, key=len)
@@ -70,7 +70,7 @@ def _transformers(model, tokenizer, ids: list[list[int]], batch: int, temperatur
         padded = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt").to(model.device)
         out = model.generate(**padded, max_new_tokens=sampling.max_new_tokens, **options)
         for row in out[:, padded["input_ids"].shape[1] :].tolist():
-            tokens += next((place + 1 for place, token in enumerate(row) if token in ends), len(row))
+            tokens += next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
     wait_for(model)
     return tokens
 
@@ -79,7 +79,7 @@ def _ours(model, ids: list[list[int]], temperature: float, sampling: Sampling, d
     """The number of tokens; with `new_tokens`, texts of the same room end after so many."""
     counts: list[int] = []
     new, room = new_tokens or sampling.max_new_tokens, sampling.max_new_tokens
-    texts = [Text(own, new, number, len(own) + room) for number, own in enumerate(ids)]
+    texts = [Text(prompt, new, number, len(prompt) + room) for number, prompt in enumerate(ids)]
 
     def finish(text: Text, tokens: list[int], failed: bool) -> None:
         counts.append(len(tokens))

@@ -1,8 +1,8 @@
 """The objective for a small causal LM with the target's tokenizer: pretraining on raw text, distillation.
 
-The network comes from draft_network.py; its folder is an ordinary Hugging Face model. Statistics are those of a
-greedy chain on the target's own text, which the `match` rule follows: a depth counts where the draft's best token is
-the text's and all depths before it were right. Knows nothing of optimisers or processes.
+The network comes from draft_network.py; it is saved as an ordinary Hugging Face model. The statistics are those of
+greedy chain drafts on the target's own text with the rule `match`: a depth is a hit where the draft's best token is the
+text's token and all earlier depths were hits. Knows nothing of optimisers or processes.
 """
 
 import copy
@@ -107,18 +107,18 @@ class DraftObjective(Objective):
         )
 
     def forward(self, batch: Batch, seen: TargetView | None) -> Losses:
-        """Labels that the draft does not know count as misses and have no loss."""
+        """Labels outside the draft's vocabulary count as misses and have no loss."""
         labels, counted = next_tokens(batch)  # (B, T-1)
         head, judged = self.model.get_output_embeddings(), counted
         if self.known is not None:
             head, labels = self.known.head, self.known.place[labels]
             judged = counted & (labels < len(self.known.ids))
         hidden = last_hidden_states(self.model, batch)[judged]  # (N, H)
-        theirs = (None, None)
+        target_states_and_head = (None, None)
         if seen is not None:
             law = seen.lm_head if self.known is None else self.known.law(seen.lm_head)
-            theirs = seen.hidden[:, :-1][judged], law
-        total, top = mixed_loss(self.losses, hidden, head, labels[judged], *theirs, chunk=self.chunk)
+            target_states_and_head = seen.hidden[:, :-1][judged], law
+        total, top = mixed_loss(self.losses, hidden, head, labels[judged], *target_states_and_head, chunk=self.chunk)
         right = torch.zeros_like(counted).masked_scatter(judged, top == labels[judged])
         return Losses(total, judged.sum(), *chain_statistics(right, counted, self.depths))
 
@@ -155,19 +155,20 @@ class DraftObjective(Objective):
 
 
 def last_hidden_states(model, batch: Batch) -> Tensor:
-    """What goes into the LM head at each token but the last, (B, T-1, H)."""
+    """The LM head's input at every token except the last, (B, T-1, H)."""
     return hidden_states(model, (HEAD,), batch["input_ids"], batch["position_ids"])[HEAD][:, :-1]
 
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:
-    """The token after each but the last, (B, T-1), and where it counts: the target's own, of the same document."""
+    """The next token of every token except the last, and where it counts: in the loss and of the same document;
+    (B, T-1) each."""
     same = batch["document"][:, 1:] == batch["document"][:, :-1]
     counted = same & (batch["document"][:, 1:] >= 0) & (batch["loss_mask"][:, 1:] > 0)
     return batch["input_ids"][:, 1:], counted
 
 
 class Known:
-    """The tokens that a draft is to know, `ids` (V',), and LM heads of these alone. Holds no parameters of a module."""
+    """The known tokens `ids` (V',) of a draft, and LM heads trimmed to them. No module, so it adds no parameters."""
 
     def __init__(self, model, ids: Tensor):
         head = model.get_output_embeddings()
@@ -176,7 +177,7 @@ class Known:
         self._law: nn.Module | None = None
 
     def law(self, head: nn.Module) -> nn.Module:
-        """The target's LM head, for these tokens alone; their law given that one of them comes."""
+        """The target's LM head trimmed to these tokens; its softmax is conditional on one of them being next."""
         if self._law is None:
             scaled = isinstance(head, ScaledHead)
             linear = trimmed_head(head.linear if scaled else head, self.ids)
@@ -194,15 +195,15 @@ def draft_ranks(
     labels, counted = next_tokens(batch)  # (B, T-1)
     hidden = last_hidden_states(model, batch)[counted]  # (N, H)
     vocab_size = model.config.get_text_config().vocab_size
-    place = None if known is None else places(known, vocab_size)
+    index_of_token = None if known is None else places(known, vocab_size)
     head, ranks = head or model.get_output_embeddings(), []
-    for states, own in zip(hidden.split(chunk), labels[counted, None].split(chunk)):
+    for states, label in zip(hidden.split(chunk), labels[counted, None].split(chunk)):
         logits = head(states)  # (n, V')
-        own = own if place is None else place[own]
-        mine = logits.gather(1, own.clamp(max=logits.shape[1] - 1))
-        earlier = torch.arange(logits.shape[1], device=own.device) < own
-        before = ((logits > mine) | ((logits == mine) & earlier)).sum(-1)
-        ranks.append(torch.where(own[:, 0] < logits.shape[1], before, vocab_size))
+        label = label if index_of_token is None else index_of_token[label]
+        label_logit = logits.gather(1, label.clamp(max=logits.shape[1] - 1))
+        earlier = torch.arange(logits.shape[1], device=label.device) < label
+        before = ((logits > label_logit) | ((logits == label_logit) & earlier)).sum(-1)
+        ranks.append(torch.where(label[:, 0] < logits.shape[1], before, vocab_size))
     at = labels.new_full(labels.shape, NO_LABEL)
     if ranks:
         at[counted] = torch.cat(ranks)
@@ -214,7 +215,7 @@ def draft_ranks(
 def chain_statistics(right: Tensor, counted: Tensor, depths: int) -> tuple[Tensor, Tensor]:
     """Hits and tries (depths,) from where the draft was right and where a token counts, (B, T) each.
 
-    A chain that starts anywhere is tried at depth d where it was right before and the d-th token counts."""
+    For a chain drafted at every position, depth d is tried where all earlier depths were hits and its token counts."""
     hits, tried = [], []
     alive = torch.ones_like(counted)
     for depth in range(depths):
@@ -226,4 +227,4 @@ def chain_statistics(right: Tensor, counted: Tensor, depths: int) -> tuple[Tenso
 
 
 def _among(parameter: nn.Parameter, others: list[nn.Parameter]) -> bool:
-    return any(parameter is other for other in others)
+    return any(parameter is candidate for candidate in others)

@@ -1,5 +1,5 @@
-"""The network of a draft model: a Llama of given sizes, a choice of the target's own layers, or an earlier draft, and
-what of it is the target's.
+"""The network of a draft model: a new Llama, some of the target's layers, or an earlier draft; and the sharing of the
+target's embeddings and LM head.
 
 `settings` is the section `objective` of a configuration (`draft_lm.Settings`). Knows nothing of losses.
 """
@@ -26,7 +26,7 @@ class Sizes:
     num_key_value_heads: int | None = None
 
     def check(self) -> None:
-        """Raises ValueError for sizes of which there is no Llama."""
+        """Raises ValueError for sizes that no Llama can have."""
         for name, size in vars(self).items():
             if size is not None and size < 1:
                 raise ValueError(f"objective.sizes.{name} is {size}; give a number of at least 1")
@@ -43,7 +43,7 @@ class Sizes:
 
 
 def make_network(settings, target) -> nn.Module:
-    """The untrained, or earlier trained, network in float32. Raises ValueError for settings that make none."""
+    """The network in float32, not trained yet or from `start`. Raises ValueError for settings that do not fit."""
     if settings.layers is not None:
         return from_layers(target, settings.layers)
     if settings.start is not None:
@@ -51,22 +51,22 @@ def make_network(settings, target) -> nn.Module:
         if model.config.get_text_config().vocab_size != target.config.get_text_config().vocab_size:
             raise ValueError(f"objective.start {settings.start} has another vocabulary than the target")
         return model
-    sizes, theirs = settings.sizes, target.config.get_text_config()
+    sizes, target_config = settings.sizes, target.config.get_text_config()
     sizes.check()
     config = LlamaConfig(
-        vocab_size=theirs.vocab_size,
+        vocab_size=target_config.vocab_size,
         hidden_size=sizes.hidden_size,
         intermediate_size=sizes.intermediate_size,
         num_hidden_layers=sizes.num_hidden_layers,
         num_attention_heads=sizes.num_attention_heads,
         num_key_value_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
-        max_position_embeddings=theirs.max_position_embeddings,
-        rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(theirs)},
+        max_position_embeddings=target_config.max_position_embeddings,
+        rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(target_config)},
         tie_word_embeddings=settings.embeddings == settings.head
-        and (settings.head == "own" or theirs.tie_word_embeddings),
-        bos_token_id=theirs.bos_token_id,
-        eos_token_id=theirs.eos_token_id,
-        pad_token_id=theirs.pad_token_id,
+        and (settings.head == "own" or target_config.tie_word_embeddings),
+        bos_token_id=target_config.bos_token_id,
+        eos_token_id=target_config.eos_token_id,
+        pad_token_id=target_config.pad_token_id,
     )
     return LlamaForCausalLM._from_config(config, dtype=torch.float32)
 
@@ -76,7 +76,7 @@ def _rope_theta(config) -> float:
 
 
 def from_layers(target, layers: list[int]) -> nn.Module:
-    """A model of the target's class with some of its layers, in the given order, and all that is outside of them.
+    """A model of the target's class with these of its layers, in the given order, and its embeddings, norm and head.
 
     Works for every architecture whose decoder layers are one nn.ModuleList; raises ValueError for others."""
     name, config = type(target).__name__, copy.deepcopy(target.config)
@@ -97,9 +97,9 @@ def from_layers(target, layers: list[int]) -> nn.Module:
             state[key] = tensor
             continue
         number, rest = key.removeprefix(f"{stacks[0]}.").split(".", 1)
-        for place, layer in enumerate(layers):
+        for new_number, layer in enumerate(layers):
             if layer == int(number):
-                state[f"{stacks[0]}.{place}.{rest}"] = tensor
+                state[f"{stacks[0]}.{new_number}.{rest}"] = tensor
     model = type(target)._from_config(
         config, dtype=torch.float32, attn_implementation=target.config._attn_implementation
     )
@@ -113,7 +113,7 @@ def from_layers(target, layers: list[int]) -> nn.Module:
 
 
 def share(model, settings, target) -> None:
-    """Put the target's embeddings and head, frozen, in the place of the draft's; untie what is no longer one."""
+    """Replace the draft's embeddings and head by the target's, frozen, as set; untie them where they now differ."""
     origins = {"get_input_embeddings": settings.embeddings, "get_output_embeddings": settings.head}
     tied = model.config.tie_word_embeddings and settings.embeddings == settings.head
     if settings.head == "target":
@@ -124,29 +124,29 @@ def share(model, settings, target) -> None:
     for get, origin in origins.items():
         if origin == "own":
             continue
-        mine, theirs = getattr(model, get)(), getattr(target, get)()
-        if mine.weight.shape != theirs.weight.shape:
+        layer, target_layer = getattr(model, get)(), getattr(target, get)()
+        if layer.weight.shape != target_layer.weight.shape:
             raise ValueError(
-                f"the draft's hidden size {mine.weight.shape[1]} is not the target's {theirs.weight.shape[1]}, so its "
-                "embeddings and head cannot be shared; use own ones, or the target's hidden size"
+                f"the draft's hidden size {layer.weight.shape[1]} is not the target's {target_layer.weight.shape[1]}, "
+                "so its embeddings and head cannot be shared; use own ones, or the target's hidden size"
             )
-        if lacking := {*dict(theirs.named_parameters())} - {*dict(mine.named_parameters())}:
+        if lacking := {*dict(target_layer.named_parameters())} - {*dict(layer.named_parameters())}:
             raise ValueError(
                 f"the target's LM head has a {lacking.pop()}, for which the draft's architecture has no place; use "
                 "objective.head: own"
             )
-        for name, weight in theirs.named_parameters(recurse=False):
-            setattr(mine, name, nn.Parameter(weight.detach().to(mine.weight.dtype), requires_grad=False))
+        for name, weight in target_layer.named_parameters(recurse=False):
+            setattr(layer, name, nn.Parameter(weight.detach().to(layer.weight.dtype), requires_grad=False))
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 
 
 def target_weights(model, settings) -> dict[str, str]:
-    """The tensors of the draft that are the target's: their names, and where in the target they are."""
+    """The draft's tensors that are the target's: from their names in the draft to "module.parameter" in the target."""
     names = {id(module): path for path, module in model.named_modules()}
-    places = {}
-    for place, origin in (("input_embeddings", settings.embeddings), ("output_embeddings", settings.head)):
-        module = getattr(model, f"get_{place}")()
+    paths = {}
+    for name, origin in (("input_embeddings", settings.embeddings), ("output_embeddings", settings.head)):
+        module = getattr(model, f"get_{name}")()
         if origin == "target":
-            places |= {f"{names[id(module)]}.{key}": f"{place}.{key}" for key, _ in module.named_parameters()}
-    return places
+            paths |= {f"{names[id(module)]}.{key}": f"{name}.{key}" for key, _ in module.named_parameters()}
+    return paths

@@ -1,9 +1,9 @@
 """The objective of Medusa heads, for all three modes, with the target frozen (Medusa-1, arXiv:2401.10774).
 
-Each head's guess is judged against the text (cross-entropy) and against the target's own law at that place (KL),
-weighted, with heads further ahead counting less. Heads that read the tokens drafted before them are given the
-text's. Works in chunks of positions whose gradients are taken at once, so that nothing of tokens times vocabulary is
-ever whole. Knows no trainer.
+The loss of a head is a weighted sum of cross-entropy with the text and KL divergence from the target's distribution at
+that position; heads further ahead have less weight. Heads that read earlier drafted tokens are given the text's tokens.
+Works in chunks of positions and computes the gradients of each at once, so that no (tokens, vocabulary) tensor is
+larger than a chunk. Knows no trainer.
 """
 
 import copy
@@ -24,7 +24,7 @@ from .losses import Summed
 from .objective import NO_LABEL, Batch, Judge, Losses, Objective, TargetView, labelled, windows
 from .target import OnlineTarget, ScaledHead
 
-_CHUNK = 1 << 23  # logits at a time, in numbers; twice as many no longer stay in the cache of a CPU
+_CHUNK = 1 << 23  # logits computed at a time; twice as many no longer fit in a CPU's cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,16 +109,16 @@ class MedusaObjective(Objective):
         self.heads.save(folder)
 
     def _chunks(self, batch: Batch, seen: TargetView):
-        """The positions t with labels, some at a time: states h_t, h_{t+1}, ... (n, K + 1, H), where only h_t is read
-        unless laws are; tokens x_{t+1}, x_{t+2}, ... (n, K + 1); which of the last K are judged (n, K)."""
+        """Chunks of n positions t that have labels: states h_t, h_{t+1}, ... (n, K + 1, H), without KL only h_t
+        (n, 1, H); tokens x_{t+1}, x_{t+2}, ... (n, K + 1); and which of the last K tokens are judged (n, K)."""
         judged = labelled(batch, self.depths).flatten(0, 1)  # (B * T, K)
         paths = windows(batch["input_ids"].long(), self.depths + 1, 0).flatten(0, 1)  # (B * T, K + 1)
         states = seen.hidden.flatten(0, 1)  # (B * T, H)
         ahead = torch.arange(self.depths + 1 if self.target_weight else 1, device=states.device)
         most = max(1, _CHUNK // (self.depths * len(self.heads.vocabulary)))
-        for places in judged[:, 0].nonzero()[:, 0].split(most):
-            reach = (places[:, None] + ahead).clamp(max=len(states) - 1)  # beyond a row only where nothing is judged
-            yield states[reach].to(self.heads.dtype), paths[places], judged[places]
+        for positions in judged[:, 0].nonzero()[:, 0].split(most):
+            reach = (positions[:, None] + ahead).clamp(max=len(states) - 1)  # beyond a row only where nothing is judged
+            yield states[reach].to(self.heads.dtype), paths[positions], judged[positions]
 
     def _chunk_losses(self, states: Tensor, path: Tensor, judged: Tensor, laws) -> tuple[Tensor, ...]:
         """total, counted, hits and tried of n positions."""
@@ -151,14 +151,14 @@ class MedusaObjective(Objective):
             logits = self.heads.follow(started, depth, path[:, : depth + 1])
             known = logits.shape[1]
             label = self.heads.place[path[:, depth + 1], None]  # (n, 1)
-            own = logits.gather(1, label.clamp(max=known - 1))
+            label_logit = logits.gather(1, label.clamp(max=known - 1))
             earlier = torch.arange(known, device=logits.device) < label
-            before = ((logits > own) | ((logits == own) & earlier)).sum(-1)
+            before = ((logits > label_logit) | ((logits == label_logit) & earlier)).sum(-1)
             ranks.append(torch.where(label[:, 0] < known, before, self.heads.vocab_size))
         return torch.stack(ranks, dim=1)
 
     def _law_of(self, seen: TargetView):
-        """The target's law, log-probabilities over the known tokens of states (n, H)."""
+        """A function from states (n, H) to the target's log-probabilities over the known tokens (n, V')."""
         head, ids = seen.lm_head, self.heads.vocabulary
         scaled = head.scaled if isinstance(head, ScaledHead) else nn.Identity()
         weight = head.weight.detach()[ids] if self.heads.trimmed else head.weight.detach()

@@ -9,8 +9,8 @@ With p the target's probabilities, q the draft's and y the text's token, per tok
     acceptance       -log of the sum of min(p, q): the acceptance rate itself (LK losses, arXiv:2602.23881)
     cross_entropy    -log q(y)
 
-No (tokens, vocabulary) tensor is held beyond one chunk: the gradients of a chunk are taken at once, in the
-forward, and only those of the hidden states and of the head's own weights are kept. Knows nothing of batches.
+No (tokens, vocabulary) tensor is larger than one chunk: its gradients are computed at once, in the forward, and
+only those of the hidden states and of the head's weights are kept. Knows nothing of batches.
 """
 
 import math
@@ -90,9 +90,9 @@ def mixed_loss(
             loss = loss - mixture["cross_entropy"] * picked.sum()
         if divergences:
             with torch.no_grad():
-                theirs = target_head(target_hidden[part]).float().log_softmax(-1)
+                target_log_probs = target_head(target_hidden[part]).float().log_softmax(-1)
             for name in divergences:
-                loss = loss + mixture[name] * DIVERGENCES[name](theirs, log_probs).sum()
+                loss = loss + mixture[name] * DIVERGENCES[name](target_log_probs, log_probs).sum()
         return (loss,)
 
     parts = ((slice(start, start + chunk),) for start in range(0, len(hidden), chunk))
@@ -103,9 +103,9 @@ def mixed_loss(
 
 
 class Summed(torch.autograd.Function):
-    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`, taking each chunk's gradient with respect to `leaves` at
-    once, so that no chunk is kept or computed again. `inputs` are what the leaves stand for: parameters themselves, or
-    states whose leaf is cut off from what made them. The first sum is differentiable with respect to them."""
+    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`. The gradient of each chunk with respect to `leaves` is
+    computed at once, so that no chunk is kept or recomputed. `inputs` correspond to the leaves: a parameter is its own
+    leaf, of other tensors the leaf is a detached copy. The first sum is differentiable with respect to `inputs`."""
 
     @staticmethod
     def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], leaves: list, *inputs: Tensor):
@@ -113,11 +113,11 @@ class Summed(torch.autograd.Function):
         sums, gradients = list(zeros), [torch.zeros_like(leaf) for leaf in leaves] if needed else []
         for chunk in chunks:
             with torch.set_grad_enabled(needed):
-                found = loss_of(*chunk)
-            sums = [so_far + new.detach() for so_far, new in zip(sums, found)]
+                losses = loss_of(*chunk)
+            sums = [so_far + new.detach() for so_far, new in zip(sums, losses)]
             if needed:
-                own = torch.autograd.grad(found[0], leaves, allow_unused=True)
-                for sum_, gradient in zip(gradients, own):
+                gradients_of_chunk = torch.autograd.grad(losses[0], leaves, allow_unused=True)
+                for sum_, gradient in zip(gradients, gradients_of_chunk):
                     if gradient is not None:
                         sum_ += gradient
         ctx.gradients = gradients

@@ -1,4 +1,4 @@
-"""What a kind of drafter adds to the trainer: its network, its loss, and how it reads a batch.
+"""The interface between a kind of drafter and the trainer: its network, its loss, its label ranks.
 
 A batch is rows of packed documents (B, T): `input_ids`, `loss_mask` (1 where the token is the target's own text),
 `position_ids`, `document` (-1 on padding). Knows no trainer, optimiser or file of data.
@@ -17,28 +17,28 @@ from ...spec.plan.trees import Acceptance
 from ...spec.target.taps import HEAD, Tap
 
 Batch = dict[str, Tensor]
-# A batch to the label ranks (n, D) of the true places of a mask (B, T), and that mask.
+# From a batch to label ranks (n, D) and the mask (B, T) whose n True positions they belong to.
 Judge = Callable[[Batch], tuple[Tensor, Tensor]]
 NO_LABEL = -1
 
 
 class Losses(NamedTuple):
-    """What an objective says of a batch. FSDP2 of torch 2.10 finds what to differentiate in tuples, not in classes."""
+    """Loss and statistics of a batch. A tuple, because FSDP2 of torch 2.10 finds no tensors in dataclasses."""
 
     total: Tensor  # scalar, summed over counted labels, differentiable
-    counted: Tensor  # scalar: how many, for whoever divides by the count of all batches
+    counted: Tensor  # scalar: the number of these labels
     hits: Tensor  # (depths,): of `tried`, how often the first guess was right
     tried: Tensor  # (depths,): labels whose path so far had been guessed right
 
     def tokens_per_step(self) -> float:
-        """What decoding with a chain of first guesses is estimated to commit a step: 1 + sum_d prod_{i<=d} h_i/t_i."""
+        """Estimated tokens per step with a chain of first guesses: 1 + sum_d prod_{i<=d} hits_i / tried_i."""
         rates = self.hits.double() / self.tried.double().clamp(min=1)
         return 1 + float(rates.cumprod(0).sum())
 
 
 @dataclass(slots=True, eq=False)
 class TargetView:
-    """What the frozen target saw on a batch, without gradient."""
+    """The frozen target's hidden states on a batch, without gradient, and its LM head."""
 
     tapped: dict[Tap, Tensor]  # (B, T, H) for each tap of the objective
     lm_head: nn.Module  # linear, to get logits chunk by chunk
@@ -50,7 +50,7 @@ class TargetView:
 
 
 class Objective(nn.Module, ABC):
-    """A drafter's network with its loss; what the trainer wraps, calls and saves."""
+    """A drafter's network with its loss: the module that the trainer wraps, calls and saves."""
 
     depths: int  # how many per-depth statistics it gives
     taps: tuple[Tap, ...]  # the hidden states that it reads of the target
@@ -63,8 +63,8 @@ class Objective(nn.Module, ABC):
 
     @classmethod
     def judge(cls, drafter, model, depths: int) -> Judge | None:
-        """What ranks the tokens of a text by `drafter`, one of this kind, for the target `model`, in the arithmetic
-        of decoding, to `depths` or as many as it has. None where nothing but decoding can judge it."""
+        """A function that computes label ranks of `drafter`, one of this kind, for the target `model`, in decoding's
+        dtype and to `depths` or as many as the drafter has. None where only decoding can evaluate it."""
         return None
 
     @abstractmethod
@@ -73,8 +73,8 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def label_ranks(self, batch: Batch, seen: TargetView | None) -> Tensor:
-        """How many tokens the drafter holds more likely than the text's own, for positions with labels and given
-        the text before: (n, depths), NO_LABEL from where a position has no labels on, and the size of the target's
+        """For each of the n positions with labels, the number of tokens that the drafter holds more likely than the
+        text's token, given the text before: (n, depths). NO_LABEL where a depth has no label; the size of the target's
         vocabulary for tokens that the drafter never proposes."""
 
     @abstractmethod
@@ -99,8 +99,8 @@ def labelled(batch: Batch, depths: int) -> Tensor:  # (B, T, depths) bool
     from the last token but one of the prompt, and no prompt token ever is."""
     document = batch["document"]
     same = (windows(document, depths + 1, -1) == document[..., None]) & (document >= 0)[..., None]
-    own = windows(batch["loss_mask"].bool(), depths + 1, 0) & same
-    return own[..., 1:].cumprod(-1).bool() & same[..., :1]
+    counted = windows(batch["loss_mask"].bool(), depths + 1, 0) & same
+    return counted[..., 1:].cumprod(-1).bool() & same[..., :1]
 
 
 @torch.no_grad()
@@ -112,8 +112,8 @@ def acceptance(objective: Objective, seen: Iterable[tuple[Batch, TargetView | No
 def count_ranks(found: Iterable[Tensor], depths: int, width: int) -> Acceptance:
     """Teacher-forced acceptance from label ranks (n, depths) each: p[depth][rank] with its counts, for the planner.
 
-    Of the times that the path to depth d lay within the best `width` at every node, how often the text's token
-    was the child of rank r. What draws with noise (sampling) accepts differently; this is of plain ranks."""
+    p[d][r] is the share of trials in which the text's token had rank r at depth d; a trial needs all earlier tokens of
+    the path to be within the best `width`. Sampling accepts differently: these are plain ranks, without noise."""
     hits = torch.zeros(depths, width, dtype=torch.int64)
     trials = torch.zeros(depths, 1, dtype=torch.int64)
     for ranks in found:

@@ -1,4 +1,4 @@
-"""The frozen target in training: what it saw on a batch, computed on the spot or read from disk.
+"""The frozen target in training: its hidden states on a batch, computed when needed or read from disk.
 
 Hidden states are taken by the taps that decoding uses too. Documents of a pack do not see each other
 (tests/training_objectives/test_target_view.py). Knows nothing of objectives.
@@ -21,7 +21,7 @@ ROWS_PER_FILE = 64
 
 
 class ScaledHead(nn.Module):
-    """An LM head with what some families do to its logits: a factor (Cohere, Granite), a soft cap (Gemma 2)."""
+    """An LM head whose logits are scaled (Cohere, Granite) or soft-capped (Gemma 2)."""
 
     def __init__(self, linear: nn.Module, factor: float, cap: float | None):
         super().__init__()
@@ -43,7 +43,7 @@ class ScaledHead(nn.Module):
 def lm_head(model) -> nn.Module:
     """The module that turns last hidden states (..., H) into the model's logits (..., V).
 
-    Raises ValueError where the model's own logits come about in another way."""
+    Raises ValueError where the model computes its logits in another way."""
     linear = model.get_output_embeddings()
     name = type(model).__name__
     if linear is None:
@@ -56,10 +56,10 @@ def lm_head(model) -> nn.Module:
     positions = torch.arange(4, device=model.device)[None]
     training = model.training
     model.eval()
-    mine = head(hidden_states(model, (HEAD,), ids, positions)[HEAD]).float()
-    theirs = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
+    head_logits = head(hidden_states(model, (HEAD,), ids, positions)[HEAD]).float()
+    model_logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.float()
     model.train(training)
-    error = (mine - theirs).square().mean().sqrt() / theirs.std().clamp(min=1e-12)
+    error = (head_logits - model_logits).square().mean().sqrt() / model_logits.std().clamp(min=1e-12)
     if not error < (1e-3 if model.dtype == torch.float32 else 0.05):
         raise ValueError(
             f"{name}: its LM head on its last hidden state gives other logits than its own (relative error "
@@ -69,7 +69,7 @@ def lm_head(model) -> nn.Module:
 
 
 class OnlineTarget:
-    """Runs the frozen model on every batch and listens at `taps`; it stays outside of what the trainer wraps."""
+    """Runs the frozen model on every batch and takes the hidden states at `taps`. Not part of the wrapped module."""
 
     def __init__(self, model, taps: tuple[Tap, ...] = (HEAD,)):
         self.model, self.taps = model.eval().requires_grad_(False), taps
@@ -158,7 +158,7 @@ def _document_by_document(model, taps: tuple[Tap, ...], packs: dict[str, Tensor]
         positions = torch.arange(ids.shape[1], device=model.device).expand(len(ids), -1)
         for tap, states in hidden_states(model, taps, ids, positions).items():
             for piece, row in zip(together, states.cpu()):
-                hidden[tap][piece] = row[: len(texts[piece])]  # what is padded behind it, causal attention did not see
+                hidden[tap][piece] = row[: len(texts[piece])]  # causal attention did not see the padding after it
     packed = {}
     for tap, pieces_of in hidden.items():
         states = torch.cat(pieces_of)  # (n, H)
