@@ -6,7 +6,7 @@ base is the slot of the root. Knows nothing of what the tokens are for.
 """
 
 import inspect
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -88,7 +88,8 @@ class SlotModel:
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
         taps = self.traits.taps
-        with showing(view), listening(idle_head) if taps else nullcontext({}) as heard:
+        hearing: AbstractContextManager[dict[Tap, Tensor]] = listening(idle_head) if taps else nullcontext({})
+        with showing(view), hearing as heard:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
                 position_ids=view.query_positions.clamp(0, self.last_position),
