@@ -213,16 +213,16 @@ class Lossless:
             finding.reason = f"{apart}: a near-tie"
 
     @torch.no_grad()
-    def _explained(self, text: list[int], one: int, other: int, row: int, way: str) -> tuple[bool, float]:
+    def _explained(self, text: list[int], plain: int, drafted: int, row: int, way: str) -> tuple[bool, float]:
         assert self.rounding is not None  # measured before any text is compared
         model, device = self.subject.model, self.subject.device
         logits = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits[0, -1].float()
         if way == "greedy":
-            return rounding_can_swap(logits, one, other, self.rounding, lambda scores: scores)
+            return rounding_can_swap(logits, plain, drafted, self.rounding, lambda scores: scores)
         warp, vocabulary = warpers(TEMPERATURE, TOP_P), torch.arange(len(logits), device=device)
         keys, position = noise.row_keys([SEEDS[row]], 1, device), torch.tensor([[len(text)]], device=device)
         gumbel = noise.gumbel(keys, position, noise.TARGET, vocabulary)[0]
-        return rounding_can_swap(logits, one, other, self.rounding, lambda scores: warp(None, scores) + gumbel)
+        return rounding_can_swap(logits, plain, drafted, self.rounding, lambda scores: warp(None, scores) + gumbel)
 
 
 @torch.no_grad()
