@@ -40,7 +40,7 @@ def test_a_line_makes_a_kind(target, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"objective\.kind is 'toy'; known are draft_lm, medusa$"):
         objective_of({"kind": "toy"})
     assert judge_of(ToyDrafter(), target, 4) is None
-    monkeypatch.setitem(KINDS, "toy", Kind("test_kinds:ToyDrafter", "test_kinds:ToyObjective"))
+    monkeypatch.setitem(KINDS, "toy", Kind(f"{__name__}:ToyDrafter", f"{__name__}:ToyObjective"))
     drafter = paceline.load_drafter(tmp_path, target)
     assert type(drafter).__name__ == "ToyDrafter" and drafter.longest == 3
     found = objective_of({"kind": "toy"})
