@@ -40,7 +40,7 @@ def test_a_line_makes_a_kind(target, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"objective\.kind is 'toy'; known are draft_lm, medusa$"):
         objective_of({"kind": "toy"})
     assert judge_of(ToyDrafter(), target, 4) is None
-    monkeypatch.setitem(KINDS, "toy", Kind("test_kinds:ToyDrafter", "test_kinds:ToyObjective"))
+    monkeypatch.setitem(KINDS, "toy", Kind(f"{__name__}:ToyDrafter", f"{__name__}:ToyObjective"))
     drafter = paceline.load_drafter(tmp_path, target)
     assert type(drafter).__name__ == "ToyDrafter" and drafter.longest == 3
     found = objective_of({"kind": "toy"})
@@ -77,6 +77,6 @@ def test_kinds_are_named_in_the_table_and_their_own_files_only(root):
     """But for `untrained`, whose names are what `paceline check` calls its drafters."""
     named = {name for kind in KINDS.values() for name in (kind.drafter, kind.objective) if name is not None}
     own = {f"{name.partition(':')[0].split('.')[-1]}.py" for name in named} | {"kinds.py", "untrained.py"}
-    for path in (*root.glob("drafters/*.py"), *root.glob("training/*.py")):
+    for path in (*root.glob("drafters/*.py"), *root.glob("training/**/*.py")):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert path.name in own or not words & KINDS.keys(), (path, words & KINDS.keys())
