@@ -19,6 +19,7 @@ from support.models import tiny_llama
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_a_check_of_a_sound_model_holds_in_every_part(folder, tmp_path, capsys, short):
     code, check = run(folder, tmp_path, "--markdown", str(tmp_path / "check.md"))
     assert code == 0
@@ -59,6 +60,7 @@ def test_nan_weights_are_named(folder, tmp_path, short):
     assert len(timed) == len(SIZES) and {f["verdict"] for f in timed} == {HOLDS}, "NaN takes as long as a number"
 
 
+@pytest.mark.slow
 def test_a_vocabulary_of_five_words_can_be_checked(tmp_path, short):
     tiny_llama(vocab=5, bos_token_id=1, pad_token_id=0).save_pretrained(tmp_path / "five")
     code, check = run(tmp_path / "five", tmp_path)
@@ -80,6 +82,7 @@ def noise_on_many_nodes(monkeypatch):
     monkeypatch.setattr(SlotModel, "forward_nodes", noisy)
 
 
+@pytest.mark.slow
 def test_noise_is_not_taken_for_rounding(tmp_path, monkeypatch, short):
     config = tiny_llama(vocab=97).config
     model = shapes.random_model(config, torch.bfloat16, torch.device("cpu"))

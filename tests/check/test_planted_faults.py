@@ -88,6 +88,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_is_named_and_the_other_parts_go_on(folder, tmp_path, monkeypatch, short, fault):
     part, label, words, code = FAULTS[fault]
@@ -109,6 +110,7 @@ def subject_of(model, executors):
     return Subject("tiny", model, executors, untrained)
 
 
+@pytest.mark.slow
 def test_a_captured_step_is_checked_and_a_stale_buffer_is_named(monkeypatch):
     """By tape: first as it is; then with a state that is rebound where it should be written."""
 

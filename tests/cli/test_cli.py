@@ -110,6 +110,7 @@ def test_user_errors_are_one_line_and_exit_code_2(folder, capsys, arguments, wor
     assert captured.err.strip().splitlines()[-1].startswith("paceline") and "Traceback" not in captured.err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_middle_keeps_what_was_written(folder, tmp_path):
     """A real process and a real signal, sent once text is streaming."""
     trace = tmp_path / "t.jsonl"

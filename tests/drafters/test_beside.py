@@ -68,6 +68,7 @@ def test_each_part_drafts_as_it_does_alone(target, heads, tree, sampling):
     assert found == 2
 
 
+@pytest.mark.slow
 def test_texts_are_the_targets_own_and_longer_steps_than_either(target, heads, ragged):
     both = Beside(MedusaDrafter(heads), NgramDrafter())
     for sampling in (dict(do_sample=False), dict(do_sample=True, top_k=0, temperature=0.6)):
@@ -142,6 +143,7 @@ def test_the_plan_for_both_is_the_best_of_all_that_are_tried(replays):
     assert plan_side_by_side(replays, {1: 1.0, 24: 90.0}, drafts).parents == (-1,), "not to speculate is a choice"
 
 
+@pytest.mark.slow
 def test_they_are_planned_for_and_evaluated_in_a_sentence(heads, tmp_path, monkeypatch, capsys, tokenizer):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     model = tiny_llama(max_position_embeddings=512)

@@ -90,6 +90,7 @@ def test_dynamic_trees_are_captured(ragged, monkeypatch):
     runs.reset(model)
 
 
+@pytest.mark.slow
 def test_a_dynamic_step_is_one_graph(ragged):
     from paceline.spec.plan.step_times import open_idle
     from paceline.spec.step import step

@@ -77,6 +77,6 @@ def test_kinds_are_named_in_the_table_and_their_own_files_only(root):
     """But for `untrained`, whose names are what `paceline check` calls its drafters."""
     named = {name for kind in KINDS.values() for name in (kind.drafter, kind.objective) if name is not None}
     own = {f"{name.partition(':')[0].split('.')[-1]}.py" for name in named} | {"kinds.py", "untrained.py"}
-    for path in (*root.glob("drafters/*.py"), *root.glob("training/*.py")):
+    for path in (*root.glob("drafters/*.py"), *root.glob("training/**/*.py")):
         words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
         assert path.name in own or not words & KINDS.keys(), (path, words & KINDS.keys())

@@ -10,6 +10,8 @@ from paceline.spec.step import step
 
 from support.steps import PAIRS, decode
 
+pytestmark = pytest.mark.slow
+
 LINEARS = 15  # of the target: seven in each layer, and the LM head
 COMPILED = [
     ("none", "match", "greedy"), ("ngram", "match", "greedy"), ("beside", "match", "greedy"),

@@ -45,6 +45,7 @@ def test_another_value_is_no_other_step(tapes, drafter):
     assert len(tapes) == 1
 
 
+@pytest.mark.slow
 def test_another_value_compiles_nothing():
     """The same by the compiler itself, greedily and sampled, plain and drafted: one graph each."""
     model = tiny_llama()
@@ -85,6 +86,7 @@ def test_a_second_data_run_makes_no_other_step(tapes):
     assert len(tapes) == 1
 
 
+@pytest.mark.slow
 def test_equal_weights_are_one_drafter(tapes):
     """Two objects with the same numbers share a step; other numbers have their own."""
     model = tiny_llama()
@@ -111,7 +113,7 @@ def test_a_drafter_that_changed_is_not_taken_for_the_one_it_was(tapes):
     assert drafts[0] == drafts[1] and len(tapes) == 2
 
 
-@pytest.mark.parametrize("executor", ["eager", "tape", "compiled"])
+@pytest.mark.parametrize("executor", ["eager", "tape", pytest.param("compiled", marks=pytest.mark.slow)])
 def test_threads_get_their_own_texts(tapes, executor):
     model = tiny_llama()
     runs.reset(model)
@@ -180,6 +182,7 @@ def test_models_made_in_inference_mode_are_like_others():
     assert torch.equal(decode(model, "eager", drafter=draft), truth)
 
 
+@pytest.mark.slow
 def test_engines_go_with_their_model():
     model = tiny_llama()
     decode(model, "compiled")
@@ -218,6 +221,7 @@ def test_a_call_that_is_interrupted_before_it_begins_gives_its_step_back(tapes, 
     assert len(tapes) == 1 and tapes[0].replays > replays
 
 
+@pytest.mark.slow
 def test_a_long_limit_compiles_only_if_the_text_becomes_long(monkeypatch, capfd):
     """`auto` begins eagerly; in the middle of a text it goes on compiled, with heads that read hidden states."""
     model = tiny_llama()

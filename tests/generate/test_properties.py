@@ -3,6 +3,7 @@
 from functools import cache
 
 import paceline
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,6 +13,8 @@ from paceline.drafters.ngram import NgramDrafter
 from support.families import SUPPORTED, build
 from support.models import noisy_copy, tiny_llama
 from support.trees import shapes
+
+pytestmark = pytest.mark.slow
 
 FAMILIES = ["llama", "mistral", "gemma3_text", "gpt2", "qwen3"]
 

@@ -15,7 +15,7 @@ from paceline.drafters.draft_model import ModelDrafter
 
 from support.models import noisy_copy
 
-pytestmark = pytest.mark.smollm2
+pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 
 FULL = bool(os.environ.get("PACELINE_FULL"))
 PROMPTS, LONGEST, NEW, SEEDS = (24, 300, 64, (0, 1, 2)) if FULL else (4, 120, 16, (0,))

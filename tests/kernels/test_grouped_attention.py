@@ -155,6 +155,7 @@ def rows_do_not_matter(*widths):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, executor",
     [

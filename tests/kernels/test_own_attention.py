@@ -116,6 +116,7 @@ def test_without_a_compiler_there_is_no_own_attention(monkeypatch, capsys):
     native._library_file.cache_clear()
 
 
+@pytest.mark.slow
 def test_source_that_does_not_compile_is_a_line_and_no_error(compiled_source, monkeypatch, tmp_path, capsys):
     broken = tmp_path / "attention.cpp"
     broken.write_text("this is no C++")

@@ -139,6 +139,7 @@ def test_what_gains_nothing_is_left_alone():
     assert not hasattr(layer, "packed_weight"), "no longer a dtype that is packed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_compiled_step_follows_weights_that_change(ragged, dtype):
     """The kept step, with the packed weights of now, gives the text of a step compiled now."""

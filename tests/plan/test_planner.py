@@ -184,6 +184,7 @@ def test_predicted_tokens_per_step_come_true(target, draft):
     assert measured == pytest.approx(expected, rel=0.1)
 
 
+@pytest.mark.slow
 def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, tokenizer):
     """Calibrate, measure and plan a tiny pair, then decode with the kept plan and with the file."""
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))

@@ -28,6 +28,7 @@ def decoded(model, drafter, prompts, shape, temperature, new_tokens):
     return steps, tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 @pytest.mark.parametrize("name", ["draft", "ngram"])
 def test_a_replay_takes_the_steps_that_decoding_takes(name, temperature):

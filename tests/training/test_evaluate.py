@@ -154,6 +154,7 @@ def test_rows_of_another_tokenizer_are_not_the_text(place, heads, tmp_path, caps
     assert "was prepared with another tokenizer" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_cannot_be_judged_on_text_is_counted_in_decoding(place, heads, tmp_path, capsys):
     out = tmp_path / "ngram.json"
     assert evaluate(place, "ngram", "-o", str(out), tokens=20) == 0

@@ -23,7 +23,7 @@ from support.training_runs import (
     write_target,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 LAST, MIDDLE = 8, 4  # steps; the middle one is saved right after an evaluation
 OBJECTIVES = {
     "draft": {"kind": "draft_lm", "layers": [1], "embeddings": "target", "losses": {"forward_kl": 1.0}},

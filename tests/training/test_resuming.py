@@ -36,6 +36,7 @@ def whole(folder):
     return config
 
 
+@pytest.mark.slow
 def test_kill_9_at_ten_random_moments_changes_nothing(folder):
     """The weights, bit for bit, and every reported figure are those of a run that was left alone."""
     long = dict(budget__tokens=60 * 4 * 17, run__log_every=5)
@@ -74,6 +75,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(folder, whole, number):
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one_and_resume_exactly(folder, whole):
     config = settings(folder, "two")
     assert exit_codes(children(config, ranks=2)) == [0, 0]

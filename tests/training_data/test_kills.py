@@ -13,6 +13,8 @@ from support import kills
 from support.data_runs import TEMPLATE
 from support.models import tiny_llama
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
