@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
-from ..spec.cli.commands import load
+from ..spec.cli.commands import check_drawing, load
 from ..spec.cli.planning import calibrate, first_turns
 from ..spec.console import table
 from ..spec.engines.executors import choose
@@ -44,8 +44,7 @@ SIZES = (4, 8, 16, 32, 64)  # numbers of nodes for which tokens per step are est
 
 def evaluate(args) -> None:
     """Evaluate a drafter and write `acceptance.json` into its folder, or to `-o`."""
-    if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature {args.temperature} is not a number of at least 0; 0 is greedy")
+    check_drawing(args)
     folder = _own_folder(args.drafter)
     if folder is None and not args.output:
         raise ValueError(f"{args.drafter} is no drafter folder here to keep its acceptance in; give a file with -o")

@@ -15,6 +15,7 @@ from ..generate import SpeculativeOutput
 from ..generate import generate as generate_tokens
 from ..proposal import Drafter
 from ..target.load import NAMED, load_target
+from ..verify import check_rule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,12 +50,18 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool, device: 
     return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
 
 
+def check_drawing(args: Namespace) -> None:
+    """Refuse a temperature or a rule that is none before anything is loaded."""
+    if not 0 <= args.temperature < float("inf"):
+        raise ValueError(f"--temperature {args.temperature} is not a number of at least 0; 0 is greedy")
+    check_rule(args.verify)
+
+
 def generate(args: Namespace) -> None:
     text = args.prompt if args.prompt is not None else args.chat if args.chat is not None else _read(args.prompt_file)
     if not text:
         raise ValueError("the prompt is empty; give it at least one character")
-    if not 0 <= args.temperature < float("inf"):
-        raise ValueError(f"--temperature {args.temperature} is not a number of at least 0; 0 is greedy")
+    check_drawing(args)
     if not 0 < args.top_p <= 1:
         raise ValueError(f"--top-p {args.top_p} is not above 0 and at most 1")
     model, tokenizer, drafter = load(args)

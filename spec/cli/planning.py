@@ -24,7 +24,7 @@ from ..provenance import target_fingerprint
 from ..rows import Stopwatch
 from ..tree import TreeShape
 from ..verify import draft_sampling
-from .commands import encode, load
+from .commands import check_drawing, encode, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,6 +44,7 @@ def calibrate(
 
 def plan(args: Namespace) -> None:
     """The command `paceline plan`."""
+    check_drawing(args)
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
@@ -54,12 +55,13 @@ def plan(args: Namespace) -> None:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
     if len(parts) > 1 and drawing.noise == "own":
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
+    acceptance = measured_acceptance(args, model) if args.run else None
+    prompts = [] if args.run else [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
     measured = step_times.measure(model, parts, executor, sampling=drawing)
-    if args.run:
-        rates = [measured_acceptance(args, model).rates()]
+    if acceptance is not None:
+        rates = [acceptance.rates()]
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
     else:
-        prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
         how = args.verify, args.temperature, args.max_new_tokens
         replays = [calibrate(model, part, prompts, *how) for part in parts]
         alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
