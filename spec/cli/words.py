@@ -78,7 +78,7 @@ def conclusion(answers: list[Answer], dtype: str) -> str:
     lines += [f"{own.title}: {own.difference}" for own in answers if own.difference]
     if whole.difference and dtype != "float32":
         lines.append("Lower precision rounds such ties differently in a longer forward; compare --dtype float32.")
-    lines.append('Three prompts are few. Many kinds of text, and transformers beside it: "Performance" in README.md.')
+    lines.append("Three prompts are few. Many kinds of text, and transformers beside it: docs/benchmarks.md.")
     return "\n".join([table(header, [own.row() for own in [*answers, whole]]), "", *map(_filled, lines)])
 
 
