@@ -107,6 +107,7 @@ def next_steps(args: Namespace, drafter: str, chat: bool) -> str:
     target = _given(args, model="smollm2-135m")
     recipe = "smollm2-135m-hydra data.folder=data/mine"
     recipe += f" {shlex.quote(f'target.model={args.model}')}" if target else ""
+    patience = ", which compiles steps of many sizes and takes minutes" * (args.executor == "compiled")
     steps = {
         "Try a prompt of your own:": [
             f'paceline generate --{"chat" if chat else "prompt"} "{PROMPT}"{model}{chosen}{_given(args, tree=None)}'
@@ -116,7 +117,7 @@ def next_steps(args: Namespace, drafter: str, chat: bool) -> str:
             f"paceline bench prompts.jsonl -o run.jsonl --methods {method}{model}",
             "paceline report run.jsonl -o report.html",
         ],
-        "Find the tree of guesses that is best for them on this machine, for --tree auto:": [
+        f"Find the tree of guesses that is best for them here, for --tree auto{patience}:": [
             f"paceline plan --calibrate prompts.jsonl{model}{chosen}"
         ],
         "See what training a drafter of your own takes:": [
