@@ -35,6 +35,7 @@ def command(pair, out, *more, methods=("ngram",)):
     return [*base, "--max-new-tokens", "12", "--methods", *methods, *more]
 
 
+@pytest.mark.slow
 def test_every_method_decodes_every_turn_to_the_same_text(pair, tmp_path):
     draft = str(pair / "draft")
     methods = ("ngram", f"{draft}:tree=3x2,name=draft", "transformers-lookup", f"transformers-assisted:drafter={draft}")

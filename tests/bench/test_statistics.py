@@ -5,7 +5,7 @@ import pytest
 from paceline.spec.bench.intervals import quotient_interval, ratio_interval, wilson
 
 
-@pytest.mark.parametrize("prompts", [24, 80])
+@pytest.mark.parametrize("prompts", [24, pytest.param(80, marks=pytest.mark.slow)])
 def test_the_bootstrap_covers_the_true_speed_up(prompts):
     """1,000 runs: prompts of unequal length and speed, whose times with and without drafter go together."""
     rng = np.random.default_rng(5)

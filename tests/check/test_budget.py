@@ -16,6 +16,7 @@ from support.checks import parts, run
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_sigterm_keeps_what_was_found(folder, tmp_path, monkeypatch, short):
     end = lambda self: os.kill(os.getpid(), signal.SIGTERM)  # noqa: E731
     monkeypatch.setattr("paceline.spec.check.steps.Steps._transformers", end)
@@ -36,6 +37,7 @@ def test_an_error_between_tasks_is_a_finding():
     assert first.verdict == HOLDS and second.verdict == FAILS and "in between" in second.reason
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_was_found(folder, tmp_path, monkeypatch, short, capsys):
     def interrupted(self):
         raise KeyboardInterrupt

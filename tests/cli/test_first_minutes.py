@@ -153,6 +153,7 @@ def test_green_is_explained_where_it_is_shown():
     assert words.heading("a", "text\nmore", coloured=True) == f"{console.BOLD}a{console.PLAIN}: text"
 
 
+@pytest.mark.slow
 def test_a_model_is_loaded_without_a_word(folder, capfd):
     """In a process of its own, where nothing has been silenced yet, as a library and by the command line."""
     code = f"import paceline; paceline.load_target({folder!r})"

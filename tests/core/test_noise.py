@@ -17,6 +17,7 @@ def test_gumbel_has_the_gumbel_law():
     assert (truth - empirical).abs().max() < 1.95 / math.sqrt(len(values)), "Kolmogorov-Smirnov at 0.1 %"
 
 
+@pytest.mark.slow
 def test_the_tail_that_decides_is_fine_grained():
     sample = noise.gumbel(noise.row_keys(1, 64, "cpu"), torch.arange(64).expand(64, -1), 0, torch.arange(4096))
     assert torch.isfinite(sample).all()

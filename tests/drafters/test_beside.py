@@ -98,6 +98,7 @@ def replays(target, heads):
     return tuple(calibrate(target, part, encoded, "match", 0.0, 50) for part in parts), prompts
 
 
+@pytest.mark.slow
 def test_both_replayed_together_take_the_steps_of_decoding(target, heads, replays):
     (first, second), prompts = replays
     both, counts = Beside(MedusaDrafter(heads), NgramDrafter()), set()

@@ -182,6 +182,7 @@ def test_streamed_tokens_are_the_text(executor):
     assert torch.equal(text, truth) and heard.tokens == truth[0].tolist() and heard.ended
 
 
+@pytest.mark.slow
 def test_an_end_of_text_at_every_place(executor):
     """A row may end at any token of a step, and what the step that runs ahead of the host adds is cut."""
     model = made(device_of(executor))
@@ -194,6 +195,7 @@ def test_an_end_of_text_at_every_place(executor):
     assert len(captures_of(model)) == 1, "which tokens end a text is data"
 
 
+@pytest.mark.slow
 def test_two_engines_take_turns_in_one_pool(executor):
     """Captures on a device share a memory pool; neither may find what the other left."""
     model = made(device_of(executor))

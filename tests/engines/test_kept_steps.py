@@ -36,7 +36,9 @@ VALUES = {
 }
 
 
-@pytest.mark.parametrize("drafter", [NoDrafter(), NgramDrafter()], ids=lambda drafter: drafter.name)
+@pytest.mark.parametrize(
+    "drafter", [NoDrafter(), pytest.param(NgramDrafter(), marks=pytest.mark.slow)], ids=lambda drafter: drafter.name
+)
 def test_another_value_is_no_other_step(tapes, drafter):
     model = tiny_llama()
     for values in VALUES.values():
@@ -135,6 +137,7 @@ def test_threads_get_their_own_texts(tapes, executor):
     runs.reset(model)
 
 
+@pytest.mark.slow
 def test_a_call_inside_a_call_has_an_engine_of_its_own(tapes):
     model, inner = tiny_llama(), []
 

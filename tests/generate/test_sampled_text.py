@@ -28,9 +28,12 @@ SAMPLING = {
     "copies": dict(num_return_sequences=2, top_k=0, repetition_penalty=1.2),
     "ends": dict(top_k=0, eos_token_id=[17, 5, 30, 31, 32], pad_token_id=0),
 }
+QUICK = ("temperature", "top-p", "history")  # what the default run takes of these
 
 
-@pytest.mark.parametrize("case", SAMPLING)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in SAMPLING]
+)
 def test_sampled_text_is_the_seed_s_whatever_the_drafter(target, draft, hydra, ragged, case):
     ids, mask = ragged
     options = dict(do_sample=True, max_new_tokens=NEW) | SAMPLING[case]

@@ -1,6 +1,7 @@
 """A backend for linear layers is a line in the table."""
 
 import paceline
+import pytest
 import torch
 from paceline.spec.kernels import linears
 from torch import nn
@@ -26,6 +27,7 @@ class Transposed:
         return x @ packed if bias is None else x @ packed + bias
 
 
+@pytest.mark.slow
 def test_a_backend_is_a_line_in_the_table(ragged, monkeypatch):
     backend, model = Transposed(), tiny_llama(seed=5).double()
     monkeypatch.setattr(linears, "BACKENDS", [backend, *linears.BACKENDS])

@@ -131,6 +131,7 @@ def test_what_our_own_attention_does_not_take(compiled_source, change):
     assert not native.can_attend(query, key, key, mask)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=EMULATED), torch.float32])
 def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged, dtype):

@@ -159,6 +159,7 @@ def test_a_compiled_step_follows_weights_that_change(ragged, dtype):
     assert not torch.equal(first, second)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_reads_weights_in_onednns_layout(ragged, monkeypatch):
     monkeypatch.setattr(native, "prepare", lambda: False)
     model = tiny_llama()

@@ -58,6 +58,7 @@ def test_kill_9_at_ten_random_moments_changes_nothing(folder):
     assert not [path for path in Path(config.run.folder).iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_and_the_run_goes_on(folder, whole, number):
     config = settings(folder, f"signal-{number}", run__save_every=100)
@@ -92,6 +93,7 @@ def test_two_processes_give_the_curve_of_one_and_resume_exactly(folder, whole):
     assert_same_end(killed, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True])
 def test_a_signal_to_one_of_two_processes_stops_both(folder, sharded):
     config = settings(folder, f"two-stopped-{sharded}", run__save_every=100)

@@ -28,6 +28,7 @@ from support.training_runs import (
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_leaves_a_drafter_and_its_papers(folder):
     config = settings(folder, "learns", budget__tokens=60 * 4 * 17, run__log_every=20)
     assert run(config) is None

@@ -118,6 +118,7 @@ def test_a_data_set_is_streamed(tmp_path):
         take(Mixture({"a": Source(1, dataset=str(tmp_path / "set"))}, len), 1)
 
 
+@pytest.mark.slow
 def test_the_recipes_load_and_the_offline_one_finds_text_here(root):
     networked = load_mixture(root / "configs" / "mixture-redpajama.yaml", len)
     assert sum(source.weight for source in networked.sources.values()) == pytest.approx(100)
