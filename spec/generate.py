@@ -46,7 +46,7 @@ from .criteria import Lockstep, ScoreBook
 from .engines.executors import choose
 from .engines.runs import RunSpec, open_run
 from .loop import decode
-from .noise import row_keys
+from .noise import stream_keys
 from .plan.store import automatic_shape, read_shape
 from .proposal import Drafter, NoDrafter, is_drafter
 from .request import Request
@@ -196,7 +196,7 @@ class _Call:
             lockstep = Lockstep(prompt, stopping_criteria, self.streamer, pad, scores)
 
         eos = tuple(token for ids in ends for token in ids.reshape(-1).tolist())
-        keys = row_keys(self._seeds(len(prompt)), len(prompt), "cpu").tolist()
+        keys = stream_keys(self._seeds(len(prompt)), len(prompt))
         sampler = Sampler(logits_processor, bool(config.do_sample), prompt, pads)
         if self.shape is None:
             self.shape = self._plan(model, sampler, new_tokens * len(prompt))
@@ -206,7 +206,7 @@ class _Call:
         sizes = len(prompt), slots, len(eos)
         spec = RunSpec(self.shape, self.rule, self.executor, *sizes, keep_scores, sampler.signature)
         texts = [row[pad:] for row, pad in zip(prompt.tolist(), pads.tolist())]
-        requests = [Request(text, new_tokens, tuple(key), eos, sampler.row_sampling) for text, key in zip(texts, keys)]
+        requests = [Request(text, new_tokens, key, eos, sampler.row_sampling) for text, key in zip(texts, keys)]
         trace, books = Trace(), (scores, logits)
         with open_run(model, self.drafter, spec, sampler, new_tokens * len(prompt)) as executor:
             try:

@@ -17,13 +17,21 @@ TARGET, DRAFT, ACCEPT, BONUS = range(4)  # independent streams
 _WORD = 0xFFFFFFFF
 
 
+def stream_key(seed: int, row: int = 0) -> tuple[int, int]:
+    """The key of stream (seed, row): two 32-bit words."""
+    digest = hashlib.blake2b(f"{seed},{row}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+
+def stream_keys(seed: int | list[int], rows: int) -> list[tuple[int, int]]:
+    """The key of each row. With an integer seed row r uses stream (seed, r); with a list, each row uses stream
+    (its seed, 0), as in a batch of one with that seed."""
+    return [stream_key(seed, row) for row in range(rows)] if isinstance(seed, int) else list(map(stream_key, seed))
+
+
 def row_keys(seed: int | list[int], rows: int, device: torch.device | str) -> Tensor:
-    """The key of each row, two 32-bit words: (B, 2). With an integer seed row r uses stream (seed, r); with a list,
-    each row uses stream (its seed, 0), as in a batch of one with that seed."""
-    pairs = [(seed, row) for row in range(rows)] if isinstance(seed, int) else [(row_seed, 0) for row_seed in seed]
-    digests = [hashlib.blake2b(f"{row_seed},{row}".encode(), digest_size=8).digest() for row_seed, row in pairs]
-    words = [[int.from_bytes(d[:4], "little"), int.from_bytes(d[4:], "little")] for d in digests]
-    return torch.tensor(words, dtype=torch.int64, device=device)
+    """`stream_keys` as a tensor (B, 2)."""
+    return torch.tensor(stream_keys(seed, rows), dtype=torch.int64, device=device)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .arguments import whole_number
 from .engines.executors import Eager
 from .engines.runs import RunSpec, make_engine, open_run
-from .noise import row_keys
+from .noise import stream_key
 from .proposal import Drafter, NoDrafter
 from .request import Request
 from .rows import Arrival, Rows
@@ -143,12 +143,12 @@ class _Refill:
             if queue:
                 pairs.append((row, queue.popleft()))
         for group in _alike(pairs):
-            rows.admit({row: self._request(text, rows) for row, text in group})
+            rows.admit({row: self._request(text) for row, text in group})
             self.texts |= {rows.tickets[row]: text for row, text in group}
 
-    def _request(self, text: Text, rows: Rows) -> Request:
-        (key,) = row_keys([text.seed], 1, "cpu").tolist()
-        return Request(text.tokens, text.new_tokens, tuple(key), self.ends, self.sampler.row_sampling)
+    def _request(self, text: Text) -> Request:
+        key = stream_key(text.seed)
+        return Request(text.tokens, text.new_tokens, key, self.ends, self.sampler.row_sampling)
 
 
 def _by_room(texts: list[Text], batch: int) -> list[list[Text]]:

@@ -22,6 +22,6 @@ class Request:
 
     tokens: list[int]
     new_tokens: int
-    key: tuple[int, int]  # see noise.row_keys
+    key: tuple[int, int]  # see noise.stream_key
     ends: tuple[int, ...] = ()
     sampling: RowSampling = RowSampling()

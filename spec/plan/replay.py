@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..engines.executors import Eager
 from ..engines.runs import open_engine
-from ..noise import row_keys
+from ..noise import stream_key
 from ..proposal import Drafter
 from ..request import Request
 from ..rows import Rows
@@ -164,9 +164,8 @@ def follow(
     capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
     target = SlotModel(model, 1, capacity, drafter.traits.taps)
     engine = open_engine(target, drafter, WIDE, sampler, drawing, rule, len(ends))
-    (key,) = row_keys([seed], 1, "cpu").tolist()
     rows, events = Rows(Eager(engine), 512), []
-    rows.admit({0: Request(ids[0].tolist(), 1, tuple(key), ends, sampler.row_sampling)})
+    rows.admit({0: Request(ids[0].tolist(), 1, stream_key(seed), ends, sampler.row_sampling)})
     while True:
         arrival = rows.step()
         report = arrival.reports[0]

@@ -7,7 +7,7 @@ from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
 from paceline.spec.engines.executors import Eager
-from paceline.spec.noise import row_keys
+from paceline.spec.noise import stream_key
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.rows import Rows
 from paceline.spec.target.slots import SlotModel
@@ -30,7 +30,7 @@ def alone(model, asked):
     ids, sampled = torch.tensor([asked.tokens]), asked.sampling.temperature != 1.0
     options = dict(do_sample=True, temperature=asked.sampling.temperature, top_k=0, top_p=0.9)
     options = options if sampled else dict(do_sample=False)
-    seed = next(seed for seed in range(9) if tuple(row_keys([seed], 1, "cpu")[0].tolist()) == asked.key)
+    seed = next(seed for seed in range(9) if stream_key(seed) == asked.key)
     out = paceline.generate(
         model, ids, torch.ones_like(ids), max_new_tokens=asked.new_tokens, seed=[seed],
         eos_token_id=list(asked.ends) or None, pad_token_id=0, **options,

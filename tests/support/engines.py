@@ -2,7 +2,7 @@
 
 import torch
 from paceline.spec.engines.runs import open_engine
-from paceline.spec.noise import row_keys
+from paceline.spec.noise import stream_key
 from paceline.spec.request import Request, RowSampling
 from paceline.spec.rows import Rows
 from paceline.spec.sampling import Sampler, warpers
@@ -12,8 +12,7 @@ PROMPT = [5, 9, 33, 12, 7, 40, 5, 9, 33, 12]
 
 
 def request(tokens, new_tokens, seed=0, temperature=0.0, ends=()):
-    (key,) = row_keys([seed], 1, "cpu").tolist()
-    return Request(tokens, new_tokens, tuple(key), ends, RowSampling(temperature or 1.0, tail=1 - 0.9))
+    return Request(tokens, new_tokens, stream_key(seed), ends, RowSampling(temperature or 1.0, tail=1 - 0.9))
 
 
 def engine_of(target, drafter, shape, temperature=0.0, eos=4):

@@ -2,7 +2,7 @@
 
 import torch
 from paceline.drafters.medusa import MedusaDrafter
-from paceline.spec.noise import row_keys
+from paceline.spec.noise import stream_keys
 from paceline.spec.proposal import DraftRequest
 from paceline.spec.request import Request, RowSampling
 from paceline.spec.state import DecodeState
@@ -18,8 +18,8 @@ def open_session(target, heads, shape, sampling, lengths=(9, 4)):
     state = DecodeState.empty(rows, 64, 0, torch.device("cpu"))
     texts = [text[-length:] for text, length in zip(torch.randint(1, 61, (rows, width)).tolist(), lengths)]
     warp = RowSampling(temperature=TEMPERATURES[sampling.noise])
-    keys = row_keys(3, rows, "cpu").tolist()
-    requests = [Request(text, 20, tuple(key), sampling=warp) for text, key in zip(texts, keys)]
+    keys = stream_keys(3, rows)
+    requests = [Request(text, 20, key, sampling=warp) for text, key in zip(texts, keys)]
     state.admit(torch.arange(rows), requests, [1] * rows)
     session = MedusaDrafter(heads).open(request)
     session.hidden.copy_(3 * torch.randn(rows, heads.hidden_size))
