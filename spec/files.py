@@ -1,5 +1,6 @@
 """Files on this machine: the cache folder, and writing a file atomically."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,3 +28,9 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: dict, sort_keys: bool = False) -> None:
+    """Write a JSON file by `whole`."""
+    with whole(path) as beside:
+        beside.write_text(json.dumps(value, indent=1, sort_keys=sort_keys) + "\n", encoding="utf-8")

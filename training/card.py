@@ -15,11 +15,11 @@ import jinja2
 import yaml
 from safetensors import safe_open
 
-from ..spec.files import whole
+from ..spec.files import whole, write_json
 from ..spec.plan.trees import Acceptance
 from .config import Config
 from .data.prompts import DIGESTS, read_digests, write_digests
-from .records import shown, write_whole
+from .records import shown
 
 
 def write_record(folder: Path, about: dict, config: Config) -> None:
@@ -33,7 +33,7 @@ def write_record(folder: Path, about: dict, config: Config) -> None:
         "data": shown(about),
         "figures": _last_figures(folder.parent / "metrics.jsonl", state["step"]),
     }
-    write_whole(folder / "training.json", record)
+    write_json(folder / "training.json", record, sort_keys=True)
     digests, earlier = read_digests(config.data.folder), config.objective.get("start")
     earlier_digests = read_digests(earlier) if earlier else set()
     if digests is not None and earlier_digests is not None:

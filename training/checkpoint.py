@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from ..spec.files import write_json
+
 
 class Checkpoints:
     """The folders `step-00000100` in `root`, with the links `latest` and `best` to two of them."""
@@ -145,10 +147,6 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         raise ValueError(
             f"checkpoint {folder.parent} cannot be read ({error}); delete it to go on from the one before"
         ) from error
-
-
-def write_json(path: Path, value) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def differences(mine: dict, theirs: dict, where: str = "") -> list[str]:

@@ -20,6 +20,7 @@ from ..spec.cli.commands import check_drawing, load
 from ..spec.cli.planning import calibrate, first_turns
 from ..spec.console import table
 from ..spec.engines.executors import choose
+from ..spec.files import write_json
 from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
 from ..spec.refill import Text, decode_texts
@@ -33,7 +34,7 @@ from .data.rows import check_tokenizer, open_data
 from .decoding import Prompts, Settings, by_category, counted, decode
 from .objectives.objective import Batch, count_ranks
 from .ranks import accuracies, judge_of, spans, walk
-from .records import shown, write_whole
+from .records import shown
 from .versions import versions
 
 ROWS = 8  # batch size of teacher-forced counting
@@ -79,7 +80,7 @@ def evaluate(args) -> None:
         },
         "versions": versions(),
     }
-    write_whole(kept, acceptance)
+    write_json(kept, acceptance, sort_keys=True)
     if not args.output:
         write_card(folder)
     _show(acceptance)

@@ -8,8 +8,6 @@ import json
 import os
 from pathlib import Path
 
-from ..spec.files import whole
-
 
 class Journal:
     """Appends JSON objects to `path`, one a line, each synced to disk before `add` returns.
@@ -66,9 +64,3 @@ def shown(value):
     if isinstance(value, list):
         return [shown(item) for item in value]
     return Path(value).name if isinstance(value, str) and os.path.isabs(value) else value
-
-
-def write_whole(path: str | Path, data: dict) -> None:
-    """Write a JSON file atomically: a kill leaves either the old one or the new one."""
-    with whole(path) as beside:
-        beside.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -18,9 +18,10 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list, set_seed
 from torch import Tensor
 
+from ..spec.files import write_json
 from ..spec.plan.trees import MODEST, Acceptance, best_tree
 from .acceptance import record
-from .checkpoint import Checkpoints, differences, gather, read_state, restore, write_json, write_state
+from .checkpoint import Checkpoints, differences, gather, read_state, restore, write_state
 from .config import Config
 from .data.rows import Rows, rows_of_step
 from .metrics import Report, Tally

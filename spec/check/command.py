@@ -20,13 +20,14 @@ import torch
 
 from .. import provenance
 from ..engines.runs import reset
+from ..files import write_json
 from ..kernels import native
 from ..target.selftest import check_kind
 from . import shapes
 from .budget import Clock, NotHere, Task, run_tasks
 from .lossless import Lossless
 from .machine import machine_tasks
-from .record import Check, Finding, Part, write_json
+from .record import Check, Finding, Part
 from .steps import Steps
 from .subject import Subject, all_executors
 from .verdict import keep_better_capture, verdict

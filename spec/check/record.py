@@ -5,14 +5,11 @@ A finding is about one thing (an executor with a drafter, a tree size, a figure 
 them. Knows nothing of models or of how anything is measured.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from ..console import table
-from ..files import whole
 
 HOLDS: "Verdict" = "holds"
 FAILS: "Verdict" = "fails"
@@ -149,9 +146,3 @@ class Check:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("<", "&lt;")
-
-
-def write_json(path: Path, value: dict) -> None:
-    """Write a JSON file atomically."""
-    with whole(path) as beside:
-        beside.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..records import Journal, write_whole
+from ...spec.files import write_json
+from ..records import Journal
 from .prompts import Prompt, Unusable
 
 
@@ -55,7 +56,7 @@ class Ledger:
             if out.exists() and out.stat().st_size:
                 raise ValueError(f"{out} exists and {path.name}, which says how it was made, does not; choose another")
             out.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, settings)
+            write_json(path, settings, sort_keys=True)
             return
         kept = json.loads(path.read_text(encoding="utf-8"))
         for name in settings:

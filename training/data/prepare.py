@@ -17,7 +17,7 @@ from pathlib import Path
 
 import datasets
 
-from ..records import write_whole
+from ...spec.files import write_json
 from .documents import (
     Document,
     Reader,
@@ -92,7 +92,7 @@ def prepare(sources: list[str], out: str | Path, tokenizer, target: str, ends: f
     work.mkdir(parents=True)
     try:
         counts = _write(reader, files, work, settings, about)
-        write_whole(work / "data" / "paceline.json", about | {"counts": counts})
+        write_json(work / "data" / "paceline.json", about | {"counts": counts}, sort_keys=True)
         os.replace(work / "data", out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
