@@ -61,10 +61,10 @@ class Trainer:
             raise ValueError("run.decode_prompts decodes with whole weights and FSDP shards them; leave it out")
         self.saved = copy.deepcopy(objective).cpu() if self.sharded and accelerator.is_main_process else None
         optimizer = adamw(objective, config.optimisation)
-        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
-        self.objective = accelerator.unwrap_model(self.model)
+        model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.objective = accelerator.unwrap_model(model)
         self.stop = Stop()
-        self.passes = Passes(config, accelerator, self.model, self.objective, target, splits, self.stop)
+        self.passes = Passes(config, accelerator, model, self.objective, target, splits, self.stop)
         self.checkpoints = Checkpoints(Path(config.run.folder), config.run.keep)
         self.step, self.window, self.tokens = 0, Tally(), 0.0
         self.best: dict | None = None  # step and tokens_per_step
@@ -97,7 +97,7 @@ class Trainer:
     def close(self) -> None:
         """Leave the process group. The DDP wrapper is dropped first: as the group's last owner it would wait for gloo's
         threads while it holds the GIL, and they may be waiting for the GIL."""
-        self.model = self.passes.model = self.objective
+        self.passes.model = self.objective
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
@@ -114,7 +114,7 @@ class Trainer:
             for parameter in self.objective.parameters():
                 if parameter.grad is not None:
                     parameter.grad.mul_(factor)
-            norm = float(_whole(accelerator.clip_grad_norm_(self.model.parameters(), settings.clip)))
+            norm = float(_whole(accelerator.clip_grad_norm_(self.passes.model.parameters(), settings.clip)))
             if not math.isfinite(norm) and accelerator.scaler is None:  # a scaler skips the step instead
                 raise self._not_a_number("the gradient", rows)
             self.optimizer.step()
