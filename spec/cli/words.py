@@ -100,11 +100,11 @@ def _speed(whole: Answer) -> str:
 
 def next_steps(args: Namespace, drafter: str, chat: bool) -> str:
     """What to do next with what has just been shown: commands as they are to be typed, and why."""
-    model = _given(args, model="smollm2-135m") + " --trust-remote-code" * args.trust_remote_code
+    target = _given(args, model="smollm2-135m")
+    model = target + " --trust-remote-code" * args.trust_remote_code
     model += _given(args, dtype="auto", device=None, executor="eager")
     chosen = _given(args, drafter="auto")
     method = shlex.quote(drafter if args.drafter == "auto" else args.drafter)
-    target = _given(args, model="smollm2-135m")
     recipe = "smollm2-135m-hydra data.folder=data/mine"
     recipe += f" {shlex.quote(f'target.model={args.model}')}" if target else ""
     patience = ", which compiles steps of many sizes and takes minutes" * (args.executor == "compiled")
