@@ -27,6 +27,25 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+# A model, a prompt and its greedy text by transformers; rooms that need others have fixtures of these names.
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_llama(vocab=64)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    torch.manual_seed(2)
+    return torch.randint(3, 64, (1, 10))
+
+
+@pytest.fixture(scope="module")
+def truth(model, ids):
+    return model.generate(ids, do_sample=False, max_new_tokens=12)
+
+
 @pytest.fixture(scope="session")
 def target():
     return tiny_llama()

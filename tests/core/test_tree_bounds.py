@@ -8,25 +8,12 @@ import time
 import numpy as np
 import paceline
 import pytest
-import torch
 from paceline.spec.tree import MOST_DEPTH, MOST_NODES, DynamicShape, TokenTree, TreeShape
 
-from support.models import tiny_llama
 from support.sentences import sentence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = dict(do_sample=False, max_new_tokens=12)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama(vocab=64)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    torch.manual_seed(2)
-    return torch.randint(3, 64, (1, 10))
 
 
 HUGE = [

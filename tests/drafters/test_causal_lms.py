@@ -18,22 +18,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = dict(do_sample=False, max_new_tokens=12)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama(vocab=64)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    torch.manual_seed(2)
-    return torch.randint(3, 64, (1, 10))
-
-
-@pytest.fixture(scope="module")
-def truth(model, ids):
-    return model.generate(ids, **GREEDY)
-
-
 def test_a_causal_lm_is_a_drafter(model, ids, truth):
     draft = noisy_copy(model)
     out = paceline.generate(model, ids, drafter=draft, return_dict_in_generate=True, **GREEDY)

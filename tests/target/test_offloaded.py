@@ -20,22 +20,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = dict(do_sample=False, max_new_tokens=12)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_llama(vocab=64)
-
-
-@pytest.fixture(scope="module")
-def ids():
-    torch.manual_seed(2)
-    return torch.randint(3, 64, (1, 10))
-
-
-@pytest.fixture(scope="module")
-def truth(model, ids):
-    return model.generate(ids, **GREEDY)
-
-
 def test_weights_that_are_nowhere_are_told_from_offloaded_ones(ids, truth, tmp_path):
     with torch.device("meta"):
         nowhere = tiny_llama(vocab=64)
