@@ -3,7 +3,7 @@
 # Parts are machine, tests, tests-compiled, check-qwen3-0.6b, check-llama-3.1-8b, check-compiled, profile; all by default.
 # Every part has a time limit of its own and writes as it goes, so that one that hangs does not take the rest along.
 # Run it from the root of the repository; the root is the package, so nothing needs to be installed but torch,
-# transformers, accelerate, pytest and hypothesis.
+# transformers, accelerate, datasets, pytest, pytest-xdist and hypothesis.
 set -u
 out=${1:?give a folder for the results}
 device=${2:-cuda}
@@ -13,7 +13,8 @@ trap 'rm -rf "$site"' EXIT
 mkdir -p "$out"
 ln -s "$PWD" "$site/paceline"
 export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
-paceline="python3 -m paceline.spec.cli"
+export OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 # of each of the processes that test
+paceline="env -u OMP_NUM_THREADS -u TORCHINDUCTOR_COMPILE_THREADS python3 -m paceline.spec.cli"
 
 part() { # seconds, name, command...
     local seconds=$1 name=$2
@@ -24,8 +25,9 @@ part() { # seconds, name, command...
 }
 
 part 20 machine nvidia-smi
-part 150 tests python3 -m pytest -q --maxfail=20 -k "(cuda or gpu) and not compiled" tests
-part 150 tests-compiled python3 -m pytest -q --maxfail=20 -k "(cuda or gpu) and compiled" tests
+tests="python3 -m pytest -n 8 -rf --tb=short --durations=8 --maxfail=40 tests/engines/test_cuda.py"
+part 150 tests $tests -m "slow or not slow" -k "not compiled"
+part 150 tests-compiled $tests -m "slow or not slow" -k compiled
 part 75 check-qwen3-0.6b $paceline check --shape qwen3-0.6b --device "$device" --budget 60 \
     --executors eager,cuda_graph_eager -o "$out/check-qwen3-0.6b.json"
 part 120 check-llama-3.1-8b $paceline check --shape llama-3.1-8b --device "$device" --budget 100 \

@@ -15,6 +15,7 @@ import os
 import shutil
 import sys
 import time
+import types
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
@@ -82,11 +83,10 @@ class Compiled:
         _keep_compiled_code()
         self.engine, work = engine, work or step
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
-        self.step = torch.compile(  # type: ignore[call-overload]  # torch's overloads lack isolate_recompiles
-            lambda: work(engine, _silent),
+        self.step = torch.compile(
+            _with_its_own_code(lambda: work(engine, _silent)),
             fullgraph=True,
             dynamic=False,
-            isolate_recompiles=True,
             options={
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
                 "size_asserts": False,  # packed weights have no strides to assert
@@ -194,6 +194,12 @@ class CompiledCudaGraph(CudaGraph):
         compiled = Compiled(engine, work)
         super().__init__(engine, lambda engine, mark: compiled.step())
         self.making_seconds += compiled.making_seconds
+
+
+def _with_its_own_code(function: Callable[[], StepResult]) -> Callable[[], StepResult]:
+    """The same function with a code object of its own: torch finds what it has compiled by the code object, and with
+    no guards would take the step of another engine."""
+    return types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
 
 
 def _keep_compiled_code() -> None:
