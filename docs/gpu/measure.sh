@@ -25,7 +25,7 @@ part() { # seconds, name, command...
 }
 
 part 20 machine nvidia-smi
-tests="python3 -m pytest -n 8 -rf --tb=short --durations=8 --maxfail=40 tests/engines/test_cuda.py"
+tests="python3 -m pytest -p no:benchmark -n 8 -rf --tb=short --durations=8 --maxfail=40 tests/engines/test_cuda.py"
 part 150 tests $tests -m "slow or not slow" -k "not compiled"
 part 150 tests-compiled $tests -m "slow or not slow" -k compiled
 part 75 check-qwen3-0.6b $paceline check --shape qwen3-0.6b --device "$device" --budget 60 \

@@ -51,7 +51,7 @@ def packed_attention(
     packed = query.reshape(batch, key.shape[1], groups * nodes, width)
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * nodes, -1)
     out = F.scaled_dot_product_attention(packed, key, value, attn_mask=mask, scale=scaling)
-    return out.view(batch, heads, nodes, -1).transpose(1, 2).contiguous(), None
+    return out.reshape(batch, heads, nodes, -1).transpose(1, 2).contiguous(), None
 
 
 def install() -> None:

@@ -53,6 +53,17 @@ def test_it_equals_the_stock_attention(batch, kv_heads, groups, nodes, slots, wi
     torch.testing.assert_close(packed, stock, rtol=1e-10, atol=1e-12)
 
 
+def test_it_takes_results_in_any_layout(monkeypatch):
+    """On a GPU some kernels give (B, H, n, D) as a view of (B, n, H, D)."""
+    torch_attention = attention.F.scaled_dot_product_attention
+
+    def nodes_before_heads(*tensors, **options):
+        return torch_attention(*tensors, **options).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", nodes_before_heads)
+    test_it_equals_the_stock_attention.hypothesis.inner_test(2, 3, 4, 7, 40, (8, 6), 0.3, 1)
+
+
 @pytest.mark.parametrize("nodes, stock_calls", [(5, 0), (attention.LONGEST + 1, 2)])
 def test_short_blocks_never_reach_the_stock_attention(monkeypatch, nodes, stock_calls):
     model = tiny_llama()
