@@ -1,6 +1,6 @@
 """Milliseconds of whole steps by executor, rows and nodes, timed in turns; everything is compiled and captured before.
 
-python docs/gpu/steps.py SHAPE OUT.json EXECUTOR:ROWSxNODES... [--device cpu]
+python docs/gpu/steps.py SHAPE OUT.json EXECUTOR:ROWSxNODES... [--device cpu] [--within SECONDS]
 
 `paceline check` does this too, within a budget; here any sizes can be asked for, and several processes can compile
 beside one another, as they take turns to time. A size that fails is reported and left out.
@@ -10,6 +10,7 @@ import argparse
 import fcntl
 import json
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -36,11 +37,15 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("sizes", nargs="+")
     parser.add_argument("--device", default="cuda")
-    args = parser.parse_args()
+    parser.add_argument("--within", type=float, default=float("inf"), help="after these seconds no size is compiled")
+    args, begun = parser.parse_args(), time.perf_counter()
     device = torch.device(args.device)
     model = shapes.random_model(shapes.shape_config(args.shape), shapes.settled_dtype("auto", device), device)
     runners, making = {}, {}
     for size in args.sizes:
+        if time.perf_counter() - begun > args.within:
+            print(f"{size}: no time is left", flush=True)
+            continue
         try:
             runners[size] = opened(model, size)
         except Exception as error:  # whatever fails, the other sizes are still of use
