@@ -56,11 +56,25 @@ def _(keys: Tensor, positions: Tensor, stream: int) -> Tensor:
     return positions.new_empty(len(keys), positions.shape[1], 2)
 
 
+@torch.library.custom_op("paceline::counter_words", mutates_args=())
+def counter_words(counters: Tensor) -> Tensor:
+    """The counters spread over 32 bits.
+
+    A custom operator, because a compiler may compute with an `arange` as with an index, whose 32 bits the product
+    exceeds."""
+    return counters * 0x9E3779B1 & _WORD
+
+
+@counter_words.register_fake
+def _(counters: Tensor) -> Tensor:
+    return torch.empty_like(counters)
+
+
 def uniform(keys: Tensor, positions: Tensor, stream: int, counters: Tensor) -> Tensor:
     """Uniform numbers in (0, 1), float32 and fine-grained near 0, for keys (B, 2), positions (B, P) and
     counters (K,) or (B, P, K), which must be below 2**31: (B, P, K)."""
     first, second = position_words(keys, positions, stream)[:, :, None].unbind(-1)  # (B, P, 1) each
-    words = _mix((counters * 0x9E3779B1 & _WORD) ^ first)
+    words = _mix(counter_words(counters) ^ first)
     words = _mix(words + second & _WORD)
     return ((words.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from paceline.spec import noise
+from torch.fx.experimental.proxy_tensor import make_fx
 
 VOCAB = torch.arange(1000)
 
@@ -86,3 +87,16 @@ def test_noise_is_float32_whatever_the_default():
         assert noise.gumbel(noise.row_keys(0, 1, "cpu"), torch.tensor([[0]]), 0, VOCAB).dtype == torch.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_no_compiler_sees_a_product_of_an_index():
+    """Inductor computes with an `arange` as with an index, on a GPU in 32 bits, where hashing would overflow."""
+
+    def inside_a_step(keys, positions):
+        return noise.uniform(keys, positions, noise.TARGET, torch.arange(1000))
+
+    graph = make_fx(inside_a_step)(noise.row_keys(0, 2, "cpu"), torch.arange(6).view(2, 3)).graph
+    indices = [node for node in graph.nodes if "arange" in str(node.target)]
+    assert indices
+    for index in indices:
+        assert not [user for user in index.users if user.target is torch.ops.aten.mul.Tensor]
