@@ -93,8 +93,11 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def summary_line(summary: dict, tokens: int, seconds: float) -> str:
-    """Tokens per second, tokens per step and acceptance, with their denominators."""
-    parts = [f"{tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s"]
+    """Tokens per second of decoding steps, tokens per step and acceptance, with their denominators; `seconds` are of
+    the whole call, which also reads the prompt and may compile."""
+    stepping = sum(summary["seconds"].values())
+    rate = f" ({tokens / stepping:.1f} tokens/s)" if stepping else ""
+    parts = [f"{tokens} tokens in {stepping:.2f} s{rate}, {seconds:.2f} s with all preparation"]
     if summary["num_spec_steps"]:
         parts.append(f"{summary['tokens_per_step']:.2f} tokens per step ({summary['num_spec_steps']} steps)")
     if summary["num_draft_tokens"]:

