@@ -1,8 +1,9 @@
-"""Stopping criteria and streamers, called once per token as in transformers' own loop; scores per token.
+"""Stopping criteria and streamers, called once per token as in transformers' own loop, and the scores of each token
+where they were asked for (`output_scores`). Stop strings are such a criterion.
 
 Rows gain several tokens per step and at different speeds. A virtual clock follows the slowest unfinished row and calls
-every criterion with the batch as transformers' loop would have it at that token, padded in the same way. Tokens of a
-row after the one at which a criterion stops it are cut.
+every criterion with the batch as transformers' loop would have it at that token, padded in the same way. The
+decode loop cuts a row's tokens after the one at which a criterion stops it.
 """
 
 import torch

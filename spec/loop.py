@@ -1,6 +1,7 @@
 """The decode loop of `generate`: a fixed batch, whose rows begin together; it ends when the last row does.
 
-Records the trace and calls stopping criteria and streamers. Tokens of a row after the one that stopped it are cut.
+The steps themselves are made by the rows (rows.py). Here the trace is recorded, stopping criteria and streamers are
+called (criteria.py), and tokens of a row after the one that stopped it are cut.
 """
 
 from collections.abc import Callable, Sequence

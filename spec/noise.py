@@ -1,6 +1,7 @@
 """Position-keyed sampling noise, which makes a sampled text a function of its seed.
 
-The noise of a token is a hash of (seed of the row, absolute position, stream, token). It does not depend on the row's
+The noise of a token is a hash of (seed of the row, absolute position, stream, token), where the stream says what the
+number is for: the target's draw, a draft's, a rule's coin or the bonus. It does not depend on the row's
 index in the batch, the node, the tree or the drafter, so plain and speculative decoding draw the same token at the same
 position: `argmax(log p + gumbel)` is a draw from p (Gumbel-max), and two distributions that share the noise tend to
 draw the same token (Gumbel coupling). Counter-based: there is no generator state, so a step can be captured. Knows

@@ -3,8 +3,8 @@
 Processors that look at the logits alone are vectorised over all nodes. Temperature, top-k, top-p and min-p read their
 values from the row's state, so that other values need no new compiled step. If some processors look at the history
 (repetition penalty, n-gram bans, the user's own), all processors up to the last of these run node by node, each on the
-node's own path, as if its tokens had come one by one; they read the state on the host and cannot be captured. Tokens
-are not drawn here.
+node's own path, as if its tokens had come one by one; they read the state on the host and cannot be captured. Drawing
+a token from the scores is left to verify.py, which adds the noise.
 """
 
 import math

@@ -4,7 +4,7 @@ import sys
 
 import torch
 
-from ..engines.captures import keep_verdict
+from ..engines.capture_choice import keep_verdict
 from .record import FAILS, HOLDS, NOT_HERE, Check
 
 COMPARED_TEXTS, COMPARED_SIZES = 6, 3  # least numbers for the verdict on captured steps

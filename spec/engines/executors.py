@@ -4,9 +4,9 @@
     compiled             torch.compile, one graph, no recompiles, cached on disk between processes
     cuda_graph_eager     the eager step captured once as a CUDA graph and replayed
     cuda_graph_compiled  the compiled step captured, which replays Triton's fused kernels without any Python
-    cuda_graph           the better of these two on this GPU, according to `paceline check` (captures.py)
+    cuda_graph           the better of these two on this GPU, according to `paceline check` (capture_choice.py)
 
-The host reads the results of captured steps one step late, so that the device never waits for it. All executors but
+`CompiledLater` begins eagerly and compiles when a text has become long. The host reads the results of captured steps one step late, so that the device never waits for it. All executors but
 eager are bound to the buffers of an engine; an engine is therefore kept with its executor and used again for the next
 call of the same shapes. Knows nothing of what a step does.
 """
@@ -26,7 +26,7 @@ from ..console import waiting
 from ..files import cache_folder
 from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
-from .captures import compiled_capture_is_better
+from .capture_choice import compiled_capture_is_better
 
 LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
 PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier

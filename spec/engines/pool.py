@@ -1,8 +1,8 @@
 """The pool of a target: runs (an engine with its executor) that are kept because making them is expensive.
 
 A kept run is used by one call at a time, and only by calls whose target and drafter are in the state that it was made
-for (module_state.py); an equal drafter will do. A pool is freed with its model: engines that are not in use hold no
-reference to their target. Knows nothing of how runs are made.
+for (module_state.py); a drafter of the same kind with the same weights will do. A pool is freed with its model: an
+engine that is not in use holds no reference to it. Knows nothing of how runs are made.
 """
 
 import threading

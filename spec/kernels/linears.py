@@ -1,9 +1,9 @@
 """Linear layers with repacked weights, for compiled steps on a CPU.
 
 A decoding step mostly reads weights, and in the usual layout torch reads them at half the memory bandwidth. `pack` adds
-to each `nn.Linear` a second copy of its weight in a faster layout, that of the first of `BACKENDS` that supports it.
-Code traced within `packed_linears` uses the copies; everything else uses the original weights. Knows nothing of steps
-or executors.
+to each `nn.Linear` a second copy of its weight in a faster layout, that of the first of `BACKENDS` that supports it: a
+kernel of torch's, or ours in C++ (native.py builds and calls it). Code traced within `packed_linears` uses the copies;
+everything else uses the original weights. Knows nothing of steps or executors.
 """
 
 import contextlib

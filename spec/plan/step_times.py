@@ -1,7 +1,7 @@
 """Step times on this device: seconds of verifying n nodes and of drafting d levels, measured.
 
-As all shapes are static, steps in which every row is done cost as much as real ones. So idle engines are timed, with
-half of their slots counted as text; they take turns, and medians are taken. Knows nothing of acceptance.
+As all shapes are static, steps in which every row is done cost as much as real ones. So idle engines are timed, at the
+length of half their slots; they take turns, and medians are taken. Knows nothing of acceptance.
 """
 
 import functools

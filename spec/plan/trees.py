@@ -5,7 +5,8 @@ rank, while Sequoia (arXiv:2402.12374, section 3.1) lets it depend on rank only.
 along its path, the probability that it is accepted; the expected tokens per step of a tree are the sum over its nodes
 plus one for the bonus. As p does not increase with rank, no child has a higher value than its parent or the sibling
 before it, so the n most valuable nodes form a tree, which a heap finds; the tests compare it with Sequoia's dynamic
-programme. Pure numbers: knows no models, tensors or clocks.
+programme. Plans are written to and read from JSON; replay.py refines them where the target's own text was replayed.
+Knows no models, tensors or clocks.
 """
 
 import heapq

@@ -1,10 +1,10 @@
 """The mask hook: tree attention for any model that builds its mask through transformers' registry.
 
 transformers calls a registered function for each attention pattern of the model and passes it the pattern as a function
-of query and key indices (causal, sliding window, chunked). During a slot forward the hook evaluates that function on
-per-row query positions and per-slot key positions and combines the result with the slots that the forward declares
-visible. At all other times the stock functions are called. Models that build masks in another way are found by the
-self-test, not here.
+of query and key indices (causal, sliding window, chunked). During a forward over the slot cache (slots.py, which also
+says which slots each node may see: the text and its ancestors) the hook evaluates that function on the positions of
+queries and keys, and combines the result with the visible slots. At all other times the stock functions are called.
+Models that build masks in another way are found by the self-test, not here.
 """
 
 import threading

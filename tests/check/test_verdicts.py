@@ -7,7 +7,7 @@ import torch
 from paceline.spec import cli
 from paceline.spec.check import verdict
 from paceline.spec.check.record import FAILS, HOLDS, NOT_HERE, Check, Finding, Part
-from paceline.spec.engines import captures
+from paceline.spec.engines import capture_choice
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -40,7 +40,7 @@ def test_a_verdict_that_cannot_be_kept_is_a_sentence(monkeypatch, tmp_path):
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     with pytest.raises(ValueError, match="cannot be written"):
-        captures.keep_verdict(torch.device("cuda"), True)
+        capture_choice.keep_verdict(torch.device("cuda"), True)
 
 
 def check_file(path, seconds=0.02, verdict=HOLDS):

@@ -6,7 +6,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec.engines import captures, executors, pool, runs
+from paceline.spec.engines import capture_choice, executors, pool, runs
 
 from support.models import tiny_llama
 from support.offenders import Offender, host_read
@@ -77,14 +77,14 @@ def test_the_executor_is_chosen_by_what_can_run(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     for name in ("auto", "cuda_graph"):  # the captured eager step until a check has shown the other to be better
         assert choose(name, gpu, 64, True, False) == "cuda_graph_eager"
-    captures.keep_verdict(gpu, compiled_is_better=True)
+    capture_choice.keep_verdict(gpu, compiled_is_better=True)
     for name in ("auto", "cuda_graph"):
         assert choose(name, gpu, 64, True, False) == "cuda_graph_compiled"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another card")
     assert choose("auto", gpu, 64, True, False) == "cuda_graph_eager"
-    captures.verdict_path(gpu).write_text("[")
+    capture_choice.verdict_path(gpu).write_text("[")
     assert choose("auto", gpu, 64, True, False) == "cuda_graph_eager", "what cannot be read is no verdict"
-    captures.keep_verdict(gpu, compiled_is_better=False)
+    capture_choice.keep_verdict(gpu, compiled_is_better=False)
     for name in ("cuda_graph_eager", "cuda_graph_compiled"):
         assert choose(name, gpu, 64, True, False) == name
     assert choose("auto", gpu, 64, False, False) == "eager"
