@@ -2,8 +2,8 @@
 
 Engine, buffers and step are those of `generate`. Between steps only free rows are changed: their slots are cleared and
 the prompts of the next texts are read into them, while the other rows wait. A text depends on its tokens and its seed
-alone, so the result is what `generate` gives for each text by itself. Texts are grouped by how many slots they need, and
-when no text is waiting, the remaining rows move to a smaller batch. Knows nothing of prompt files or templates.
+alone, so the result is what `generate` gives for each text by itself. Texts are grouped by how many slots they need,
+and when no text is waiting, the remaining rows move to a smaller batch. Knows nothing of prompt files or templates.
 """
 
 from collections import deque

@@ -1,8 +1,9 @@
 """Token trees: the shape that a drafter fills and a target verifies.
 
 Node 0 is the root, the last committed token; `parents[0] = -1`, and every parent precedes its children. A chain is a
-tree. `TreeShape` describes a tree on the host, `DynamicShape` one whose nodes the drafter chooses anew in each step, and
-`TokenTree` holds who is whose parent as tensors, without the tokens. None of them knows models or rules. (Trees of drafted tokens: SpecInfer, Medusa, Sequoia.)
+tree. `TreeShape` describes a tree on the host, `DynamicShape` one whose nodes the drafter chooses anew in each step,
+and `TokenTree` holds who is whose parent as tensors, without the tokens. None of them knows models or rules. (Trees of
+drafted tokens: SpecInfer, Medusa, Sequoia.)
 """
 
 import operator

