@@ -26,7 +26,7 @@ def analyse(runs: list[Run]) -> dict:
             if run.of(about["name"]):
                 label = about["name"] if len(runs) == 1 else f"{run.path.rsplit('/', 1)[-1]}: {about['name']}"
                 methods.append({"label": label, **method_figures(run, about)})
-    drafted = [own for own in methods if own["kind"] == "drafted" and own["speedup"]]
+    drafted = [method for method in methods if method["kind"] == "drafted" and method["speedup"]]
     best = max(drafted, key=_assured, default=None)
     return {
         "setup": runs[0].header["setup"],
@@ -40,9 +40,9 @@ def analyse(runs: list[Run]) -> dict:
 _ABOUT = ("created", "machine", "versions", "command", "commit", "memory")
 
 
-def _assured(own: dict) -> float:
+def _assured(method: dict) -> float:
     """The gain that a method has at least; the estimate where no interval is known."""
-    gain = own["speedup"]
+    gain = method["speedup"]
     return gain["value"] if gain["low"] is None else gain["low"]
 
 
@@ -72,7 +72,7 @@ def method_figures(run: Run, about: dict) -> dict:
     groups = defaultdict(list)
     for record in records:
         groups[record.category].append(record)
-    categories = [row(name, own, baselines) for name, own in sorted(groups.items())]
+    categories = [row(name, group, baselines) for name, group in sorted(groups.items())]
     hits, trials = metrics.offers(events)
     compared = [record for record in records if record.identical is not None]
     return {
@@ -101,8 +101,8 @@ def method_figures(run: Run, about: dict) -> dict:
 
 
 def _transformers(run: Run, about: dict) -> str | None:
-    heat = about["temperature"]
-    same = (own["name"] for own in run.methods if own["kind"] == "transformers" and own["temperature"] == heat)
+    wanted = "transformers", about["temperature"]
+    same = (method["name"] for method in run.methods if (method["kind"], method["temperature"]) == wanted)
     return next(same, None)
 
 
@@ -110,8 +110,8 @@ def row(name: str, records: list[Record], baselines: dict[str, list[Record]]) ->
     """One line of the table: sums and rates of `records`, and gains over the same turns of each baseline."""
     sums = unit_sums(records)
     figures = metrics.summary([event for record in records for event in record.events])
-    seconds, tokens, steps = (sum(own[i] for own in sums.values()) for i in range(3))
-    per_step = ratio_interval([own[1] for own in sums.values()], [own[2] for own in sums.values()]) if steps else None
+    seconds, tokens, steps = (sum(unit[i] for unit in sums.values()) for i in range(3))
+    per_step = ratio_interval([t for _, t, _ in sums.values()], [n for _, _, n in sums.values()]) if steps else None
     out = {
         "name": name,
         "prompts": len({record.prompt for record in records}),
@@ -150,7 +150,7 @@ def paired(*sides: list[Record], steps_alone: bool = False) -> list[list[tuple[f
     """Sums of each side over the turns that all sides have, unit by unit."""
     turns = shared_turns(*sides)
     sums = [unit_sums([r for r in side if (r.prompt, r.turn, r.repeat) in turns], steps_alone) for side in sides]
-    return [[own[unit] for unit in sums[0]] for own in sums]
+    return [[side_sums[unit] for unit in sums[0]] for side_sums in sums]
 
 
 def shared_turns(*sides: list[Record]) -> set[tuple[str, int, int]]:
@@ -161,10 +161,10 @@ def speedup(records: list[Record], plain: list[Record], steps_alone: bool = Fals
     """Seconds per token of `plain` by those of `records`, over the same turns; at equal tokens the ratio of times.
     With `steps_alone` without what passes outside of steps, such as the reading of prompts; None where there are
     none."""
-    theirs, mine = paired(plain, records, steps_alone=steps_alone)
-    if not mine or (steps_alone and not all(steps for _, _, steps in [*theirs, *mine])):
+    plain_sums, sums = paired(plain, records, steps_alone=steps_alone)
+    if not sums or (steps_alone and not all(steps for _, _, steps in [*plain_sums, *sums])):
         return None
-    a, b, c, d = [s for s, _, _ in theirs], [t for _, t, _ in theirs], [s for s, _, _ in mine], [t for _, t, _ in mine]
+    (a, b), (c, d) = ([[unit[i] for unit in side] for i in (0, 1)] for side in (plain_sums, sums))
     return quotient_interval([a, d], [b, c])
 
 
@@ -176,9 +176,9 @@ def macro(categories: list[dict]) -> dict:
         return sum(known) / len(known) if known else None
 
     return {
-        "rate": mean([own["rate"] for own in categories]),
+        "rate": mean([category["rate"] for category in categories]),
         **{
-            key: mean([own[key] and own[key]["value"] for own in categories])
+            key: mean([category[key] and category[key]["value"] for category in categories])
             for key in ("tokens_per_step", "speedup", "speedup_of_steps", "over_transformers")
         },
     }
@@ -223,17 +223,17 @@ def split(records: list[Record], events: list[Event]) -> dict[str, float]:
 def predicted(records: list[Record], plain: list[Record]) -> dict | None:
     """tokens per step / (cost of a step, in plain steps): the speed-up if steps were all that takes time; and the
     tokens per step that the planner's model expects of the tree, from acceptance by depth and rank."""
-    own = metrics.summary([event for record in records for event in record.events])
-    theirs = metrics.summary([event for record in plain for event in record.events])
-    if not own["num_spec_steps"] or not theirs["num_spec_steps"]:
+    summary = metrics.summary([event for record in records for event in record.events])
+    plain_summary = metrics.summary([event for record in plain for event in record.events])
+    if not summary["num_spec_steps"] or not plain_summary["num_spec_steps"]:
         return None
     calls = [len({(e.group, e.step) for r in side for e in r.events}) for side in (records, plain)]
-    mine, plain_step = (sum(s["seconds"].values()) / count for s, count in zip((own, theirs), calls))
+    step, plain_step = (sum(s["seconds"].values()) / count for s, count in zip((summary, plain_summary), calls))
     used = metrics.node_use([event for record in records for event in record.events])
     rates = Acceptance.of(event for record in records for event in record.events).rates()
     model = expected_tokens(rates, TreeShape(tuple(used[0]))) if used else None
-    cost = mine / plain_step
-    gain = own["tokens_per_step"] / theirs["tokens_per_step"]
+    cost = step / plain_step
+    gain = summary["tokens_per_step"] / plain_summary["tokens_per_step"]
     return {"step_cost": cost, "speedup": gain / cost, "planned_tokens_per_step": model}
 
 

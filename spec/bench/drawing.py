@@ -35,18 +35,18 @@ def gain(title: str, figure: dict, most: float, kind: str) -> Markup:
 
 def one(most: float, label: str) -> Markup:
     """What the line at 1 is called, beneath the bars."""
-    place = 100 / most
-    anchor = "start" if place < 25 else "end" if place > 75 else "middle"
+    percent = 100 / most
+    anchor = "start" if percent < 25 else "end" if percent > 75 else "middle"
     return Markup(
-        f'<svg role="img" aria-label="{escape(label)}"><text x="{place:.2f}%" y="13" text-anchor="{anchor}">'
+        f'<svg role="img" aria-label="{escape(label)}"><text x="{percent:.2f}%" y="13" text-anchor="{anchor}">'
         f"{escape(label)}</text></svg>"
     )
 
 
 def widest(gains: list[dict]) -> float:
     """Where the bars' scale ends: all intervals are on it, but for bounds beyond twice the largest gain."""
-    largest = max([1.0, *(own["value"] for own in gains)])
-    return 1.05 * min(2 * largest, max([largest, *(own["high"] or 0.0 for own in gains)]))
+    largest = max([1.0, *(figure["value"] for figure in gains)])
+    return 1.05 * min(2 * largest, max([largest, *(figure["high"] or 0.0 for figure in gains)]))
 
 
 def bars(title: str, counts: list[int], x_label: str) -> Markup:
@@ -54,13 +54,13 @@ def bars(title: str, counts: list[int], x_label: str) -> Markup:
     total, most = sum(counts) or 1, max(counts, default=0) or 1
     step, room = (WIDTH - LEFT) / max(len(counts), 1), HEIGHT - BELOW - 20
     parts = []
-    for place, count in enumerate(counts):
-        tall, x = room * count / most, LEFT + place * step
+    for index, count in enumerate(counts):
+        tall, x = room * count / most, LEFT + index * step
         parts.append(
             f'<rect class="bar" x="{x + step * 0.12:.1f}" y="{20 + room - tall:.1f}" width="{step * 0.76:.1f}" '
-            f'height="{tall:.1f}"><title>{place}: {count} of {total}</title></rect>'
+            f'height="{tall:.1f}"><title>{index}: {count} of {total}</title></rect>'
         )
-        parts += [_text(x + step / 2, HEIGHT - BELOW + 14, place)]
+        parts += [_text(x + step / 2, HEIGHT - BELOW + 14, index)]
         if count:
             parts.append(_text(x + step / 2, 15 + room - tall, f"{count / total:.0%}"))
     parts.append(_text(LEFT + (WIDTH - LEFT) / 2, HEIGHT - 4, x_label))
@@ -72,8 +72,8 @@ def rates(title: str, series: dict[str, list[dict]], x_label: str, few: int) -> 
     most = max((len(points) for points in series.values()), default=0)
     room, step = HEIGHT - BELOW - 12, (WIDTH - LEFT - 20) / max(most, 1)
 
-    def at(place: int, rate: float) -> tuple[float, float]:
-        return LEFT + (place + 0.5) * step, 12 + room * (1 - rate)
+    def at(index: int, rate: float) -> tuple[float, float]:
+        return LEFT + (index + 0.5) * step, 12 + room * (1 - rate)
 
     parts = []
     for mark in (0.0, 0.5, 1.0):
@@ -81,21 +81,21 @@ def rates(title: str, series: dict[str, list[dict]], x_label: str, few: int) -> 
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(_text(LEFT - 6, y + 4, f"{mark:.0%}", "end"))
     for number, (name, points) in enumerate(series.items()):
-        upper = [at(place, point["high"]) for place, point in enumerate(points)]
-        lower = [at(place, point["low"]) for place, point in enumerate(points)]
+        upper = [at(index, point["high"]) for index, point in enumerate(points)]
+        lower = [at(index, point["low"]) for index, point in enumerate(points)]
         band = " ".join(f"{x:.1f},{y:.1f}" for x, y in upper + lower[::-1])
-        line = " ".join("{:.1f},{:.1f}".format(*at(place, point["value"])) for place, point in enumerate(points))
+        line = " ".join("{:.1f},{:.1f}".format(*at(index, point["value"])) for index, point in enumerate(points))
         parts.append(
             f'<polygon class="band s{number}" points="{band}"/><polyline class="line s{number}" points="{line}"/>'
         )
-        for place, point in enumerate(points):
-            x, y = at(place, point["value"])
+        for index, point in enumerate(points):
+            x, y = at(index, point["value"])
             faint = " faint" if point["of"] < few else ""
             parts.append(
                 f'<circle class="s{number}{faint}" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>{escape(name)}, depth '
-                f"{place + 1}: {point['value']:.1%} of {point['of']}</title></circle>"
+                f"{index + 1}: {point['value']:.1%} of {point['of']}</title></circle>"
             )
-    parts += [_text(at(place, 0)[0], HEIGHT - BELOW + 14, place + 1) for place in range(most)]
+    parts += [_text(at(index, 0)[0], HEIGHT - BELOW + 14, index + 1) for index in range(most)]
     parts.append(_text(LEFT + (WIDTH - LEFT) / 2, HEIGHT - 4, x_label))
     return _svg(title, "".join(parts))
 
@@ -105,28 +105,28 @@ def places(parents: list[int]) -> dict[int, tuple[int, float]]:
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], 1):
         children[parent].append(node)
-    place: dict[int, tuple[int, float]] = {}
+    cells: dict[int, tuple[int, float]] = {}
     leaves = 0
     stack = [(0, 0, False)]
     while stack:  # children first, so that a parent stands between them
         node, depth, seen = stack.pop()
         if not children[node]:
-            place[node], leaves = (depth, leaves), leaves + 1
+            cells[node], leaves = (depth, leaves), leaves + 1
         elif seen:
-            place[node] = depth, sum(place[child][1] for child in children[node]) / len(children[node])
+            cells[node] = depth, sum(cells[child][1] for child in children[node]) / len(children[node])
         else:
             stack.append((node, depth, True))
             stack += [(child, depth + 1, False) for child in reversed(children[node])]
-    return place
+    return cells
 
 
 def tree(title: str, parents: list[int], use: list[int], kept: list[int]) -> Markup:
     """A drafted tree from the left to the right, a node's shade its use; what is not kept is dashed."""
-    place = places(parents)
-    deep = 1 + max(depth for depth, _ in place.values())
-    leaves = 1 + max(row for _, row in place.values())
+    cells = places(parents)
+    deep = 1 + max(depth for depth, _ in cells.values())
+    leaves = 1 + max(row for _, row in cells.values())
     height = max(60, round(22 * leaves) + 16)
-    spot = {node: (20 + depth * (WIDTH - 60) / max(deep - 1, 1), 18 + row * 22) for node, (depth, row) in place.items()}
+    spot = {node: (20 + depth * (WIDTH - 60) / max(deep - 1, 1), 18 + row * 22) for node, (depth, row) in cells.items()}
     parts = []
     for node, parent in enumerate(parents):
         (x, y), dashed = spot[node], "" if node in kept else " dead"

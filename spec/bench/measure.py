@@ -48,7 +48,7 @@ def bench(args: Namespace) -> None:
     executor = args.executor
     if executor == "auto":
         executor = choose("auto", model.device, len(prompts) * args.max_new_tokens, True, compiled_before=False)
-    methods = [own.settled(model.device) for own in parse_methods(args.methods, executor, args.temperature)]
+    methods = [method.settled(model.device) for method in parse_methods(args.methods, executor, args.temperature)]
     if args.batch > 1 and any(method.kind in ("transformers-lookup", "transformers-assisted") for method in methods):
         raise ValueError(f"--batch {args.batch}: transformers speculates with one text at a time; use --batch 1")
     decoders = {method.name: _decoder(method, model, tokenizer) for method in methods}
@@ -105,9 +105,11 @@ class Bench:
             for number, batch in enumerate(batches):
                 for turn in range(max(len(prompt.turns) for prompt in batch)):
                     asked = [(prompt, self._context(prompt, turn)) for prompt in batch if len(prompt.turns) > turn]
-                    fitting = [(prompt, own) for prompt, own in asked if own is not None and self._fits(own)]
+                    fitting = [
+                        (prompt, context) for prompt, context in asked if context is not None and self._fits(context)
+                    ]
                     left_out += len(asked) - len(fitting)
-                    rows, ids = [prompt for prompt, _ in fitting], [own for _, own in fitting]
+                    rows, ids = [prompt for prompt, _ in fitting], [context for _, context in fitting]
                     for repeat in range(self.args.repeats):
                         if rows:
                             self._round(number, turn, repeat, rows, ids)
@@ -195,11 +197,11 @@ class Bench:
 
     def _compared(self, record: Record, truth: Record, ids: list[int]) -> Record:
         record.identical = record.tokens == truth.tokens
-        place = parting(truth.tokens, record.tokens)
-        if place is not None:
+        position = parting(truth.tokens, record.tokens)
+        if position is not None:
             key = row_keys([self._seed(record.prompt, record.repeat)], 1, self.model.device)[0]
             heat = self.decoders[record.method].method.temperature
-            record.difference = Difference(place, *margin(self.model, ids + truth.tokens[:place], heat, key))
+            record.difference = Difference(position, *margin(self.model, ids + truth.tokens[:position], heat, key))
         return record
 
     def _count(self, records: list[Record]) -> None:
@@ -255,11 +257,11 @@ def _header(args: Namespace, model: "PreTrainedModel", decoders: dict[str, Decod
 
 def _memory(model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
     """Bytes of the target, of one slot of a row in its cache, and of each drafter's own weights and slots."""
-    mine = {parameter.data_ptr() for parameter in model.parameters()}
+    target_addresses = {parameter.data_ptr() for parameter in model.parameters()}
     drafters = {}
     for name, decoder in decoders.items():
-        own = {p.data_ptr(): p.nbytes for module in _modules(decoder) for p in module.parameters()}
-        weights = sum(size for place, size in own.items() if place not in mine)
+        sizes = {p.data_ptr(): p.nbytes for module in _modules(decoder) for p in module.parameters()}
+        weights = sum(size for address, size in sizes.items() if address not in target_addresses)
         drafts = None if decoder.drafter is None else decoder.drafter.traits.causal_lm
         drafters[name] = {"weights": weights, "slot": slot_bytes(drafts) if drafts is not None else 0}
     return {"target": sum(p.nbytes for p in model.parameters()), "slot": slot_bytes(model), "drafters": drafters}

@@ -80,9 +80,9 @@ def parse_methods(texts: list[str], executor: str, temperature: float) -> list[M
 
 
 def _plain(method: Method, executor: str, temperature: float) -> str:
-    own = [f"executor={method.executor}"] * (method.executor != executor)
-    own += [f"temperature={method.temperature:g}"] * (method.temperature != temperature)
-    return "ar:" + ",".join(own) if own else "ar"
+    options = [f"executor={method.executor}"] * (method.executor != executor)
+    options += [f"temperature={method.temperature:g}"] * (method.temperature != temperature)
+    return "ar:" + ",".join(options) if options else "ar"
 
 
 def _baseline(method: Method, methods: list[Method]) -> str | None:
@@ -106,23 +106,23 @@ def _parse(text: str, executor: str, temperature: float) -> Method:
         heat = -1.0
     if not 0 <= heat < float("inf"):
         raise ValueError(f"method {text!r}: the temperature is not a number of at least 0; 0 is greedy")
-    theirs = head in THEIRS
-    kind = head if theirs or head == "ar" else "drafted"
-    unfit = {"executor", "tree", "rule"} if theirs else {"tree", "rule", "drafter"} if head == "ar" else {"drafter"}
+    by_transformers = head in THEIRS
+    kind = head if by_transformers or head == "ar" else "drafted"
+    unfit = {"drafter"} if kind == "drafted" else {"tree", "rule", "executor" if by_transformers else "drafter"}
     if head == "transformers-assisted":
         if "drafter" not in options:
             raise ValueError(f"method {text!r} needs drafter=, the folder or hub id of a draft model")
-    elif theirs:
+    elif by_transformers:
         unfit |= {"drafter"}
     for key in unfit & set(options):
         raise ValueError(f"method {text!r}: {head!r} takes no {key}=; leave it out")
     rule, runs = options.get("rule", "match"), options.get("executor", executor)
     executors = "cuda_graph", *EXECUTORS
-    if rule not in RULES or (not theirs and runs not in executors):
+    if rule not in RULES or (not by_transformers and runs not in executors):
         raise ValueError(f"method {text!r}: rules are {', '.join(RULES)}, executors {', '.join(executors)}")
     drafter = head if kind == "drafted" else options.get("drafter")
     name = options.get("name", text.rstrip(":"))
-    return Method(name, kind, drafter, options.get("tree"), rule, None if theirs else runs, heat)
+    return Method(name, kind, drafter, options.get("tree"), rule, None if by_transformers else runs, heat)
 
 
 @dataclass(slots=True)

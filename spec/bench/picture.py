@@ -76,13 +76,13 @@ class Panel:
     def told(self) -> str:
         """The step for those who cannot see it."""
         taken = ", ".join(f"“{node.text}”" for node in self.nodes if node.kind == "accepted") or "none"
-        own = next((f" The target's own token is “{node.text}”." for node in self.nodes if node.kind == "bonus"), "")
-        return f"Step {self.event.step + 1} drafted {self.event.drafted} tokens; accepted: {taken}.{own}"
+        bonus = next((f" The target's own token is “{node.text}”." for node in self.nodes if node.kind == "bonus"), "")
+        return f"Step {self.event.step + 1} drafted {self.event.drafted} tokens; accepted: {taken}.{bonus}"
 
     def draw(self, x: float, y: float) -> list[str]:
         edges, boxes = [], []
-        for place, node in enumerate(self.nodes):
-            left, middle = self._at(place, x, y)
+        for index, node in enumerate(self.nodes):
+            left, middle = self._at(index, x, y)
             if node.parent >= 0:
                 start, above = self._at(node.parent, x, y)
                 start += _box(self.nodes[node.parent].text)
@@ -94,8 +94,8 @@ class Panel:
             boxes.append(_letters(left + 6, middle + 4, _short(node.text), "faint" if node.kind == "rejected" else ""))
         return edges + boxes
 
-    def _at(self, place: int, x: float, y: float) -> tuple[float, float]:
-        depth, row = self.spots[place]
+    def _at(self, index: int, x: float, y: float) -> tuple[float, float]:
+        depth, row = self.spots[index]
         return x + self.lefts[depth], y + row * ROW + 11
 
 
@@ -183,8 +183,8 @@ def _stream(record: Record, first: int) -> list[tuple[str, str]]:
         start -= 1
     made = [("before", "…")] * (start > 0) + [("before", text) for text in earlier[start:]]
     for event in record.events[first : first + STEPS]:
-        for place, token in enumerate(event.committed):
-            made.append(("accepted" if place < len(event.accepted) else "bonus", piece(record, token)))
+        for index, token in enumerate(event.committed):
+            made.append(("accepted" if index < len(event.accepted) else "bonus", piece(record, token)))
     return [(kind, _cut(text, CONTEXT)) for kind, text in made]
 
 

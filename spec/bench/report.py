@@ -69,7 +69,7 @@ def page(figures: dict, runs: list[Run]) -> str:
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"interval": interval, "visible": lambda value, *most: visible(str(value), *most)}
     source = files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
+    drafted = [method for method in figures["methods"] if method["kind"] == "drafted"]
     return environment.from_string(source).render(
         **figures, words=wording, figures=figures, overview=[OVERVIEW, *overview(figures)], header=HEADER,
         lines=lines(figures), draw=drawing, few=FEW, drafted=drafted, texts=_texts(figures, runs), stream=STREAM,
@@ -80,31 +80,31 @@ def page(figures: dict, runs: list[Run]) -> str:
 def overview(figures: dict) -> list[list[str]]:
     """A table row for each method, of all prompts together."""
     rows = []
-    for own in figures["methods"]:
-        row, same = own["overall"], f"{own['identical']} / {own['compared']}" if own["compared"] else "–"
-        rows.append([own["label"], _per_step(row), f"{row['rate']:.1f}", *_gains(row), same])
+    for method in figures["methods"]:
+        row, same = method["overall"], f"{method['identical']} / {method['compared']}" if method["compared"] else "–"
+        rows.append([method["label"], _per_step(row), f"{row['rate']:.1f}", *_gains(row), same])
     return rows
 
 
 def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
     """(method, table rows by category, then together and the mean over categories)."""
-    plain = {own["label"]: own for own in figures["methods"]}
+    plain = {method["label"]: method for method in figures["methods"]}
     out = []
-    for own in figures["methods"]:
-        prefix = own["label"].removesuffix(own["name"])
-        baseline = plain.get(prefix + (own["baseline"] or own["name"]))
-        theirs = {row["name"]: row for row in [*baseline["categories"], baseline["overall"]]} if baseline else {}
-        rows = [_line(row, theirs.get(row["name"])) for row in [*own["categories"], own["overall"]]]
-        means = own["macro"]
+    for method in figures["methods"]:
+        prefix = method["label"].removesuffix(method["name"])
+        baseline = plain.get(prefix + (method["baseline"] or method["name"]))
+        baseline_rows = {row["name"]: row for row in [*baseline["categories"], baseline["overall"]]} if baseline else {}
+        rows = [_line(row, baseline_rows.get(row["name"])) for row in [*method["categories"], method["overall"]]]
+        means = method["macro"]
         shown = [_number(means["tokens_per_step"]), "", _number(means["rate"], 1), ""]
         gains = [_number(means[key]) for key in GAINS]
-        out.append((own, [*rows, ["mean of categories", "", "", *shown, *gains]]))
+        out.append((method, [*rows, ["mean of categories", "", "", *shown, *gains]]))
     return out
 
 
-def _line(row: dict, theirs: dict | None) -> list[str]:
+def _line(row: dict, baseline: dict | None) -> list[str]:
     acceptance = f"{row['accepted']} / {row['examined']}" if row["examined"] else "–"
-    rate = "–" if theirs is None else f"{theirs['rate']:.1f}"
+    rate = "–" if baseline is None else f"{baseline['rate']:.1f}"
     return [
         row["name"], str(row["prompts"]), str(row["tokens"]), _per_step(row), acceptance, f"{row['rate']:.1f}", rate,
         *_gains(row),
@@ -129,10 +129,10 @@ def markdown(figures: dict) -> str:
     if beside := wording.particulars(figures):
         parts.append(f"{_cell(beside, COMMAND)}\n")
     parts.append(_table(OVERVIEW, overview(figures)))
-    for own, rows in lines(figures):
-        parts.append(f"### {_cell(own['label'])}\n")
-        if own["compared"]:
-            parts.append(f"{_cell(identity(own))}\n")
+    for method, rows in lines(figures):
+        parts.append(f"### {_cell(method['label'])}\n")
+        if method["compared"]:
+            parts.append(f"{_cell(identity(method))}\n")
         parts.append(_table(HEADER, rows))
     return "\n".join(parts)
 
@@ -153,21 +153,22 @@ def _texts(figures: dict, runs: list[Run]) -> list[tuple[str, list[Chip]]]:
     return [(f"{record.prompt} ({record.category})", chips(record)) for record in kept[:3]]
 
 
-def texts_with_pieces(own: dict, runs: list[Run]) -> list[Record]:
+def texts_with_pieces(method: dict, runs: list[Run]) -> list[Record]:
     """The first turns of a method whose tokens its run file spells out."""
-    run = next(run for run in runs if own["label"] in (own["name"], f"{run.path.rsplit('/', 1)[-1]}: {own['name']}"))
-    return [record for record in run.of(own["name"]) if record.pieces and record.turn == 0 and record.repeat == 0]
+    name = method["name"]
+    run = next(run for run in runs if method["label"] in (name, f"{run.path.rsplit('/', 1)[-1]}: {name}"))
+    return [record for record in run.of(name) if record.pieces and record.turn == 0 and record.repeat == 0]
 
 
 def drawn(figures: dict, runs: list[Run]) -> str:
     """Some steps of a text by the best method, or where plain decoding is missing by the first, as an SVG."""
-    drafted = [own for own in figures["methods"] if own["kind"] == "drafted"]
-    own = best_of(figures) or next(iter(drafted), None)
-    texts = [record for record in texts_with_pieces(own, runs) if record.events] if own else []
-    if own is None or not texts:
+    drafted = [method for method in figures["methods"] if method["kind"] == "drafted"]
+    method = best_of(figures) or next(iter(drafted), None)
+    texts = [record for record in texts_with_pieces(method, runs) if record.events] if method else []
+    if method is None or not texts:
         raise ValueError(f"{runs[0].path} has no text of a drafter to draw; measure one with paceline bench --methods")
-    about = f"{visible(figures['setup']['model'])} with {visible(own['label'])}, prompt {visible(texts[0].prompt)}"
-    return picture.picture(texts[0], own["tokens_per_step"]["value"], about)
+    about = f"{visible(figures['setup']['model'])} with {visible(method['label'])}, prompt {visible(texts[0].prompt)}"
+    return picture.picture(texts[0], method["tokens_per_step"]["value"], about)
 
 
 def compare(args: Namespace) -> int:
@@ -181,7 +182,7 @@ def compare(args: Namespace) -> int:
         return compare_checks(args.runs, checks)
     runs = [_read(path) for path in args.runs]
     check_comparable(runs)
-    figures = [{own["name"]: own for own in run.methods} for run in runs]
+    figures = [{method["name"]: method for method in run.methods} for run in runs]
     names = [name for name in figures[0] if name in figures[1] and figures[0][name]["kind"] != "transformers"]
     if not names:
         raise ValueError(f"{args.runs[0]} and {args.runs[1]} have no method of the same name; measure the same methods")
@@ -198,9 +199,9 @@ def compare(args: Namespace) -> int:
 
 def changes(a: Run, b: Run, name: str) -> dict[str, Interval]:
     """B's figures over A's, paired by prompt."""
-    about = next(own for own in b.methods if own["name"] == name)
-    theirs = next((own["name"] for own in b.methods if own["kind"] == "transformers"), None)
-    anchor = about["baseline"] or theirs
+    about = next(method for method in b.methods if method["name"] == name)
+    transformers = next((method["name"] for method in b.methods if method["kind"] == "transformers"), None)
+    anchor = about["baseline"] or transformers
     out = {}
     if anchor is not None and a.of(anchor) and b.of(anchor):
         sides = paired(b.of(anchor), b.of(name), a.of(anchor), a.of(name))

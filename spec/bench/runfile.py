@@ -66,25 +66,25 @@ class Record:
             seconds = [round(event.seconds.get(phase, 0.0), 7) for phase in phases]
             tree = trees.index(event.parents)
             rows.append([event.step, event.tokens, tree, event.accepted, event.bonus, seconds])
-        own = {name: getattr(self, name) for name in self.__slots__ if name not in ("events", "difference")}
+        fields = {name: getattr(self, name) for name in self.__slots__ if name not in ("events", "difference")}
         difference = self.difference and asdict(self.difference)
         trace = {"trees": trees, "phases": phases, "events": rows}
-        return json.dumps({**own, "difference": difference, "trace": trace}, separators=(",", ":")) + "\n"
+        return json.dumps({**fields, "difference": difference, "trace": trace}, separators=(",", ":")) + "\n"
 
     @classmethod
     def parse(cls, data: dict) -> "Record":
         """Raises ValueError, KeyError or TypeError for what `line` did not write."""
-        trace, own = data["trace"], dict(data)
-        del own["trace"]
-        own["difference"] = own["difference"] and Difference(**own["difference"])
-        group = "/".join(map(str, (own["batch"], own["turn"], own["method"], own["repeat"])))
+        trace, fields = data["trace"], dict(data)
+        del fields["trace"]
+        fields["difference"] = fields["difference"] and Difference(**fields["difference"])
+        group = "/".join(map(str, (fields["batch"], fields["turn"], fields["method"], fields["repeat"])))
         events = []
         for step, tokens, tree, accepted, bonus, seconds in trace["events"]:
             times = dict(zip(trace["phases"], seconds))
             events.append(Event(0, step, tokens, trace["trees"][tree], accepted, bonus, times, group))
-        if own["seconds"] <= 0 or own["rows"] < 1 or not isinstance(own["tokens"], list):
+        if fields["seconds"] <= 0 or fields["rows"] < 1 or not isinstance(fields["tokens"], list):
             raise ValueError("a time that is not above 0, or no tokens")
-        return cls(**own, events=events)
+        return cls(**fields, events=events)
 
 
 @dataclass(slots=True)
@@ -139,9 +139,9 @@ def _read(path: str | Path) -> tuple[Run, int]:
     left_out: Counter[str] = Counter()
     records: dict[tuple, Record] = {}
     ends: dict[tuple, int] = {}  # where the last line of a batch ends
-    place, foreign = len(lines[0]), False
+    offset, foreign = len(lines[0]), False
     for line in lines[1:]:
-        place += len(line)
+        offset += len(line)
         entry = _parsed(line) if line.endswith(b"\n") else None
         reason = "cut or damaged"
         if entry is not None and "kind" in entry:
@@ -152,7 +152,7 @@ def _read(path: str | Path) -> tuple[Run, int]:
             with contextlib.suppress(ValueError, KeyError, TypeError, IndexError, AttributeError):
                 record = Record.parse(entry)
                 if record.key not in records:
-                    ends[record.group], records[record.key] = place, record
+                    ends[record.group], records[record.key] = offset, record
                     continue
                 reason = "written twice"
         left_out[reason] += 1
@@ -216,17 +216,17 @@ class RunWriter:
         self.file.close()
 
 
-def check_equal(path: str | Path, name: str, mine, theirs) -> None:
+def check_equal(path: str | Path, name: str, recorded, asked) -> None:
     """Raise ValueError that names the first setting in which a run file differs from what is asked for now."""
-    if mine == theirs:
+    if recorded == asked:
         return
-    if isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in [*mine, *theirs]:  # one that is absent is of a file that an earlier version began
-            check_equal(path, key, mine.get(key), theirs.get(key))
+    if isinstance(recorded, dict) and isinstance(asked, dict):
+        for key in [*recorded, *asked]:  # one that is absent is of a file that an earlier version began
+            check_equal(path, key, recorded.get(key), asked.get(key))
         return
     raise ValueError(
-        f"{path} was begun with {name} = {_short(mine)} and now {name} = {_short(theirs)}; ask for the same, or write "
-        "to another file"
+        f"{path} was begun with {name} = {_short(recorded)} and now {name} = {_short(asked)}; ask for the same, or "
+        "write to another file"
     )
 
 

@@ -35,7 +35,7 @@ def times(gain: dict, other: str) -> str:
 
 
 def best_of(figures: dict) -> dict | None:
-    return next((own for own in figures["methods"] if own["label"] == figures["best"]), None)
+    return next((method for method in figures["methods"] if method["label"] == figures["best"]), None)
 
 
 def verdict(figures: dict) -> str:
@@ -44,7 +44,7 @@ def verdict(figures: dict) -> str:
     if best is None:
         return "No method with a drafter was measured against plain decoding."
     said = times(best["speedup"], PLAIN)
-    rivals = sum(own["kind"] == "drafted" and own["speedup"] is not None for own in figures["methods"])
+    rivals = sum(method["kind"] == "drafted" and method["speedup"] is not None for method in figures["methods"])
     among = f" (of {rivals} measured)" if rivals > 1 else ""
     count = best["overall"]["beside_plain"]
     prompts = f"{count} prompt{'s' * (count != 1)}" + (f" in batches of {setup['batch']}" if setup["batch"] > 1 else "")
@@ -75,18 +75,18 @@ def particulars(figures: dict) -> str:
     return " · ".join(parts)
 
 
-def identity(own: dict) -> str:
-    if not own["compared"]:
+def identity(method: dict) -> str:
+    if not method["compared"]:
         return "text not comparable with the baseline's"
-    words = f"output identical on {own['identical']}/{own['compared']} texts"
-    lossless = RULES[own["rule"]].lossless or own["temperature"] == 0
-    return words if lossless else f"{words} (rule {own['rule']} is not lossless)"
+    words = f"output identical on {method['identical']}/{method['compared']} texts"
+    lossless = RULES[method["rule"]].lossless or method["temperature"] == 0
+    return words if lossless else f"{words} (rule {method['rule']} is not lossless)"
 
 
 def gains(figures: dict) -> list[dict]:
     """The methods that have a gain over plain decoding, the largest first."""
-    known = [own for own in figures["methods"] if own["speedup"]]
-    return sorted(known, key=lambda own: -own["speedup"]["value"])
+    known = [method for method in figures["methods"] if method["speedup"]]
+    return sorted(known, key=lambda method: -method["speedup"]["value"])
 
 
 def baselines(figures: dict) -> str:
@@ -94,16 +94,18 @@ def baselines(figures: dict) -> str:
     shown, methods = gains(figures), figures["methods"]
     said = []
     if shown:
-        names = ", ".join(dict.fromkeys(visible(own["baseline"]) for own in shown))
+        names = ", ".join(dict.fromkeys(visible(method["baseline"]) for method in shown))
         said.append(f"The line at 1 is {PLAIN} ({names}): the same model run the same way, without speculation.")
-    if any(own["speedup"]["low"] is not None for own in shown):
+    if any(method["speedup"]["low"] is not None for method in shown):
         said.append("Whiskers are 95 % intervals, by a paired bootstrap over prompts.")
-    theirs = ", ".join(visible(own["label"]) for own in methods if own["kind"] == "transformers")
-    if theirs:
-        said.append(f"The other baseline is {THEIRS} of the same model ({theirs}); the table has the gains over it.")
+    transformers = ", ".join(visible(method["label"]) for method in methods if method["kind"] == "transformers")
+    if transformers:
+        said.append(
+            f"The other baseline is {THEIRS} of the same model ({transformers}); the table has the gains over it."
+        )
     else:
         said.append(f"{THEIRS[0].upper()}{THEIRS[1:]} was not measured beside it.")
-    lone = [visible(own["label"]) for own in methods if own["kind"] != "ar" and not own["speedup"]]
+    lone = [visible(method["label"]) for method in methods if method["kind"] != "ar" and not method["speedup"]]
     if lone:
         said.append(f"No {PLAIN} was measured beside {', '.join(lone)}, so no speed-up is known.")
     return " ".join(said)
