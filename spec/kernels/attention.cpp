@@ -32,12 +32,12 @@ inline float number(Short x) {
     return value;
 }
 
-inline void put(float* place, float x) { *place = x; }
+inline void put(float* to, float x) { *to = x; }
 
-inline void put(Short* place, float x) {  // rounded to the nearest, ties to even
+inline void put(Short* to, float x) {  // rounded to the nearest, ties to even
     uint32_t bits;
     std::memcpy(&bits, &x, 4);
-    *place = std::isnan(x) ? 0x7fc0 : Short((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    *to = std::isnan(x) ? 0x7fc0 : Short((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
 
 struct Sizes {  // as operators.cpp lays them out; strides in numbers
@@ -65,20 +65,20 @@ template <typename Number>
 void read_keys(const Number* from, int64_t stride, int64_t count, int64_t width, float* block) {
     const int64_t whole = width / LANES * LANES;
     for (int64_t t = 0; t < count; t += LANES) {
-        float* place = block + t / PANEL * PANEL * width + t % PANEL;
+        float* panel = block + t / PANEL * PANEL * width + t % PANEL;
         for (int64_t d = 0; d < whole; d += LANES) {
             Vector rows[LANES];
             for (int64_t i = 0; i < LANES; i++) {
-                const Number* own = from + std::min(t + i, count - 1) * stride + d;
-                __builtin_prefetch(own + LANES * stride);
-                rows[i] = vector(own);
+                const Number* key = from + std::min(t + i, count - 1) * stride + d;
+                __builtin_prefetch(key + LANES * stride);
+                rows[i] = vector(key);
             }
             transpose(rows);
-            for (int64_t i = 0; i < LANES; i++) std::memcpy(place + (d + i) * PANEL, &rows[i], sizeof(Vector));
+            for (int64_t i = 0; i < LANES; i++) std::memcpy(panel + (d + i) * PANEL, &rows[i], sizeof(Vector));
         }
         for (int64_t d = whole; d < width; d++)
             for (int64_t i = 0; i < LANES; i++)
-                place[d * PANEL + i] = number(from[std::min(t + i, count - 1) * stride + d]);
+                panel[d * PANEL + i] = number(from[std::min(t + i, count - 1) * stride + d]);
     }
 }
 
@@ -112,12 +112,12 @@ inline Vector exponential(Vector x) {  // of x <= 0, to 2 units in the last plac
 
 // Which of the slots from `start` on are seen, as all bits or none.
 inline Ints shown(const uint8_t* seen, int64_t start, int64_t count) {
-    Bytes own = {};
+    Bytes bytes = {};
     if (start + LANES <= count)
-        std::memcpy(&own, seen + start, LANES);
+        std::memcpy(&bytes, seen + start, LANES);
     else
-        std::memcpy(&own, seen + start, count - start);
-    return __builtin_convertvector(own, Ints) != 0;
+        std::memcpy(&bytes, seen + start, count - start);
+    return __builtin_convertvector(bytes, Ints) != 0;
 }
 
 // Scores to exponentials, 0 where nothing is seen; returns their sum. It does not depend on where among masked slots the
@@ -125,8 +125,8 @@ inline Ints shown(const uint8_t* seen, int64_t start, int64_t count) {
 float weigh(float* scores, const uint8_t* seen, int64_t count) {
     Vector highest = Vector{} - INFINITY;
     for (int64_t t = 0; t < count; t += LANES) {
-        const Vector own = vector(scores + t);
-        highest = shown(seen, t, count) & (own > highest) ? own : highest;
+        const Vector loaded = vector(scores + t);
+        highest = shown(seen, t, count) & (loaded > highest) ? loaded : highest;
     }
     float top = highest[0];
     for (int i = 1; i < LANES; i++) top = std::max(top, highest[i]);
@@ -174,10 +174,10 @@ void attend(const Number* query, const Number* key, const Number* value, const u
     {
         std::vector<float> block(CHUNK * s.width), sums(queries * PANEL), narrow;
 #pragma omp for
-        for (int64_t place = 0; place < all; place++) {
-            const int64_t b = place / s.nodes / s.heads, h = place / s.nodes % s.heads, i = place % s.nodes;
+        for (int64_t index = 0; index < all; index++) {
+            const int64_t b = index / s.nodes / s.heads, h = index / s.nodes % s.heads, i = index % s.nodes;
             const Number* from = query + b * s.query[0] + h * s.query[1] + i * s.query[2];
-            for (int64_t d = 0; d < s.width; d++) scaled[place * s.width + d] = number(from[d]) * scale;
+            for (int64_t d = 0; d < s.width; d++) scaled[index * s.width + d] = number(from[d]) * scale;
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * chunks * s.groups; task++) {
@@ -190,9 +190,9 @@ void attend(const Number* query, const Number* key, const Number* value, const u
                       scores.get() + before * line + start, line);
         }
 #pragma omp for
-        for (int64_t place = 0; place < all; place++) {
-            const int64_t b = place / queries / s.groups, i = place % s.nodes;
-            totals[place] = weigh(scores.get() + place * line, mask + b * s.mask[0] + i * s.mask[1], reach[b]);
+        for (int64_t index = 0; index < all; index++) {
+            const int64_t b = index / queries / s.groups, i = index % s.nodes;
+            totals[index] = weigh(scores.get() + index * line, mask + b * s.mask[0] + i * s.mask[1], reach[b]);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * s.groups * panels; task++) {
@@ -210,10 +210,10 @@ void attend(const Number* query, const Number* key, const Number* value, const u
             }
             for (int64_t j = 0; j < queries; j++) {  // out is (B, n, H, Dv)
                 const int64_t h = g * share + j / s.nodes, i = j % s.nodes;
-                Number* place = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;
+                Number* to = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;
                 const float total = totals[before + j];
                 for (int64_t d = first; d < first + width; d++)
-                    put(place + d, total == 0 ? 0.0f : sums[j * PANEL + d - first] / total);
+                    put(to + d, total == 0 ? 0.0f : sums[j * PANEL + d - first] / total);
             }
         }
     }

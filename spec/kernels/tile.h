@@ -63,11 +63,11 @@ inline void multiply(const float* x, int64_t line, const Number* from, int64_t s
     std::memset(&sums, 0, sizeof(sums));
     for (int64_t k = 0; k < count; k++)
         for (int p = 0; p < PANELS; p++) {
-            const Number* place = from + k * step + p * apart;
+            const Number* panel = from + k * step + p * apart;
             for (int64_t at = 0; at < bytes; at += 64)
-                if (ahead) __builtin_prefetch((const char*)place + ahead + at);
+                if (ahead) __builtin_prefetch((const char*)panel + ahead + at);
             Vector first, second;
-            read(place, first, second);
+            read(panel, first, second);
             for (int r = 0; r < ROWS; r++) {
                 const float number = x[r * line + k];
                 sums[r][p][0] += number * first;
