@@ -103,12 +103,12 @@ def _timed(
 
 def _difference(model: "PreTrainedModel", plain: torch.Tensor, fast: torch.Tensor, width: int) -> str:
     """Where two greedy texts part, and how close the two best logits are there."""
-    place = parting(plain.tolist(), fast.tolist())
-    assert place is not None
-    apart, spacing = margin(model, plain[:place].tolist())
+    position = parting(plain.tolist(), fast.tolist())
+    assert position is not None
+    apart, spacing = margin(model, plain[:position].tolist())
     name = str(model.dtype).removeprefix("torch.")
     return (
-        f"differs from token {place - width + 1} on, where the two best logits are "
+        f"differs from token {position - width + 1} on, where the two best logits are "
         f"{apart:.3g} apart; {name} numbers of that size are {spacing:.2g} apart"
     )
 

@@ -56,10 +56,10 @@ def _hush() -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    warnings.showwarning = _show_own
+    warnings.showwarning = _show_paceline_warning
 
 
-def _show_own(message: Warning | str, category: type[Warning], *place: object, **more: object) -> None:
+def _show_paceline_warning(message: Warning | str, category: type[Warning], *location: object, **more: object) -> None:
     """Instead of `warnings.showwarning`."""
     if category.__module__.partition(".")[0] == __name__.partition(".")[0]:
         print(f"paceline: {message}", file=sys.stderr)

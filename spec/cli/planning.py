@@ -73,7 +73,7 @@ def plan(args: Namespace) -> None:
             rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
     _show([part.name for part in parts], rates, measured, planned)
     if len(parts) > 1:
-        print("; ".join(f"{part.name} alone: {own.speedup:.2f} times" for part, own in zip(parts, alone)))
+        print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in zip(parts, alone)))
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
@@ -91,11 +91,13 @@ def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance
     if run.header["setup"]["fingerprint"] != target_fingerprint(model)[:16]:
         raise ValueError(f"{args.run} was measured on another model than {args.model}; give that one as --model")
     asked = args.drafter, args.verify, args.temperature
-    names = [own["name"] for own in run.methods if (own["drafter"], own["rule"], own["temperature"]) == asked]
+    names = [
+        method["name"] for method in run.methods if (method["drafter"], method["rule"], method["temperature"]) == asked
+    ]
     events = [event for name in names for record in run.of(name) for event in record.events]
     if not events:
-        drafted = [own for own in run.methods if own["kind"] == "drafted"]
-        known = ", ".join(f"{own['drafter']} ({own['rule']}, {own['temperature']:g})" for own in drafted)
+        drafted = [method for method in run.methods if method["kind"] == "drafted"]
+        known = ", ".join(f"{method['drafter']} ({method['rule']}, {method['temperature']:g})" for method in drafted)
         raise ValueError(
             f"{args.run} holds no measurement of drafter {args.drafter}, rule {args.verify}, temperature "
             f"{args.temperature:g}; it has {known or 'no drafter'}"
@@ -114,7 +116,7 @@ def profile(args: Namespace) -> None:
     for part, costs in zip(parts, measured.drafts):
         _show_draft(part.name, measured, costs)
     shape = drafter.default_shape if len(parts) > 1 else TreeShape.chain(15)
-    step, forward = step_times.own_cost(model, drafter, executor, shape)
+    step, forward = step_times.step_and_forward_cost(model, drafter, executor, shape)
     print(
         f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
         f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
@@ -166,11 +168,12 @@ def _show_draft(name: str, measured: step_times.Curves, costs: dict[int, float])
 
 def _show(names: list[str], rates: list[Rates], measured: step_times.Curves, planned: Plan) -> None:
     _show_target(measured)
-    for name, own, costs in zip(names, rates, measured.drafts):
+    for name, part_rates, costs in zip(names, rates, measured.drafts):
         _show_draft(name, measured, costs)
-        width = max((len(row) for row in own), default=0)
+        width = max((len(row) for row in part_rates), default=0)
         rows = [
-            [str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))] for depth, row in enumerate(own)
+            [str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))]
+            for depth, row in enumerate(part_rates)
         ]
         print("\n" + table(["p: depth", *(f"rank {rank}" for rank in range(width))], rows))
     shape = planned.shape

@@ -43,10 +43,11 @@ class Answer:
 
 def together(answers: list[Answer]) -> Answer:
     """All of them as one, as if the plain answers were as long as the drafted ones."""
-    plain_seconds = sum(own.plain_seconds * own.tokens / own.plain_tokens for own in answers)
-    tokens, seconds = sum(own.tokens for own in answers), sum(own.seconds for own in answers)
-    difference = next((own.difference for own in answers if own.difference), None)
-    return Answer("together", tokens, plain_seconds, tokens, seconds, sum(own.steps for own in answers), difference)
+    plain_seconds = sum(answer.plain_seconds * answer.tokens / answer.plain_tokens for answer in answers)
+    tokens, seconds = sum(answer.tokens for answer in answers), sum(answer.seconds for answer in answers)
+    difference = next((answer.difference for answer in answers if answer.difference), None)
+    steps = sum(answer.steps for answer in answers)
+    return Answer("together", tokens, plain_seconds, tokens, seconds, steps, difference)
 
 
 def introduction(model: str, dtype: str, drafter: str, coloured: bool) -> str:
@@ -70,16 +71,16 @@ def conclusion(answers: list[Answer], dtype: str) -> str:
     whole = together(answers)
     header = ["prompt", "tokens/s without", "with drafter", "speed-up", "tokens per step", "same text"]
     lines = [_speed(whole)]
-    slower = [f"{own.title!r} ({own.speedup:.2f}x)" for own in answers if own.speedup < 1 - _ALIKE]
+    slower = [f"{answer.title!r} ({answer.speedup:.2f}x)" for answer in answers if answer.speedup < 1 - _ALIKE]
     if slower and whole.speedup >= 1 - _ALIKE:
         lines.append(f"It was slower on {' and '.join(slower)}: too few guesses were right to pay for checking them.")
     if not whole.difference:
         lines.append("Each text is the same with and without the drafter, token for token.")
-    lines += [f"{own.title}: {own.difference}" for own in answers if own.difference]
+    lines += [f"{answer.title}: {answer.difference}" for answer in answers if answer.difference]
     if whole.difference and dtype != "float32":
         lines.append("Lower precision rounds such ties differently in a longer forward; compare --dtype float32.")
     lines.append("Three prompts are few. Many kinds of text, and transformers beside it: docs/benchmarks.md.")
-    return "\n".join([table(header, [own.row() for own in [*answers, whole]]), "", *map(_filled, lines)])
+    return "\n".join([table(header, [answer.row() for answer in [*answers, whole]]), "", *map(_filled, lines)])
 
 
 def _filled(text: str) -> str:
@@ -126,7 +127,9 @@ def next_steps(args: Namespace, drafter: str, chat: bool) -> str:
             f"paceline train {recipe} --plan",
         ],
     }
-    return "\n".join(line for why, commands in steps.items() for line in [why, *(f"    {own}" for own in commands)])
+    return "\n".join(
+        line for why, commands in steps.items() for line in [why, *(f"    {command}" for command in commands)]
+    )
 
 
 def _given(args: Namespace, **defaults: str | None) -> str:

@@ -134,7 +134,7 @@ def measure(
     return Curves(target, tuple(draft_curves))
 
 
-def own_cost(
+def step_and_forward_cost(
     model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape, repeats: int = 40
 ) -> tuple[float, float]:
     """Median seconds of a whole step, drafting included, and of its target forward alone; the two take turns."""
