@@ -67,7 +67,7 @@ class MedusaHeads(nn.Module):
     """
 
     vocabulary: Tensor  # (V',)
-    place: Tensor  # (V,): the index of each token in `vocabulary`, V' for unknown ones
+    index_of_token: Tensor  # (V,): the index of each token in `vocabulary`, V' for unknown ones
     head_weight: Tensor  # (V', H), not stored, or (K, V', H)
     head_bias: Tensor  # (V',)
 
@@ -84,7 +84,7 @@ class MedusaHeads(nn.Module):
         ids = torch.arange(self.vocab_size, device=device) if vocabulary is None else vocabulary.to(device)
         check_vocabulary(ids, self.vocab_size)
         self.register_buffer("vocabulary", ids, persistent=self.trimmed)
-        self.register_buffer("place", places(ids, self.vocab_size), persistent=False)
+        self.register_buffer("index_of_token", places(ids, self.vocab_size), persistent=False)
         rows = head.weight.detach()[ids] if self.trimmed else head.weight.detach()
         if settings.own_heads:
             self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))
@@ -188,7 +188,7 @@ class MarkovHeads(MedusaHeads):
         self.following = nn.Parameter(torch.zeros(rank, known, device=device))  # V
 
     def follow(self, started: Started, depth: int, path: Tensor) -> Tensor:
-        bias = self.previous[self.place[path[..., -1]]] @ self.following  # (..., V')
+        bias = self.previous[self.index_of_token[path[..., -1]]] @ self.following  # (..., V')
         (logits,) = started
         return logits[..., depth, :].float() + bias.float()
 

@@ -111,7 +111,7 @@ class DraftObjective(Objective):
         labels, counted = next_tokens(batch)  # (B, T-1)
         head, judged = self.model.get_output_embeddings(), counted
         if self.known is not None:
-            head, labels = self.known.head, self.known.place[labels]
+            head, labels = self.known.head, self.known.index_of_token[labels]
             judged = counted & (labels < len(self.known.ids))
         hidden = last_hidden_states(self.model, batch)[judged]  # (N, H)
         target_states_and_head = (None, None)
@@ -173,7 +173,7 @@ class Known:
     def __init__(self, model, ids: Tensor):
         head = model.get_output_embeddings()
         self.ids, self.head = ids, trimmed_head(head, ids)
-        self.place = places(ids, len(head.weight))  # (V,)
+        self.index_of_token = places(ids, len(head.weight))  # (V,)
         self._law: nn.Module | None = None
 
     def law(self, head: nn.Module) -> nn.Module:

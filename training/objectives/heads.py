@@ -127,7 +127,7 @@ class MedusaObjective(Objective):
         right = judged[:, 0]
         for depth in range(self.depths):
             logits = self.heads.follow(started, depth, path[:, : depth + 1])  # (n, V') float32
-            label = self.heads.place[path[:, depth + 1]]  # (n,), V' where the heads do not know the token
+            label = self.heads.index_of_token[path[:, depth + 1]]  # (n,), V' where the heads do not know the token
             known = judged[:, depth] & (label < logits.shape[1])
             log_probs = logits.log_softmax(-1)
             picked = log_probs.gather(1, label[:, None].clamp(max=logits.shape[1] - 1))[:, 0]
@@ -150,7 +150,7 @@ class MedusaObjective(Objective):
         for depth in range(self.depths):
             logits = self.heads.follow(started, depth, path[:, : depth + 1])
             known = logits.shape[1]
-            label = self.heads.place[path[:, depth + 1], None]  # (n, 1)
+            label = self.heads.index_of_token[path[:, depth + 1], None]  # (n, 1)
             label_logit = logits.gather(1, label.clamp(max=known - 1))
             earlier = torch.arange(known, device=logits.device) < label
             before = ((logits > label_logit) | ((logits == label_logit) & earlier)).sum(-1)

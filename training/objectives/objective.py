@@ -109,14 +109,14 @@ def acceptance(objective: Objective, seen: Iterable[tuple[Batch, TargetView | No
     return count_ranks((objective.label_ranks(batch, view) for batch, view in seen), objective.depths, width)
 
 
-def count_ranks(found: Iterable[Tensor], depths: int, width: int) -> Acceptance:
+def count_ranks(label_ranks: Iterable[Tensor], depths: int, width: int) -> Acceptance:
     """Teacher-forced acceptance from label ranks (n, depths) each: p[depth][rank] with its counts, for the planner.
 
     p[d][r] is the share of trials in which the text's token had rank r at depth d; a trial needs all earlier tokens of
     the path to be within the best `width`. Sampling accepts differently: these are plain ranks, without noise."""
     hits = torch.zeros(depths, width, dtype=torch.int64)
     trials = torch.zeros(depths, 1, dtype=torch.int64)
-    for ranks in found:
+    for ranks in label_ranks:
         ranks = ranks.cpu()
         judged = ranks != NO_LABEL
         within = judged & (ranks < width)
