@@ -149,11 +149,11 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         ) from error
 
 
-def differences(mine: dict, theirs: dict, where: str = "") -> list[str]:
-    """One phrase for each difference between the present settings `mine` and the saved ones `theirs`, nested dicts."""
+def differences(present: dict, saved: dict, where: str = "") -> list[str]:
+    """One phrase for each difference between the `present` settings and the `saved` ones, nested dicts."""
     phrases = []
-    for key in [*mine, *(key for key in theirs if key not in mine)]:
-        name, here, there = f"{where}{key}", mine.get(key), theirs.get(key)
+    for key in [*present, *(key for key in saved if key not in present)]:
+        name, here, there = f"{where}{key}", present.get(key), saved.get(key)
         if isinstance(here, dict) and isinstance(there, dict):
             phrases += differences(here, there, f"{name}.")
         elif here != there:

@@ -31,19 +31,19 @@ def spans(ranks: Tensor, judged: Tensor) -> list[Tensor]:
     return [part.cpu() for part in ranks.tensor_split(cuts.cpu()) if len(part)]
 
 
-def accuracies(found: Iterable[Tensor], depths: int) -> tuple[list[int], list[int]]:
-    """For each depth, the number of labels that were the first guess, and of all labels, over label ranks `found`."""
+def accuracies(label_ranks: Iterable[Tensor], depths: int) -> tuple[list[int], list[int]]:
+    """For each depth, over `label_ranks`, the number of labels that were the first guess, and of all labels."""
     right, judged = torch.zeros(depths, dtype=torch.int64), torch.zeros(depths, dtype=torch.int64)
-    for ranks in found:
+    for ranks in label_ranks:
         right += (ranks == 0).sum(0).cpu()
         judged += (ranks != NO_LABEL).sum(0).cpu()
     return right.tolist(), judged.tolist()
 
 
-def walk(found: Iterable[Tensor], shape: TreeShape) -> tuple[int, int]:
-    """Replay greedy decoding with tree `shape` over the answers `found`, (m, D) each: numbers of steps and tokens."""
+def walk(label_ranks: Iterable[Tensor], shape: TreeShape) -> tuple[int, int]:
+    """Replay greedy decoding with tree `shape` over answers' `label_ranks`, (m, D) each: counts of steps and tokens."""
     steps = tokens = 0
-    for ranks in found:
+    for ranks in label_ranks:
         reach = [depth_within(row, shape) for row in ranks.tolist()]
         steps += sum(1 for _ in step_positions(len(reach), reach.__getitem__))
         tokens += len(reach)

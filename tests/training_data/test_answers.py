@@ -3,7 +3,7 @@
 import paceline
 import pytest
 import torch
-from paceline.training.data.ledger import own_seed
+from paceline.training.data.ledger import job_seed
 from paceline.training.records import Journal
 
 from support.data_runs import ENDS, PROMPTS, generate, lines, write
@@ -23,7 +23,7 @@ def test_every_prompt_is_accounted_for(folder, chat, tmp_path, capsys):
     assert {record["source"] for record in records} == {"p", "other"}
     for record in records:
         assert [m["role"] for m in record["messages"] if m["role"] != "system"][:2] == ["user", "assistant"]
-        assert record["tokens"] == sum(map(len, record["token_ids"])) and record["seed"] == own_seed(0, record["id"])
+        assert record["tokens"] == sum(map(len, record["token_ids"])) and record["seed"] == job_seed(0, record["id"])
     assert any(record["finished"] for record in records) and not all(record["finished"] for record in records)
 
 

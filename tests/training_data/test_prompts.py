@@ -4,7 +4,7 @@ import paceline
 import pytest
 import torch
 from paceline.training.data.answers import _said
-from paceline.training.data.ledger import own_seed
+from paceline.training.data.ledger import job_seed
 from paceline.training.data.prompts import Prompt, Unusable, read_prompts, sift, turns_of
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +39,7 @@ def test_invented_turns_go_on_from_their_beginnings(folder, tmp_path, capsys):
         begun = ["AB", "HEAD"][number % 2]
         prompt = tokenizer("u" + begun, add_special_tokens=False, return_tensors="pt")["input_ids"]
         options = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "max_new_tokens": 9}
-        said = paceline.generate(model, prompt, seed=own_seed(0, f"self/{number}"), **options)[0, prompt.shape[1] :]
+        said = paceline.generate(model, prompt, seed=job_seed(0, f"self/{number}"), **options)[0, prompt.shape[1] :]
         ended = int(said[-1]) in ENDS
         assert turn["ended"] == ended
         words = tokenizer.decode(said[:-1], skip_special_tokens=True)

@@ -13,7 +13,7 @@ from ...spec.prompts import templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import context_length, end_ids
 from ..records import Journal
-from .ledger import Job, Ledger, own_seed
+from .ledger import Job, Ledger, job_seed
 from .prompts import Prompt, Unusable, user_prefix
 
 SLACK = 16  # extra tokens allowed per turn, as tokenizing its text again may give more
@@ -146,7 +146,7 @@ def invent(
             bar.update()
 
         room = max(map(len, begun)) + sampling.max_new_tokens
-        seeds = [own_seed(sampling.seed, f"self/{number}") for number in range(count)]
+        seeds = [job_seed(sampling.seed, f"self/{number}") for number in range(count)]
         texts = [
             Text(begun[number % len(begun)], sampling.max_new_tokens, seeds[number], room, number)
             for number in range(count)

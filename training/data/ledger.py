@@ -28,7 +28,7 @@ class Job:
     seed: int
 
 
-def own_seed(seed: int, name: str) -> int:
+def job_seed(seed: int, name: str) -> int:
     """A job's seed: a hash of the run's seed and the job's name, independent of the order of jobs."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=7).digest(), "little")
 
@@ -72,12 +72,12 @@ class Ledger:
         jobs = []
         for entry in entries:
             for temperature, repeat in variants:
-                name = f"{entry.id if isinstance(entry, Prompt) else entry.place}/{temperature:g}/{repeat}"
+                name = f"{entry.id if isinstance(entry, Prompt) else entry.location}/{temperature:g}/{repeat}"
                 self.names.add(name)
                 if isinstance(entry, Unusable):
                     self.skip(name, entry.reason)
                 elif name not in self.done and name not in self.skipped:
-                    jobs.append(Job(name, entry, temperature, own_seed(seed, name)))
+                    jobs.append(Job(name, entry, temperature, job_seed(seed, name)))
         asked = len(self.names)
         self.bar = tqdm(total=asked, initial=asked - len(jobs), unit="text", desc="answering", disable=None)
         self.started = time.perf_counter()

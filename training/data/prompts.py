@@ -32,7 +32,7 @@ class Prompt:
 class Unusable:
     """An entry of a source that is no prompt, and why."""
 
-    place: str
+    location: str
     reason: str
 
 
