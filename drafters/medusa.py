@@ -25,7 +25,7 @@ from ..spec.plan.trees import Rates, default_tree
 from ..spec.proposal import DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
-from ..spec.target.taps import HEAD, lm_head
+from ..spec.target.taps import HEAD, linear_head
 from .folder import DrafterFolder, target_identity, write_folder
 from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree
@@ -73,7 +73,7 @@ class MedusaHeads(nn.Module):
 
     def __init__(self, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None):
         super().__init__()
-        head = lm_head(target)
+        head = linear_head(target)
         self.settings = settings
         self.target = target_identity(target)
         self.vocab_size, self.hidden_size = head.weight.shape
@@ -241,7 +241,7 @@ class MedusaDrafter:
     def open(self, request: DraftRequest) -> "MedusaSession":
         weight = self.heads.weight
         assert request.target is not None, "heads read the hidden states of a model"
-        expected = lm_head(request.target).weight.shape[1], request.target.dtype, request.device
+        expected = linear_head(request.target).weight.shape[1], request.target.dtype, request.device
         if (self.heads.hidden_size, weight.dtype, weight.device) != expected:
             raise ValueError(
                 f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {weight.dtype} on "

@@ -37,7 +37,7 @@ from .data.rows import Rows, check_tokenizer, fingerprint, open_data
 from .decoding import Settings, counted, decode
 from .metrics import check_trackers
 from .objectives.objective import Objective
-from .objectives.target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, lm_head, write_hidden_states
+from .objectives.target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, logit_head, write_hidden_states
 from .trainer import Trainer
 from .versions import versions
 
@@ -188,7 +188,7 @@ def _target(config: Config, objective, model, splits: dict[str, Rows], accelerat
     for split, rows in splits.items():
         write_hidden_states(model, split, rows, folder, *ranks, taps=taps)
     accelerator.wait_for_everyone()
-    return OfflineTarget(folder, lm_head(model), taps)
+    return OfflineTarget(folder, logit_head(model), taps)
 
 
 def _decoding(config: Config, model, tokenizer):

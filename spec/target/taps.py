@@ -25,7 +25,7 @@ _active = threading.local()
 _putting = threading.Lock()  # two threads must not put the same tap twice
 
 
-def lm_head(model: "PreTrainedModel") -> nn.Linear:
+def linear_head(model: "PreTrainedModel") -> nn.Linear:
     """The LM head, a linear map from the last hidden state to the logits. Raises ValueError where there is none."""
     head = model.get_output_embeddings()
     if getattr(head, "weight", None) is None or head.weight.ndim != 2:
@@ -57,7 +57,7 @@ def _layer(model: "PreTrainedModel", number: int) -> nn.Module:
 def feature_sizes(model: "PreTrainedModel", taps: Iterable[Tap]) -> list[int]:
     """The size of each tap's hidden state."""
     hidden = model.config.get_text_config().hidden_size
-    return [lm_head(model).weight.shape[1] if tap == HEAD else hidden for tap in taps]
+    return [linear_head(model).weight.shape[1] if tap == HEAD else hidden for tap in taps]
 
 
 def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
@@ -65,7 +65,7 @@ def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
     with _putting:
         for tap in taps:
             if tap == HEAD:
-                head = lm_head(model)
+                head = linear_head(model)
                 if not any(map(is_tap, head._forward_pre_hooks.values())):
                     head.register_forward_pre_hook(_tell_input)
                 continue

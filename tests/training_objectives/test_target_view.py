@@ -9,7 +9,7 @@ from paceline.training.objectives.target import (
     OfflineTarget,
     OnlineTarget,
     hidden_bytes,
-    lm_head,
+    logit_head,
     write_hidden_states,
 )
 
@@ -76,7 +76,7 @@ def test_a_model_whose_logits_come_about_otherwise_is_refused():
 
     model.forward = odd
     with pytest.raises(ValueError, match="gives other logits than its own"):
-        lm_head(model)
+        logit_head(model)
 
 
 def test_hidden_states_on_disk_are_those_of_the_model_and_survive_a_kill(tmp_path):
@@ -96,7 +96,7 @@ def test_hidden_states_on_disk_are_those_of_the_model_and_survive_a_kill(tmp_pat
     assert need <= size < 1.01 * need
     chosen = [ROWS_PER_FILE + 6, 0, ROWS_PER_FILE - 1]
     batch = rows.batch(chosen)
-    sources = OnlineTarget(model, TAPS), OfflineTarget(folder, lm_head(model), TAPS)
+    sources = OnlineTarget(model, TAPS), OfflineTarget(folder, logit_head(model), TAPS)
     theirs, mine = (torch.cat([*source.view(batch, "train", chosen).tapped.values()], -1) for source in sources)
     real = batch["document"] >= 0
     assert len(batch["document"][real].unique()) > 1 and not real.all(), "several documents, and padding"

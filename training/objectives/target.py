@@ -40,7 +40,7 @@ class ScaledHead(nn.Module):
 
 
 @torch.no_grad()
-def lm_head(model) -> nn.Module:
+def logit_head(model) -> nn.Module:
     """The module that turns last hidden states (..., H) into the model's logits (..., V).
 
     Raises ValueError where the model computes its logits in another way."""
@@ -73,7 +73,7 @@ class OnlineTarget:
 
     def __init__(self, model, taps: tuple[Tap, ...] = (HEAD,)):
         self.model, self.taps = model.eval().requires_grad_(False), taps
-        self.lm_head = lm_head(model)
+        self.lm_head = logit_head(model)
 
     @torch.no_grad()
     def view(self, batch: dict[str, Tensor], split: str, rows: list[int]) -> TargetView:
