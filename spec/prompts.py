@@ -18,7 +18,7 @@ class BenchPrompt:
     turns: tuple[str, ...]
 
 
-def read_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
+def read_bench_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
     """The prompts of a file, at most `most`, evenly spread over it. Raises ValueError for a file that has none."""
     try:
         lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -25,7 +25,7 @@ from ..engines.runs import keep
 from ..noise import row_keys
 from ..plan.step_times import slot_bytes
 from ..plan.store import automatic_shape, read_shape
-from ..prompts import BenchPrompt, conversation_ids, left_padded, read_prompts
+from ..prompts import BenchPrompt, conversation_ids, left_padded, read_bench_prompts
 from ..proposal import Drafter
 from ..target.load import context_length, end_ids
 from ..tree import DynamicShape, TreeShape
@@ -43,7 +43,9 @@ def bench(args: Namespace) -> None:
     """The command: measure, or go on measuring, into `args.output`."""
     if args.threads:
         torch.set_num_threads(args.threads)
-    prompts = [replace(prompt, turns=prompt.turns[: args.turns]) for prompt in read_prompts(args.prompts, args.limit)]
+    prompts = [
+        replace(prompt, turns=prompt.turns[: args.turns]) for prompt in read_bench_prompts(args.prompts, args.limit)
+    ]
     model, tokenizer = load_model(args)
     executor = args.executor
     if executor == "auto":

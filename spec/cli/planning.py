@@ -18,7 +18,7 @@ from ..plan import step_times
 from ..plan.replay import Replay, follow, plan_by_replay, plan_side_by_side
 from ..plan.store import plan_path
 from ..plan.trees import Acceptance, Plan, Rates, choose_tree
-from ..prompts import read_prompts
+from ..prompts import read_bench_prompts
 from ..proposal import Drafter, parts_of
 from ..provenance import target_fingerprint
 from ..rows import Stopwatch
@@ -150,7 +150,7 @@ def first_turns(
 ) -> list[tuple[str, dict]]:
     """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, or `most` of them, spread over it."""
     chat = bool(tokenizer.chat_template)
-    prompts = read_prompts(path, most)
+    prompts = read_bench_prompts(path, most)
     return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from paceline.training.data.answers import _said
 from paceline.training.data.ledger import job_seed
-from paceline.training.data.prompts import Prompt, Unusable, read_prompts, sift, turns_of
+from paceline.training.data.prompts import Prompt, Unusable, prompt_entries, sift, turns_of
 from transformers import PreTrainedTokenizerFast
 
 from support.data_runs import ENDS, PROMPTS, generate, lines, write
@@ -66,7 +66,7 @@ def test_prompts_of_an_exclusion_file_are_left_out(folder, tmp_path, capsys, roo
     assert "3 done + 0 failed + 1 skipped = 4" in capsys.readouterr().out
     assert not [r for r in lines(tmp_path / "o.jsonl") if r["messages"][0]["content"] == "DEF"]
     real = root / "tests" / "spec_bench_24.jsonl"
-    held_out = list(read_prompts(str(real)))
+    held_out = list(prompt_entries(str(real)))
     sifted = list(sift([*held_out, Prompt(("Something of my own.",), None, "mine")], turns_of(str(real))))
     assert [entry for entry in sifted if isinstance(entry, Prompt)] == [Prompt(("Something of my own.",), None, "mine")]
     assert all("excluded" in entry.reason for entry in sifted if isinstance(entry, Unusable)) and len(held_out) == 24
@@ -76,7 +76,7 @@ def test_a_data_set_on_disk_is_a_source(tmp_path):
     import datasets
 
     datasets.Dataset.from_list([{"prompt": "ABC"}, {"prompt": "DEF"}]).save_to_disk(tmp_path / "set")
-    assert [prompt.turns for prompt in read_prompts(str(tmp_path / "set"))] == [("ABC",), ("DEF",)]
+    assert [prompt.turns for prompt in prompt_entries(str(tmp_path / "set"))] == [("ABC",), ("DEF",)]
 
 
 @pytest.mark.parametrize(

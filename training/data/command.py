@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from .prompts import Prompt, Unusable, read_beginnings, read_prompts, sift, turns_of
+from .prompts import Prompt, Unusable, prompt_entries, read_beginnings, sift, turns_of
 
 
 def data(args) -> None:
@@ -47,7 +47,7 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
             from .server import Server, answer_by
 
             server = Server(args.server, args.model, sampling)
-            entries = list(sift(read_prompts(args.prompts, args.split), excluded))
+            entries = list(sift(prompt_entries(args.prompts, args.split), excluded))
             answer_by(server, ledger.open_jobs(entries, temperatures, args.repeats, args.seed), ledger, args.batch)
         else:
             model, tokenizer, decoding = _local(args)
@@ -75,7 +75,7 @@ def _entries(
     args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
 ) -> list[Prompt | Unusable]:
     if args.source is None:
-        return list(sift(read_prompts(args.prompts, args.split), excluded))
+        return list(sift(prompt_entries(args.prompts, args.split), excluded))
     from .answers import invent
 
     turns = Path(args.output).with_suffix(".turns.jsonl")
@@ -88,7 +88,7 @@ def _compare(args, sampling, temperatures: list[float]) -> None:
     if args.prompts is None:
         raise ValueError("--compare-transformers needs a file or data set of prompts")
     model, tokenizer, decoding = _local(args)
-    prompts = [entry for entry in read_prompts(args.prompts, args.split) if isinstance(entry, Prompt)][: args.count]
+    prompts = [entry for entry in prompt_entries(args.prompts, args.split) if isinstance(entry, Prompt)][: args.count]
     compare(model, tokenizer, prompts, temperatures, sampling, **decoding)
 
 

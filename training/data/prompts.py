@@ -36,7 +36,7 @@ class Unusable:
     reason: str
 
 
-def read_prompts(source: str, split: str = "train") -> Iterator[Prompt | Unusable]:
+def prompt_entries(source: str, split: str = "train") -> Iterator[Prompt | Unusable]:
     """Prompts of a JSONL file, a `datasets` folder or a hub id, with `turns`, `messages` or `prompt` in each entry.
 
     Raises ValueError for a source that cannot be read at all."""
@@ -123,7 +123,7 @@ def normal(text: str) -> str:
 
 def turns_of(path: str) -> set[str]:
     """All user turns of a file of prompts, normalised, to be kept out of training data."""
-    return {normal(turn) for prompt in read_prompts(path) if isinstance(prompt, Prompt) for turn in prompt.turns}
+    return {normal(turn) for prompt in prompt_entries(path) if isinstance(prompt, Prompt) for turn in prompt.turns}
 
 
 def digest(turn: str) -> str:
