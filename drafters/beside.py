@@ -73,7 +73,7 @@ class BesideSession:
         for drafter, nodes in zip(parts, divided(shape)):
             self.nodes.append(torch.tensor(nodes, device=request.device))
             self.sessions.append(drafter.open(replace(request, shape=shape.part(nodes))))
-        self.first_alone = request.sampling.noise == "own"
+        self.first_alone = request.sampling.coupling == "own"
 
     @property
     def packable(self) -> list[torch.nn.Module]:
@@ -98,11 +98,11 @@ class BesideSession:
             tokens[:, nodes] = proposal.tokens
         first = proposals[0]
         if not self.first_alone:
-            return Proposal(tokens, self.tree, "deterministic", first.noise)
+            return Proposal(tokens, self.tree, "deterministic", first.coupling)
         logits = first.draft_logits
         if logits is not None:
             logits = logits.new_zeros(*tokens.shape, logits.shape[-1]).index_copy(1, self.nodes[0], logits)
-        return Proposal(tokens, self.tree, first.law, first.noise, logits)
+        return Proposal(tokens, self.tree, first.law, first.coupling, logits)
 
     def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
         for session in self.sessions:

@@ -42,7 +42,7 @@ class StaticTree:
         tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(base), 1)  # (B, N)
         tokens[:, :1] = state.roots()
         draft_logits = None
-        if self.sampling.noise == "own":
+        if self.sampling.coupling == "own":
             draft_logits = state.lengths.new_zeros(*tokens.shape, self.vocab_size, dtype=torch.float32)
         for depth, (inner, children, parent_index, ranks, width) in enumerate(self.levels):
             logits = logits_of(depth, inner, tokens) / state.temperature[:, None, None]
@@ -51,7 +51,7 @@ class StaticTree:
             race = logits + self.sampling.gumbel(state.keys, (base + depth + 1)[:, None], self.vocabulary)
             chosen = self.vocabulary[race.topk(width, dim=-1).indices]  # (B, n or 1, width)
             tokens[:, children] = chosen.expand(-1, len(inner), -1)[:, parent_index, ranks]
-        law: Law = "without_replacement" if self.sampling.noise != "none" else "deterministic"
+        law: Law = "without_replacement" if self.sampling.coupling != "none" else "deterministic"
         return Proposal(tokens, self.tree, law, self.sampling.source, draft_logits)
 
     def _widened(self, logits: Tensor) -> Tensor:

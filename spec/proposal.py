@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .target.protocol import Span
 
 Law = Literal["deterministic", "iid", "without_replacement"]
-Noise = Literal["own", "shared"]  # the drafter's, or the target's
+Coupling = Literal["own", "shared"]  # whose noise: the drafter's, or the target's
 NO_TOKEN = -1  # a node for which the drafter has nothing to propose; no rule accepts it
 
 
@@ -37,7 +37,7 @@ class Proposal:
     tokens: Tensor  # (B, N), NO_TOKEN where nothing is proposed
     tree: TokenTree
     law: Law
-    noise: Noise
+    coupling: Coupling
     draft_logits: Tensor | None = None  # (B, N, V)
 
 
@@ -46,20 +46,20 @@ class DraftSampling:
     """How a drafter draws: not at all (greedy), with the target's noise (coupled), or with noise of its own. The
     temperature is per row: `state.temperature`."""
 
-    noise: Noise | Literal["none"] = "none"
+    coupling: Coupling | Literal["none"] = "none"
 
     @property
-    def source(self) -> Noise:
-        """The `noise` of a proposal drawn in this way."""
-        return "shared" if self.noise == "shared" else "own"
+    def source(self) -> Coupling:
+        """The `coupling` of a proposal drawn in this way."""
+        return "shared" if self.coupling == "shared" else "own"
 
     def gumbel(self, keys: Tensor, positions: Tensor, tokens: Tensor) -> Tensor | float:
         """The noise at positions (B, P) of tokens (K,) or (B, P, K): (B, P, K), or 0 for greedy drafts.
 
         The top-k of tempered logits plus noise are k tokens drawn without replacement (Gumbel top-k)."""
-        if self.noise == "none":
+        if self.coupling == "none":
             return 0.0
-        return noise.gumbel(keys, positions, noise.TARGET if self.noise == "shared" else noise.DRAFT, tokens)
+        return noise.gumbel(keys, positions, noise.TARGET if self.coupling == "shared" else noise.DRAFT, tokens)
 
 
 @dataclass(frozen=True, slots=True)

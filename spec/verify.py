@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .proposal import DraftSampling, Noise, Proposal
+from .proposal import Coupling, DraftSampling, Proposal
 
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3  # Medusa's published thresholds
 
@@ -53,7 +53,7 @@ class Rule:
     function: Callable[[Tensor, Proposal, Tensor, Tensor], Verdict]  # (scores, proposal, keys, base)
     lossless: bool  # the text has the target's distribution
     same_text: bool  # for a seed the text equals that of plain decoding
-    coupling: Noise  # whose noise drafts are drawn with
+    coupling: Coupling  # whose noise drafts are drawn with
 
 
 def verify(rule: str, scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool) -> Verdict:
@@ -84,7 +84,7 @@ def check(rule: str, proposal: Proposal, sampling: bool) -> None:
         return
     if proposal.law == "deterministic":
         problem = "this drafter proposes tokens without drawing them"
-    elif proposal.noise == "shared":
+    elif proposal.coupling == "shared":
         problem = "these were drawn with the target's noise, which is not independent of the target's draws"
     elif proposal.law == "iid" and proposal.tree.max_children > 1:
         problem = "these siblings were drawn with replacement"

@@ -53,7 +53,7 @@ def plan(args: Namespace) -> None:
     parts = parts_of(drafter)
     if args.run and len(parts) > 1:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
-    if len(parts) > 1 and drawing.noise == "own":
+    if len(parts) > 1 and drawing.coupling == "own":
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
     acceptance = measured_acceptance(args, model) if args.run else None
     prompts = [] if args.run else [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]

@@ -93,8 +93,8 @@ def open_idle(
 ) -> Executor:
     """An executor of an idle engine of `batch` rows, for whole steps or (`forward_only`) the target forward alone."""
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
-    sampler = Sampler([], sampling.noise != "none", prompt, prompt[:, 0] * 0)
-    rule = "residual" if sampling.noise == "own" else "match"
+    sampler = Sampler([], sampling.coupling != "none", prompt, prompt[:, 0] * 0)
+    rule = "residual" if sampling.coupling == "own" else "match"
     with torch.no_grad():
         target = SlotModel(model, batch, capacity, drafter.traits.taps)
         engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)

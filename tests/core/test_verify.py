@@ -31,7 +31,7 @@ def random_case(shape, seed, rows=5, vocab=7):
 
 def drawn(tree, draft_logits, keys, base, how="own", start=0):
     """Fill a tree level by level as a drafter does, from given logits of each node."""
-    sampling = DraftSampling(noise=how)
+    sampling = DraftSampling(coupling=how)
     tokens = torch.full((len(base), tree.size), start)
     vocab = torch.arange(draft_logits.shape[-1])
     for node in range(tree.size):
@@ -117,7 +117,7 @@ class Toy:
     def propose(self, shape, how="own", pick=None):
         """Draw a tree; `pick(race, logits, k)` chooses children from the race, top-k if not given."""
         tree = TokenTree.of(shape, "cpu")
-        sampling = DraftSampling(noise=how)
+        sampling = DraftSampling(coupling=how)
         tokens = torch.zeros(DRAWS, tree.size, dtype=torch.long)
         for node, children in enumerate(shape.children):
             if children:

@@ -204,7 +204,7 @@ def test_where_drafts_are_drawn_the_first_drafts_alone(target, heads):
         .open(DraftRequest(2, 64, 61, torch.device("cpu"), TreeShape.parse("2x2"), own, target))
         .propose(state)
     )
-    assert (said.law, said.noise) == (alone.law, alone.noise) == ("without_replacement", "own")
+    assert (said.law, said.coupling) == (alone.law, alone.coupling) == ("without_replacement", "own")
     assert torch.equal(said.tokens[:, first], alone.tokens)
     assert torch.equal(said.draft_logits[:, first], alone.draft_logits)
     second = [node for node in range(len(shape)) if node not in first]

@@ -53,9 +53,9 @@ def slow_logits(heads, hidden, path):
 
 def slow_children(heads, hidden, path, count, sampling, key, position):
     """The `count` best known tokens of the race below `path`, the best first."""
-    scores = slow_logits(heads, hidden, path) / TEMPERATURES[sampling.noise]
-    if sampling.noise != "none":
-        stream = noise.TARGET if sampling.noise == "shared" else noise.DRAFT
+    scores = slow_logits(heads, hidden, path) / TEMPERATURES[sampling.coupling]
+    if sampling.coupling != "none":
+        stream = noise.TARGET if sampling.coupling == "shared" else noise.DRAFT
         scores = scores + noise.gumbel(key[None], torch.tensor([[position]]), stream, heads.vocabulary)[0, 0]
     return heads.vocabulary[scores.argsort(descending=True)[:count]].tolist()
 
@@ -82,10 +82,10 @@ def test_proposals_equal_heads_evaluated_path_by_path(target, heads, kind):
                 key = state.keys[row]
                 truth = slow_children(mine, session.hidden[row], path, len(children), sampling, key, position)
                 assert [tokens[child] for child in children] == truth
-                if sampling.noise == "own":
+                if sampling.coupling == "own":
                     law = proposal.draft_logits[row, node]
                     assert law.isfinite().nonzero()[:, 0].tolist() == mine.vocabulary.tolist()
-                    slow = slow_logits(mine, session.hidden[row], path) / TEMPERATURES[sampling.noise]
+                    slow = slow_logits(mine, session.hidden[row], path) / TEMPERATURES[sampling.coupling]
                     assert torch.allclose(law[mine.vocabulary].double(), slow, atol=1e-4)
 
 
@@ -94,7 +94,7 @@ def test_the_law_says_how_the_children_were_drawn(target, heads):
     for sampling in SAMPLINGS:
         proposal = open_session(target, heads["hydra", 40], TreeShape.parse("2x2"), sampling)
         proposal = proposal[0].propose(proposal[1])
-        said.append((proposal.law, proposal.noise, proposal.draft_logits is not None))
+        said.append((proposal.law, proposal.coupling, proposal.draft_logits is not None))
     assert said == [
         ("deterministic", "own", False),
         ("without_replacement", "shared", False),

@@ -17,7 +17,7 @@ def open_session(target, heads, shape, sampling, lengths=(9, 4)):
     request = DraftRequest(rows, 64, 61, torch.device("cpu"), shape, sampling, target)
     state = DecodeState.empty(rows, 64, 0, torch.device("cpu"))
     texts = [text[-length:] for text, length in zip(torch.randint(1, 61, (rows, width)).tolist(), lengths)]
-    warp = RowSampling(temperature=TEMPERATURES[sampling.noise])
+    warp = RowSampling(temperature=TEMPERATURES[sampling.coupling])
     keys = stream_keys(3, rows)
     requests = [Request(text, 20, key, sampling=warp) for text, key in zip(texts, keys)]
     state.admit(torch.arange(rows), requests, [1] * rows)
