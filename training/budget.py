@@ -10,7 +10,7 @@ from .data.rows import Rows
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     trained: int  # parameters that are trained
     trained_vocabulary: int  # of these, embeddings and LM heads
     frozen: int
@@ -46,7 +46,7 @@ def make_plan(
     rows: Rows,
     hidden_bytes: int = 0,
     tokens_per_second: float | None = None,
-) -> Plan:
+) -> TrainingPlan:
     """The plan for a configuration. All real tokens of the packs count as tokens, also those without loss.
 
     Raises ValueError where nothing is to be trained or no token of the data counts."""
@@ -61,7 +61,7 @@ def make_plan(
     tokens = config.budget.tokens or round(config.budget.tokens_per_param * count)
     steps = math.ceil(tokens / (config.optimisation.batch * real))
     everything = sum(p.numel() for p in parameters)
-    return Plan(
+    return TrainingPlan(
         trained=count,
         trained_vocabulary=sum(p.numel() for p in trained if p.ndim == 2 and vocabulary in p.shape),
         frozen=everything - count,

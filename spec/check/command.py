@@ -38,7 +38,7 @@ SHORTEST_CONTEXT = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ScheduledPart:
     """A part with its tasks, and its share of the whole time."""
 
     part: Part
@@ -53,12 +53,12 @@ def check(args: Namespace) -> int:
     executors = all_executors(args.executors)
     subject = _subject(args, executors)
     clock = Clock(args.budget, args.started)
-    plans = _plans(subject, clock)
-    result = Check(_about(args, subject), [plan.part for plan in plans])
+    schedule = _schedule(subject, clock)
+    result = Check(_about(args, subject), [scheduled.part for scheduled in schedule])
     try:
         with warnings.catch_warnings(), _stoppable() as stopped:
             warnings.simplefilter("ignore")  # of other packages
-            run(plans, clock, result, output, stopped)
+            run(schedule, clock, result, output, stopped)
     except BaseException:
         result.interrupted = True
         raise
@@ -91,32 +91,32 @@ def _stoppable() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def run(plans: list[Plan], clock: Clock, result: Check, output: Path | None, stopped: list[int]) -> None:
+def run(schedule: list[ScheduledPart], clock: Clock, result: Check, output: Path | None, stopped: list[int]) -> None:
     """Run the parts one after the other and print each at its end; every finding is written to the JSON file at once.
     Raises KeyboardInterrupt once `stopped` holds a signal."""
-    shares = sum(plan.share for plan in plans)
-    for plan in plans:
+    shares = sum(scheduled.share for scheduled in schedule)
+    for scheduled in schedule:
         begun = time.perf_counter()
-        clock.begin(plan.share / shares)
-        shares -= plan.share
-        for finding in run_tasks(plan.tasks(), clock):
-            plan.part.findings.append(finding)
-            plan.part.seconds = time.perf_counter() - begun
+        clock.begin(scheduled.share / shares)
+        shares -= scheduled.share
+        for finding in run_tasks(scheduled.tasks(), clock):
+            scheduled.part.findings.append(finding)
+            scheduled.part.seconds = time.perf_counter() - begun
             if output:
                 write_json(output, result.as_dict("not finished"))
             if stopped:
                 raise KeyboardInterrupt
-        print(result.text(plan.part), flush=True)
+        print(result.text(scheduled.part), flush=True)
 
 
-def _plans(subject: Subject, clock: Clock) -> list[Plan]:
+def _schedule(subject: Subject, clock: Clock) -> list[ScheduledPart]:
     steps = Steps(subject, clock)
     return [
-        Plan(Part("machine", "Machine"), lambda: machine_tasks(subject), 0.04),
-        Plan(Part("lossless", "Lossless", must_hold=True), lambda: Lossless(subject, clock).tasks(), 0.62),
-        Plan(Part("steps", "Steps"), steps.tasks, 0.24),
-        Plan(Part("worth", "Worth it"), lambda: worth_tasks(steps), 0.01),
-        Plan(Part("training", "Training"), lambda: _training_tasks(subject), 0.09),
+        ScheduledPart(Part("machine", "Machine"), lambda: machine_tasks(subject), 0.04),
+        ScheduledPart(Part("lossless", "Lossless", must_hold=True), lambda: Lossless(subject, clock).tasks(), 0.62),
+        ScheduledPart(Part("steps", "Steps"), steps.tasks, 0.24),
+        ScheduledPart(Part("worth", "Worth it"), lambda: worth_tasks(steps), 0.01),
+        ScheduledPart(Part("training", "Training"), lambda: _training_tasks(subject), 0.09),
     ]
 
 

@@ -83,13 +83,13 @@ def _entries(
 
 
 def _compare(args, sampling, temperatures: list[float]) -> None:
-    from .throughput import compare
+    from .throughput import compare_with_transformers
 
     if args.prompts is None:
         raise ValueError("--compare-transformers needs a file or data set of prompts")
     model, tokenizer, decoding = _local(args)
     prompts = [entry for entry in prompt_entries(args.prompts, args.split) if isinstance(entry, Prompt)][: args.count]
-    compare(model, tokenizer, prompts, temperatures, sampling, **decoding)
+    compare_with_transformers(model, tokenizer, prompts, temperatures, sampling, **decoding)
 
 
 def prepare(args) -> None:

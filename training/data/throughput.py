@@ -18,7 +18,9 @@ from .prompts import Prompt
 ROUNDS = 2  # each way decodes a part of the prompts, in turns
 
 
-def compare(model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sampling, **decoding) -> float:
+def compare_with_transformers(
+    model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sampling, **decoding
+) -> float:
     """Print and return the ratio of Paceline's tokens per second to transformers', over all temperatures."""
     ids = [templated_ids(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
     if not ids:
