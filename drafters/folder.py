@@ -6,6 +6,7 @@ The config says what kind of drafter it is (`paceline_drafter`) and for which ta
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..spec.console import waiting, without_bars
+from ..spec.console import quietly, waiting
 from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
@@ -136,16 +137,29 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
         from huggingface_hub import snapshot_download
 
         kept = ["*.json", "*.safetensors", "*.md"]
-        with waiting(f"fetching {name_or_path} from the model hub"), without_bars():
+        with waiting(f"fetching {name_or_path} from the model hub"), quietly():
             path = Path(snapshot_download(str(name_or_path), allow_patterns=kept))
     return DrafterFolder(path, config)
 
 
 def _config(name: str) -> dict:
-    """The config of a folder or hub id, found and cached by transformers; empty where there is none."""
+    """The config of a folder or hub id, found and cached by transformers; empty for a folder without one.
+
+    Raises ValueError for any other name that the model hub does not know."""
+    from huggingface_hub import try_to_load_from_cache
     from transformers import PreTrainedConfig
 
+    folder = Path(name).is_dir()
+    here = folder or isinstance(try_to_load_from_cache(name, "config.json"), str)
     try:
-        return PreTrainedConfig.get_config_dict(name)[0]
-    except (OSError, ValueError):
-        return {}  # loading the model will say what is wrong
+        with nullcontext() if here else waiting(f"looking for {name} on the model hub"), quietly():
+            return PreTrainedConfig.get_config_dict(name)[0]
+    except (OSError, ValueError) as error:
+        if folder:
+            return {}  # loading the model will say what is wrong
+        without_weights = " and ".join(kind for kind, about in KINDS.items() if not about.weights)
+        raise ValueError(
+            f"drafter {name!r} is no folder here and the model hub did not give it ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:120]}); choose {without_weights}, one that `paceline drafters` lists, or "
+            "check name and network"
+        ) from error

@@ -35,16 +35,19 @@ def waiting(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def without_bars() -> Iterator[None]:
-    """Transformers and the model hub draw no progress bars in the block."""
+def quietly() -> Iterator[None]:
+    """Transformers and the model hub draw no progress bars in the block, nor a line for each retry."""
+    from huggingface_hub.utils import logging as hub
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    shown, heard = logging.is_progress_bar_enabled(), hub.get_verbosity()
     if shown:
         logging.disable_progress_bar()
+    hub.set_verbosity_error()
     try:
         yield
     finally:
+        hub.set_verbosity(heard)
         if shown:
             logging.enable_progress_bar()
 

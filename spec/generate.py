@@ -48,7 +48,7 @@ from .engines.runs import RunSpec, open_run
 from .loop import decode
 from .noise import stream_keys
 from .plan.store import automatic_shape, read_shape
-from .proposal import Drafter, NoDrafter, is_drafter
+from .proposal import Drafter, NoDrafter, check_drafter
 from .request import Request
 from .rows import Rows
 from .sampling import Sampler
@@ -143,12 +143,7 @@ def _drafter(drafter: Any, model: PreTrainedModel) -> Drafter:
     if drafter is None:
         return NoDrafter()
     if not isinstance(drafter, (str, Path, torch.nn.Module)):
-        if not is_drafter(drafter):
-            raise ValueError(
-                f"drafter is a {type(drafter).__name__}; pass a name, a folder, a causal LM or what load_drafter "
-                "returns"
-            )
-        return drafter
+        return check_drafter(drafter)
     return import_module("..drafters.kept", __package__).kept_drafter(drafter, model)
 
 

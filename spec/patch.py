@@ -26,7 +26,7 @@ from .engines.executors import executor_names
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plan.store import read_shape
-from .proposal import Drafter, NoDrafter, is_drafter
+from .proposal import Drafter, NoDrafter, check_drafter
 from .target.selftest import attach
 from .trace import Event
 from .verify import RULES
@@ -216,8 +216,8 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
         from .. import load_drafter
 
         drafter = load_drafter(drafter, model)
-    if drafter is not None and not is_drafter(drafter):
-        raise ValueError(f"drafter is a {type(drafter).__name__}; pass a name, a folder or what load_drafter returns")
+    if drafter is not None:
+        check_drafter(drafter)
     if (tree := settings.get("tree")) not in (None, "auto"):
         read_shape(tree, drafter or NoDrafter())
     return drafter

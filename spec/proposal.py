@@ -6,7 +6,7 @@ A drafter knows nothing of verification and a rule nothing of drafters. The prop
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, Self, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeGuard, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,19 @@ class Proposal:
     law: Law
     coupling: Coupling
     draft_logits: Tensor | None = None  # (B, N, V)
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what can be seen without reading the tokens."""
+        if self.tokens.shape[1] != self.tree.size:
+            raise ValueError(
+                f"a drafter proposes {self.tokens.shape[1]} tokens for a tree of {self.tree.size} nodes; give one for "
+                "each node, the root included, and NO_TOKEN where it has none"
+            )
+        if self.law not in (laws := get_args(Law)) or self.coupling not in (couplings := get_args(Coupling)):
+            name, value, known = ("law", self.law, laws)
+            if self.law in laws:
+                name, value, known = ("coupling", self.coupling, couplings)
+            raise ValueError(f"a drafter proposes with {name}={value!r}, which is none of {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +182,29 @@ class Drafter(Protocol):
         """Allocate a session's buffers. Raises ValueError for a request it cannot serve."""
 
 
+ATTRIBUTES = ("name", "default_shape", "traits", "open")
+
+
 def is_drafter(value: object) -> TypeGuard[Drafter]:
-    """Whether `value` has the attributes of a drafter."""
-    return all(hasattr(value, name) for name in ("name", "default_shape", "traits", "open"))
+    """Whether `value` is an object with the attributes of a drafter."""
+    return not isinstance(value, type) and all(hasattr(value, name) for name in ATTRIBUTES)
+
+
+def check_drafter(value: Any) -> Drafter:
+    """`value` itself. Raises ValueError unless it is a drafter object, with what it lacks to be one."""
+    if is_drafter(value):
+        return value
+    if isinstance(value, type):
+        raise ValueError(f"drafter is the class {value.__name__}; pass an object of it, {value.__name__}(...)")
+    absent = [name for name in ATTRIBUTES if not hasattr(value, name)]
+    if len(absent) < len(ATTRIBUTES) - 1:  # a name alone has much else
+        raise ValueError(
+            f"drafter is a {type(value).__name__} without {' and '.join(absent)}; docs/add-a-drafter.md says what a "
+            "drafter has"
+        )
+    raise ValueError(
+        f"drafter is a {type(value).__name__}; pass a name, a folder, a causal LM or what load_drafter returns"
+    )
 
 
 def parts_of(drafter: Drafter) -> tuple[Drafter, ...]:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-from ..console import waiting, without_bars
+from ..console import quietly, waiting
 from ..files import cache_folder
 
 LARGE = 2e9  # bytes of weights from which loading them takes a while
@@ -89,7 +89,7 @@ def load_target(
     where = resolve(str(name_or_path))
     options = {"trust_remote_code": trust_remote_code}
     try:
-        with _wait(str(name_or_path), where), without_bars():
+        with _wait(str(name_or_path), where), quietly():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
