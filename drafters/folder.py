@@ -19,6 +19,7 @@ from ..spec.console import quietly, waiting
 from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
+from ..spec.target.load import check_hub_id
 from .kinds import KINDS
 
 if TYPE_CHECKING:
@@ -150,8 +151,10 @@ def _config(name: str) -> dict:
     from transformers import PreTrainedConfig
 
     folder = Path(name).is_dir()
-    here = folder or isinstance(try_to_load_from_cache(name, "config.json"), str)
+    if not folder:
+        check_hub_id("drafter", name)
     try:
+        here = folder or isinstance(try_to_load_from_cache(name, "config.json"), str)
         with nullcontext() if here else waiting(f"looking for {name} on the model hub"), quietly():
             return PreTrainedConfig.get_config_dict(name)[0]
     except (OSError, ValueError) as error:

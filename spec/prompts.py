@@ -10,6 +10,8 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+EXAMPLE = '{"prompt": "Why is the sky blue?"}'
+
 
 @dataclass(frozen=True, slots=True)
 class BenchPrompt:
@@ -21,12 +23,13 @@ class BenchPrompt:
 def read_bench_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
     """The prompts of a file, at most `most`, evenly spread over it. Raises ValueError for a file that has none."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [_prompt(number, line) for number, line in enumerate(lines, 1)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no JSONL file with 'turns' or 'prompt' in each line ({error})") from error
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
+        raise ValueError(f"prompts file {path} cannot be read ({reason}); give a JSONL file") from error
+    prompts = [_prompt(f"{path}, line {number}", number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
-        raise ValueError(f"{path} holds no prompts")
+        raise ValueError(f"{path} holds no prompts; each line of it is one, such as {EXAMPLE}")
     repeated = {prompt.id for prompt in prompts if sum(prompt.id == twin.id for twin in prompts) > 1}
     if repeated:
         raise ValueError(f"{path}: id {min(repeated)} stands in several lines; give every prompt its own id")
@@ -35,11 +38,19 @@ def read_bench_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
     return [prompts[i * len(prompts) // most] for i in range(most)]
 
 
-def _prompt(number: int, line: dict) -> BenchPrompt:
-    turns = line["turns"] if "turns" in line else [line["prompt"]]
-    if not turns or not all(isinstance(turn, str) and turn for turn in turns):
-        raise ValueError(f"line {number} has no text")
-    return BenchPrompt(str(line.get("id", number)), str(line.get("category", "all")), tuple(turns))
+def _prompt(where: str, number: int, line: str) -> BenchPrompt:
+    """The prompt of a line; `where` names the line in messages."""
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where} is no JSON ({error}); a prompt is a line such as {EXAMPLE}") from error
+    if not isinstance(entry, dict) or not {"turns", "prompt"} & entry.keys():
+        has = f"has {', '.join(entry) or 'nothing'}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
+        raise ValueError(f"{where} {has}; a prompt is a line such as {EXAMPLE}, or one with 'turns', a list of texts")
+    turns = entry["turns"] if "turns" in entry else [entry["prompt"]]
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
+        raise ValueError(f"{where} has an empty prompt, or one that is no text; give it text, or remove the line")
+    return BenchPrompt(str(entry.get("id", number)), str(entry.get("category", "all")), tuple(turns))
 
 
 def conversation_ids(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> list[int]:

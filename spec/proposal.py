@@ -47,11 +47,9 @@ class Proposal:
                 f"a drafter proposes {self.tokens.shape[1]} tokens for a tree of {self.tree.size} nodes; give one for "
                 "each node, the root included, and NO_TOKEN where it has none"
             )
-        if self.law not in (laws := get_args(Law)) or self.coupling not in (couplings := get_args(Coupling)):
-            name, value, known = ("law", self.law, laws)
-            if self.law in laws:
-                name, value, known = ("coupling", self.coupling, couplings)
-            raise ValueError(f"a drafter proposes with {name}={value!r}, which is none of {', '.join(known)}")
+        for name, value, known in (("law", self.law, get_args(Law)), ("coupling", self.coupling, get_args(Coupling))):
+            if value not in known:
+                raise ValueError(f"a drafter proposes with {name}={value!r}, which is none of {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)

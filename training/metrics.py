@@ -55,7 +55,7 @@ class Report:
         if accelerator.is_main_process:
             _forget_after(self.path, done)
         accelerator.init_trackers("paceline", config=_flat(settings))
-        self.bar = tqdm(total=steps, initial=done, unit="step", disable=not accelerator.is_main_process)
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=None if accelerator.is_main_process else True)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         if not self.accelerator.is_main_process:

@@ -29,9 +29,11 @@ from ..prompts import BenchPrompt, conversation_ids, left_padded, read_bench_pro
 from ..proposal import Drafter
 from ..target.load import context_length, end_ids
 from ..tree import DynamicShape, TreeShape
+from .analysis import analyse
 from .divergence import margin, parting
 from .methods import Decoder, Method, parse_methods
-from .runfile import VERSION, Difference, Record, RunWriter
+from .runfile import VERSION, Difference, Record, RunWriter, read_run
+from .wording import conclusion
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -55,10 +57,16 @@ def bench(args: Namespace) -> None:
         raise ValueError(f"--batch {args.batch}: transformers speculates with one text at a time; use --batch 1")
     decoders = {method.name: _decoder(method, model, tokenizer) for method in methods}
     writer = RunWriter(args.output, _header(args, model, decoders))
+    measuring = Bench(args, model, tokenizer, decoders, writer)
     try:
-        Bench(args, model, tokenizer, decoders, writer).run(prompts)
+        measuring.run(prompts)
+    except KeyboardInterrupt:
+        kept = f"{len(measuring.records)} measurements are kept in {args.output}"
+        print(f"\n{kept}; the same command goes on behind them", file=sys.stderr)
+        raise
     finally:
         writer.close()
+    print(f"{conclusion(analyse([read_run(args.output)]))}\na page of it: paceline report {args.output} -o report.html")
 
 
 def _decoder(method: Method, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Decoder:

@@ -35,7 +35,8 @@ def report(args: Namespace) -> None:
     """The command `paceline report`."""
     runs = [_read(path) for path in args.runs]
     figures = analyse(runs)
-    if not (args.output or args.markdown or args.json or args.picture):
+    asked = [path for path in (args.output, args.markdown, args.json, args.picture) if path]
+    if not asked:
         args.markdown = "-"
     if args.output:
         _put(args.output, page(figures, runs))
@@ -45,6 +46,8 @@ def report(args: Namespace) -> None:
         _put(args.json, json.dumps(figures, indent=1) + "\n")
     if args.picture:
         _put(args.picture, drawn(figures, runs))
+    if asked and "-" not in asked:
+        print(f"{wording.conclusion(figures)}\nwritten: {', '.join(asked)}")
 
 
 def _read(path: str) -> Run:
@@ -87,13 +90,17 @@ def overview(figures: dict) -> list[list[str]]:
 
 
 def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
-    """(method, table rows by category, then together and the mean over categories)."""
+    """(method, table rows by category, then together and the mean over categories; where there is one category, the
+    row of all prompts alone)."""
     plain = {method["label"]: method for method in figures["methods"]}
     out = []
     for method in figures["methods"]:
         prefix = method["label"].removesuffix(method["name"])
         baseline = plain.get(prefix + (method["baseline"] or method["name"]))
         baseline_rows = {row["name"]: row for row in [*baseline["categories"], baseline["overall"]]} if baseline else {}
+        if len(method["categories"]) == 1:
+            out.append((method, [_line(method["overall"], baseline_rows.get(method["overall"]["name"]))]))
+            continue
         rows = [_line(row, baseline_rows.get(row["name"])) for row in [*method["categories"], method["overall"]]]
         means = method["macro"]
         shown = [_number(means["tokens_per_step"]), "", _number(means["rate"], 1), ""]

@@ -220,9 +220,16 @@ def check_equal(path: str | Path, name: str, recorded, asked) -> None:
     """Raise ValueError that names the first setting in which a run file differs from what is asked for now."""
     if recorded == asked:
         return
+    if name == "methods":
+        recorded, asked = ({method["name"]: method for method in methods} for methods in (recorded, asked))
+        if list(recorded) == list(asked):
+            for method in asked:
+                check_equal(path, f"method {method}", recorded[method], asked[method])
+        recorded, asked = ", ".join(recorded), ", ".join(asked)
     if isinstance(recorded, dict) and isinstance(asked, dict):
+        within = f"{name}: " if name.startswith("method ") else ""
         for key in [*recorded, *asked]:  # one that is absent is of a file that an earlier version began
-            check_equal(path, key, recorded.get(key), asked.get(key))
+            check_equal(path, f"{within}{key}", recorded.get(key), asked.get(key))
         return
     raise ValueError(
         f"{path} was begun with {name} = {_short(recorded)} and now {name} = {_short(asked)}; ask for the same, or "

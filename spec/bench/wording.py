@@ -52,6 +52,11 @@ def verdict(figures: dict) -> str:
     return f"{said[0].upper()}{said[1:]} with {visible(best['label'])}{among}: {prompts}, {model} on {device(figures)}"
 
 
+def conclusion(figures: dict) -> str:
+    """Verdict and particulars, for a terminal."""
+    return "\n".join(filter(None, [verdict(figures), particulars(figures)]))
+
+
 def device(figures: dict) -> str:
     setup, machine = figures["setup"], figures["runs"][0]["machine"]
     if setup["device"] != "cpu":
@@ -105,6 +110,8 @@ def baselines(figures: dict) -> str:
         )
     else:
         said.append(f"{THEIRS[0].upper()}{THEIRS[1:]} was not measured beside it.")
+    if sum(method["kind"] == "drafted" for method in shown) > 1:
+        said.append("The method at the top is the one whose interval begins highest.")
     lone = [visible(method["label"]) for method in methods if method["kind"] != "ar" and not method["speedup"]]
     if lone:
         said.append(f"No {PLAIN} was measured beside {', '.join(lone)}, so no speed-up is known.")

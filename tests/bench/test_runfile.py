@@ -103,6 +103,17 @@ def test_another_setup_is_refused_with_the_difference(tmp_path):
     assert path.read_bytes() == before and (tmp_path / "notes.txt").read_text() == "my notes"
 
 
+def test_other_methods_are_refused_by_their_names(tmp_path):
+    path, other = runs.write(tmp_path / "r.jsonl"), runs.header()
+    other["methods"] = [*other["methods"], {**other["methods"][1], "name": "short"}]
+    with pytest.raises(ValueError, match='methods = "ar, ngram" and now methods = "ar, ngram, short"'):
+        RunWriter(path, other)
+    other = runs.header()
+    other["methods"][1]["rule"] = "typical"
+    with pytest.raises(ValueError, match='method ngram: rule = "match" and now method ngram: rule = "typical"'):
+        RunWriter(path, other)
+
+
 def test_a_second_writer_is_refused(tmp_path):
     pytest.importorskip("fcntl")
     writer = RunWriter(tmp_path / "r.jsonl", runs.header())

@@ -128,7 +128,7 @@ def write_hidden_states(
     was. With several processes each writes its share. Raises ValueError where the disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(rank * ROWS_PER_FILE, len(data), ranks * ROWS_PER_FILE)
-    for start in tqdm(starts, desc=f"hidden states, {split}", unit="file", disable=rank > 0):
+    for start in tqdm(starts, desc=f"hidden states, {split}", unit="file", disable=None if rank == 0 else True):
         path = _file(folder, split, start)
         if path.exists():
             continue
