@@ -44,12 +44,14 @@ def load_drafter(name_or_path: "str | Path | Drafter | PreTrainedModel", target:
 
 def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
     """`model` itself if it is a drafter; for a causal LM its `ModelDrafter`, the same object on every call."""
+    import torch
+
     from ..spec.arguments import check_model
-    from ..spec.proposal import is_drafter
+    from ..spec.proposal import check_drafter, is_drafter
     from .draft_model import ModelDrafter
 
-    if is_drafter(model):
-        return model
+    if is_drafter(model) or not isinstance(model, (torch.nn.Module, tuple, list)):
+        return check_drafter(model)
     model = check_model(model, "drafter")
     if model is target:
         raise ValueError(

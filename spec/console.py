@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TextIO
 
-from .trace import Event
+from .trace import COMPILING, Event
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,9 +98,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def summary_line(summary: dict, tokens: int, seconds: float) -> str:
     """Tokens per second of decoding steps, tokens per step and acceptance, with their denominators; `seconds` are of
     the whole call, which also reads the prompt and may compile."""
-    stepping = sum(summary["seconds"].values())
+    stepping = sum(spent for phase, spent in summary["seconds"].items() if phase != COMPILING)
     rate = f" ({tokens / stepping:.1f} tokens/s)" if stepping else ""
-    parts = [f"{tokens} tokens in {stepping:.2f} s{rate}, {seconds:.2f} s with all preparation"]
+    parts = [f"{tokens} tokens in {stepping:.2f} s of steps{rate}, {seconds:.2f} s in all"]
     if summary["num_spec_steps"]:
         parts.append(f"{summary['tokens_per_step']:.2f} tokens per step ({summary['num_spec_steps']} steps)")
     if summary["num_draft_tokens"]:

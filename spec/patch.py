@@ -26,7 +26,7 @@ from .engines.executors import executor_names
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plan.store import read_shape
-from .proposal import Drafter, NoDrafter, check_drafter
+from .proposal import Drafter, NoDrafter
 from .target.selftest import attach
 from .trace import Event
 from .verify import RULES
@@ -49,14 +49,17 @@ _PLAIN_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding
 _SUMS = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens", "num_examined_draft_tokens", "num_tokens")
 
 
-def patch(model: PreTrainedModel, drafter: Drafter | str | Path | None = "auto", **settings: Any) -> "Patch":
+def patch(
+    model: PreTrainedModel, drafter: Drafter | PreTrainedModel | str | Path | None = "auto", **settings: Any
+) -> "Patch":
     """Let `model.generate` decode with speculation until `unpatch(model)` or the end of a `with` block.
 
-    `drafter` is a drafter, or a name or folder, which is loaded now. `settings` are those of `paceline.generate`:
-    `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`; they hold for every call, so calls that sample
-    from one prompt with one seed draw one text. What Paceline cannot do (beam search, a cache handed in, training mode)
-    is done by transformers, with one warning per reason; a caller's own `assistant_model=`, `prompt_lookup_num_tokens=`
-    or `custom_generate=` is respected in silence. Outputs are transformers' own, but without a cache.
+    `drafter` is a drafter, a smaller causal LM, or a name or folder, which is loaded now. `settings` are those of
+    `paceline.generate`: `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`; they hold for every call,
+    so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a cache
+    handed in, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
+    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, but without
+    a cache.
 
     A second patch replaces the settings of the first; as a `with` block it brings the first back at its end. Copies and
     pickles of a patched model are not patched. Of a torch.compiled or PEFT model, the transformers model inside, which
@@ -212,12 +215,10 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
         raise ValueError("model.generate is somebody's own, which speculation would pass by; patch the model before it")
     if not model.training:  # else the first call that is not will
         attach(model)
-    if isinstance(drafter, (str, Path)):
+    if drafter is not None:
         from .. import load_drafter
 
         drafter = load_drafter(drafter, model)
-    if drafter is not None:
-        check_drafter(drafter)
     if (tree := settings.get("tree")) not in (None, "auto"):
         read_shape(tree, drafter or NoDrafter())
     return drafter

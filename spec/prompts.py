@@ -23,11 +23,12 @@ class BenchPrompt:
 def read_bench_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
     """The prompts of a file, at most `most`, evenly spread over it. Raises ValueError for a file that has none."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
         raise ValueError(f"prompts file {path} cannot be read ({reason}); give a JSONL file") from error
-    prompts = [_prompt(f"{path}, line {number}", number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    prompts = [_prompt(f"{path}, line {number}", count, line) for count, (number, line) in enumerate(filled, 1)]
     if not prompts:
         raise ValueError(f"{path} holds no prompts; each line of it is one, such as {EXAMPLE}")
     repeated = {prompt.id for prompt in prompts if sum(prompt.id == twin.id for twin in prompts) > 1}
@@ -38,19 +39,20 @@ def read_bench_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
     return [prompts[i * len(prompts) // most] for i in range(most)]
 
 
-def _prompt(where: str, number: int, line: str) -> BenchPrompt:
-    """The prompt of a line; `where` names the line in messages."""
+def _prompt(where: str, count: int, line: str) -> BenchPrompt:
+    """The prompt of a line, the `count`th of its file; `where` names the line in messages."""
     try:
         entry = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{where} is no JSON ({error}); a prompt is a line such as {EXAMPLE}") from error
+    except json.JSONDecodeError as error:
+        said = f"{error.msg}, column {error.colno}"
+        raise ValueError(f"{where} is no JSON ({said}); a prompt is a line such as {EXAMPLE}") from error
     if not isinstance(entry, dict) or not {"turns", "prompt"} & entry.keys():
         has = f"has {', '.join(entry) or 'nothing'}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
         raise ValueError(f"{where} {has}; a prompt is a line such as {EXAMPLE}, or one with 'turns', a list of texts")
     turns = entry["turns"] if "turns" in entry else [entry["prompt"]]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
         raise ValueError(f"{where} has an empty prompt, or one that is no text; give it text, or remove the line")
-    return BenchPrompt(str(entry.get("id", number)), str(entry.get("category", "all")), tuple(turns))
+    return BenchPrompt(str(entry.get("id", count)), str(entry.get("category", "all")), tuple(turns))
 
 
 def conversation_ids(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> list[int]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 Law = Literal["deterministic", "iid", "without_replacement"]
 Coupling = Literal["own", "shared"]  # whose noise: the drafter's, or the target's
+LAWS, COUPLINGS = get_args(Law), get_args(Coupling)
 NO_TOKEN = -1  # a node for which the drafter has nothing to propose; no rule accepts it
 
 
@@ -47,9 +48,9 @@ class Proposal:
                 f"a drafter proposes {self.tokens.shape[1]} tokens for a tree of {self.tree.size} nodes; give one for "
                 "each node, the root included, and NO_TOKEN where it has none"
             )
-        for name, value, known in (("law", self.law, get_args(Law)), ("coupling", self.coupling, get_args(Coupling))):
+        for name, value, known in (("law", self.law, LAWS), ("coupling", self.coupling, COUPLINGS)):
             if value not in known:
-                raise ValueError(f"a drafter proposes with {name}={value!r}, which is none of {', '.join(known)}")
+                raise ValueError(f"a drafter proposes with {name}={value!r}; give one of {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,8 +198,8 @@ def check_drafter(value: Any) -> Drafter:
     absent = [name for name in ATTRIBUTES if not hasattr(value, name)]
     if len(absent) < len(ATTRIBUTES) - 1:  # a name alone has much else
         raise ValueError(
-            f"drafter is a {type(value).__name__} without {' and '.join(absent)}; docs/add-a-drafter.md says what a "
-            "drafter has"
+            f"drafter is a {type(value).__name__} without {' and '.join(absent)}; give it what the protocol Drafter of "
+            "paceline.spec.proposal asks for"
         )
     raise ValueError(
         f"drafter is a {type(value).__name__}; pass a name, a folder, a causal LM or what load_drafter returns"

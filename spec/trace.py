@@ -12,6 +12,8 @@ from pathlib import Path
 
 from . import metrics
 
+COMPILING = "compile"  # a phase of the one step in which a long run begins to compile
+
 
 @dataclass(slots=True)
 class Event:

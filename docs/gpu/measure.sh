@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What a GPU has to tell, in one go of up to eleven minutes: docs/gpu/measure.sh OUT [DEVICE [PART...]]
+# What a GPU has to tell, in one go of up to twelve minutes: docs/gpu/measure.sh OUT [DEVICE [PART...]]
 # Parts are machine, tests, tests-compiled, check-qwen3-0.6b, check-llama-3.1-8b, check-compiled, profile; all by default.
 # Every part has a time limit of its own and writes as it goes, so that one that hangs does not take the rest along.
 # Run it from the root of the repository; the root is the package, so nothing needs to be installed but torch,

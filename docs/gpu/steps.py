@@ -11,9 +11,11 @@ import fcntl
 import json
 import tempfile
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from paceline.spec import provenance
 from paceline.spec.check import shapes
 from paceline.spec.check.steps import weights_read
 from paceline.spec.plan.step_times import Blank, in_turns, open_idle
@@ -57,7 +59,9 @@ def main() -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         seconds = in_turns(model, runners, REPEATS)
     result = {
-        "shape": args.shape, "torch": torch.__version__, "weight_bytes": weights_read(model),
+        "shape": args.shape, "command": provenance.command(), "commit": provenance.git_commit(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "machine": provenance.machine(),
+        "versions": provenance.versions(), "weight_bytes": weights_read(model),
         "step_seconds": seconds, "making_seconds": making,
     }  # fmt: skip
     args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

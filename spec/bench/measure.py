@@ -6,6 +6,7 @@ same text. Figures and pages are computed from the file afterwards.
 """
 
 import hashlib
+import shlex
 import sys
 from argparse import Namespace
 from collections import defaultdict
@@ -61,12 +62,13 @@ def bench(args: Namespace) -> None:
     try:
         measuring.run(prompts)
     except KeyboardInterrupt:
-        kept = f"{len(measuring.records)} measurements are kept in {args.output}"
-        print(f"\n{kept}; the same command goes on behind them", file=sys.stderr)
+        print(f"\n{args.output} keeps {len(measuring.records)} texts; the same command goes on with the others",
+              file=sys.stderr)  # fmt: skip
         raise
     finally:
         writer.close()
-    print(f"{conclusion(analyse([read_run(args.output)]))}\na page of it: paceline report {args.output} -o report.html")
+    following = f"paceline report {shlex.quote(args.output)} -o report.html"
+    print(f"{conclusion(analyse([read_run(args.output)]))}\na page of it: {following}")
 
 
 def _decoder(method: Method, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> Decoder:

@@ -225,6 +225,7 @@ def check_equal(path: str | Path, name: str, recorded, asked) -> None:
         if list(recorded) == list(asked):
             for method in asked:
                 check_equal(path, f"method {method}", recorded[method], asked[method])
+            return
         recorded, asked = ", ".join(recorded), ", ".join(asked)
     if isinstance(recorded, dict) and isinstance(asked, dict):
         within = f"{name}: " if name.startswith("method ") else ""

@@ -110,8 +110,8 @@ def baselines(figures: dict) -> str:
         )
     else:
         said.append(f"{THEIRS[0].upper()}{THEIRS[1:]} was not measured beside it.")
-    if sum(method["kind"] == "drafted" for method in shown) > 1:
-        said.append("The method at the top is the one whose interval begins highest.")
+    if sum(method["kind"] == "drafted" and method["speedup"]["low"] is not None for method in shown) > 1:
+        said.append("The page begins with the method whose interval begins highest.")
     lone = [visible(method["label"]) for method in methods if method["kind"] != "ar" and not method["speedup"]]
     if lone:
         said.append(f"No {PLAIN} was measured beside {', '.join(lone)}, so no speed-up is known.")

@@ -27,6 +27,7 @@ from ..console import waiting
 from ..files import cache_folder
 from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
+from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
 
 LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
@@ -129,6 +130,7 @@ class CompiledLater:
         if self.begun is not None and time.perf_counter() - self.begun >= self.patience:
             self.begun = None
             self._compile()
+            mark(COMPILING)
         return (self.compiled or self.eager).run(mark)
 
     def _compile(self) -> None:

@@ -102,7 +102,7 @@ def test_ctrl_c_says_what_is_kept(pair, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Bench, "_round", second_is_interrupted)
     out = tmp_path / "run.jsonl"
     assert cli.main(command(pair, out)) == 130
-    assert f"3 measurements are kept in {out}; the same command goes on" in capsys.readouterr().err
+    assert f"{out} keeps 3 texts; the same command goes on with the others" in capsys.readouterr().err
     assert len(read_run(out).records) == 3
 
 

@@ -257,8 +257,10 @@ def test_pip_is_heard_where_it_fails(pip, capfd, monkeypatch):
 
 def test_the_rate_of_a_text_counts_its_steps_only():
     """A first call may compile for a minute; the rate is that of every other call too."""
-    summary = Trace([Event(0, 0, [5, 7, 8], [-1, 0, 1], [1], 9, {"draft": 0.5, "verify": 1.5})]).summary()
+    summary = Trace(
+        [Event(0, 0, [5, 7, 8], [-1, 0, 1], [1], 9, {"draft": 0.5, "verify": 1.5, "compile": 40.0})]
+    ).summary()
     assert console.summary_line(summary, 2, 60.0) == (
-        "2 tokens in 2.00 s (1.0 tokens/s), 60.00 s with all preparation; 2.00 tokens per step (1 steps); "
+        "2 tokens in 2.00 s of steps (1.0 tokens/s), 60.00 s in all; 2.00 tokens per step (1 steps); "
         "50.0% of drafted tokens accepted (1 of 2)"
     )

@@ -20,6 +20,7 @@ from paceline.spec.engines.module_state import fingerprint
 from paceline.spec.kernels.linears import pack
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.refill import Text, decode_texts
+from paceline.spec.trace import COMPILING
 
 from support.kept_steps import IDS, SAMPLED, assert_eager_text, decode
 from support.models import fitted_heads, noisy_copy, tiny_llama
@@ -249,6 +250,7 @@ def test_a_long_limit_compiles_only_if_the_text_becomes_long(monkeypatch, capfd)
     assert torch.equal(long.sequences, truth.sequences) and "compiling" in capfd.readouterr().err
     drafts = [[event.tokens for event in out.trace.events] for out in (long, truth)]
     assert drafts[0] == drafts[1], "the switch changes no draft either"
+    assert {event.step for event in long.trace.events if COMPILING in event.seconds} == {4}, "a phase of its own"
     (kept,) = pool.pool_of(model).runs
     assert not kept.in_use
     counts.clear()

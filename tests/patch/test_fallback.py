@@ -4,6 +4,8 @@ import paceline
 import pytest
 import torch
 
+from support.models import noisy_copy
+
 GREEDY = dict(max_new_tokens=16, do_sample=False)
 
 REFUSED = {
@@ -92,6 +94,13 @@ USELESS = {
     "does not take 'max_new_tokens'": dict(max_new_tokens=3),
     "cannot be written": dict(trace_file="/no/such/folder/t.jsonl"),
 }
+
+
+def test_a_causal_lm_drafts(model, ids):
+    expected = model.generate(ids, **GREEDY)
+    with paceline.patch(model, noisy_copy(model)) as patched:
+        assert torch.equal(model.generate(ids, **GREEDY), expected)
+    assert patched.speculated == 1 and patched.drafter.name != "none"
 
 
 @pytest.mark.parametrize("reason, settings", USELESS.items(), ids=USELESS)
