@@ -58,8 +58,8 @@ def patch(
     `paceline.generate`: `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`; they hold for every call,
     so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a cache
     handed in, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
-    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, but without
-    a cache.
+    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, but
+    without a cache.
 
     A second patch replaces the settings of the first; as a `with` block it brings the first back at its end. Copies and
     pickles of a patched model are not patched. Of a torch.compiled or PEFT model, the transformers model inside, which
