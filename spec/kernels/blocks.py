@@ -1,0 +1,66 @@
+"""Weights in blocks of few bits: what a quantised file holds, and a linear layer that multiplies with it.
+
+In each row of a weight, `group` neighbouring inputs share a scale, and in some formats an offset:
+
+    weight = scale * (code - zero) + offset
+
+The formats of GGUF files with uniform codes and the checkpoints of `paceline quantise` all have this form, so that
+their numbers are kept exactly. Knows nothing of files and models.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+GROUPS = (16, 32, 64, 128)  # inputs that may share a scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Blocks:
+    """A weight (N, K) in blocks; K is a multiple of `group`."""
+
+    codes: Tensor  # (N, K) uint8, below 2**bits
+    scales: Tensor  # (N, K / group) float16 or float32
+    offsets: Tensor | None  # (N, K / group), as the scales; None: all 0
+    zero: int  # the code that means 0, where there is no offset
+    bits: int  # 4 or 8
+
+    def __post_init__(self) -> None:
+        assert self.codes.dtype == torch.uint8 and self.bits in (4, 8) and 0 <= self.zero < 1 << self.bits
+        assert self.scales.dtype in (torch.float16, torch.float32) and self.group in GROUPS
+        assert self.codes.shape[1] % self.group == 0 and self.codes.shape[1] == self.group * self.scales.shape[1]
+        for other in (self.offsets,):
+            assert other is None or (other.dtype, other.shape) == (self.scales.dtype, self.scales.shape)
+
+    @property
+    def group(self) -> int:
+        return self.codes.shape[1] // self.scales.shape[1]
+
+    def dequantised(self) -> Tensor:
+        """The weight (N, K) in float32, each operation rounded once."""
+        codes = self.codes.view(len(self.codes), -1, self.group).float() - self.zero
+        weight = codes * self.scales.float()[..., None]
+        if self.offsets is not None:
+            weight = weight + self.offsets.float()[..., None]
+        return weight.flatten(1)
+
+
+class BlockLinear(nn.Module):
+    """`nn.Linear` whose weight is in blocks. With `int8_activations` the inputs of each group are rounded to 8 bits,
+    which is faster and changes the results a little."""
+
+    def __init__(self, blocks: Blocks, bias: Tensor | None = None, int8_activations: bool = False):
+        super().__init__()
+        self.out_features, self.in_features = blocks.codes.shape
+        self.int8_activations = int8_activations
+        self.blocks = blocks
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def dequantised(self) -> Tensor:
+        """The weight (N, K) in float32."""
+        return self.blocks.dequantised()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.dequantised().to(x.dtype), self.bias)
