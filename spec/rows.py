@@ -126,7 +126,8 @@ class Rows:
             self.tickets[row] = next(self._next)
         index = self._index(list(requests))
         self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
-        self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index)
+        with self.executor.packing:
+            self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index)
 
     def step(self) -> Arrival:
         """Advance all rows and return the oldest step not read yet, which is `executor.lag` steps behind."""

@@ -25,7 +25,8 @@ import torch
 
 from ..console import waiting
 from ..files import cache_folder
-from ..kernels.linears import pack, packed_linears
+from ..kernels.linears import Packing
+from ..kernels.merge import MergeLinears
 from ..step import Engine, StepResult, step
 from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
@@ -49,6 +50,10 @@ class Executor(Protocol):
         """The engine whose steps it runs."""
 
     @property
+    def packing(self) -> Packing:
+        """The packed weights of the engine's models, with which its steps and its reading of prompts compute."""
+
+    @property
     def lag(self) -> int:
         """How many steps late the host reads."""
 
@@ -67,16 +72,15 @@ class Eager:
     making_seconds = 0.0
 
     def __init__(self, engine: Engine, work: Step | None = None):
-        self.engine, self.work = engine, work or step
+        self.engine, self.work, self.packing = engine, work or step, Packing(engine.packable)
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
-        return self.work(self.engine, mark)
+        with self.packing:
+            return self.work(self.engine, mark)
 
 
 class Compiled:
-    """The step compiled to one graph for one engine. Compiling takes tens of seconds, less with a warm disk cache.
-
-    On a CPU the graph reads packed copies of the weights."""
+    """The step compiled to one graph for one engine. Compiling takes tens of seconds, less with a warm disk cache."""
 
     lag = 0
 
@@ -84,6 +88,7 @@ class Compiled:
         _check_static(engine, "compiled")
         _keep_compiled_code()
         self.engine, work = engine, work or step
+        self.packing = Packing(engine.packable)
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
         self.step = torch.compile(
             _with_its_own_code(lambda: work(engine, _silent)),
@@ -91,17 +96,17 @@ class Compiled:
             dynamic=False,
             options={
                 "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-                "size_asserts": False,  # packed weights have no strides to assert
+                "size_asserts": False,
                 # Round where eager code does, however kernels are fused, so that all tree sizes give the same numbers.
                 "emulate_precision_casts": True,
+                "post_grad_custom_pre_pass": MergeLinears(),
             },
         )
         started = time.perf_counter()
         try:
             with waiting("compiling the step"):
-                engine.idle_step()  # allocates the caches, which must exist before the graph is traced
-                pack(engine.packable)
-                with packed_linears(engine.packable):
+                with self.packing:
+                    engine.idle_step()  # allocates the caches, which must exist before the graph is traced
                     self.step()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(_reason("compiled", error)) from error
@@ -123,6 +128,7 @@ class CompiledLater:
     def __init__(self, engine: Engine, patience: float):
         self.engine, self.patience = engine, patience
         self.eager = Eager(engine)
+        self.packing = self.eager.packing
         self.compiled: Compiled | None = None
         self.begun: float | None = time.perf_counter()  # None once it has tried to compile
 
@@ -156,6 +162,7 @@ class CudaGraph:
     def __init__(self, engine: Engine, work: Step | None = None):
         _check_static(engine, self.name)
         self.engine, self.work, self.device = engine, work or step, engine.state.tokens.device
+        self.packing = Packing(())  # which is for CPUs
         started = time.perf_counter()
         with torch.cuda.device(self.device):
             try:

@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linears import is_packed_forward, version
 from ..target.taps import is_tap
 
 # Attributes of modules that do not affect what their forward computes; some are set by this package.
@@ -45,7 +46,7 @@ def _tree(module: nn.Module, configs: dict[int, int]) -> int:
     attributes = [
         (key, _plain(value, configs))
         for key, value in module.__dict__.items()
-        if key not in _IGNORED and value is not None and value is not False
+        if key not in _IGNORED and value is not None and value is not False and not is_packed_forward(value)
     ]
     return hash((type(module), tuple(parts), tuple(attributes)))
 
@@ -75,11 +76,6 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     _fingerprints[module] = versions, digest.hexdigest()
     return digest.hexdigest()
-
-
-def version(tensor: Tensor) -> int:
-    """Torch's counter of in-place changes; 0 for a tensor made in inference mode, which has no counter."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
-from ..kernels.linears import pack
 from ..proposal import Drafter, DraftRequest, DraftSampling
 from ..sampling import Sampler
 from ..state import DecodeState
@@ -119,7 +118,7 @@ def _kept_or_made(
     spec = asked.settled(name)
     if run := pool.take(spec, target, model, drafter):
         try:
-            pack(run.engine.packable)  # again, where weights have changed
+            run.executor.packing.refresh()  # again, where weights have changed
         except BaseException:
             pool.give_back(run)
             raise

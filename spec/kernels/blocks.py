@@ -1,4 +1,4 @@
-"""Weights in blocks of few bits: what a quantised file holds, and a linear layer that multiplies with it.
+"""Weights in blocks of few bits, as quantised files hold them.
 
 In each row of a weight, `group` neighbouring inputs share a scale, and in some formats an offset:
 
@@ -11,8 +11,7 @@ their numbers are kept exactly. Knows nothing of files and models.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 GROUPS = (16, 32, 64, 128)  # inputs that may share a scale
 
@@ -45,22 +44,3 @@ class Blocks:
         if self.offsets is not None:
             weight = weight + self.offsets.float()[..., None]
         return weight.flatten(1)
-
-
-class BlockLinear(nn.Module):
-    """`nn.Linear` whose weight is in blocks. With `int8_activations` the inputs of each group are rounded to 8 bits,
-    which is faster and changes the results a little."""
-
-    def __init__(self, blocks: Blocks, bias: Tensor | None = None, int8_activations: bool = False):
-        super().__init__()
-        self.out_features, self.in_features = blocks.codes.shape
-        self.int8_activations = int8_activations
-        self.blocks = blocks
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    def dequantised(self) -> Tensor:
-        """The weight (N, K) in float32."""
-        return self.blocks.dequantised()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dequantised().to(x.dtype), self.bias)

@@ -1,8 +1,9 @@
-"""Attention (attention.cpp) and linear layers in float32 (linear.cpp) in C++ as operators, where there is a compiler.
+"""Attention (attention.cpp) and linear layers (linears.cpp) in C++ as operators, where there is a compiler.
 
 `prepare` compiles the sources, which takes some seconds, and keeps the library in the cache folder under a hash of the
-sources, the flags and the torch version. Loading it registers the operators' implementations (operators.cpp). Knows
-nothing of models.
+sources, the flags and the torch version. Loading it registers the operators' implementations (operators.cpp). The
+environment variable PACELINE_CPU names a lesser level of the processor to compile for ("none": nothing). Knows nothing
+of models.
 """
 
 import ctypes
@@ -18,18 +19,18 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..console import waiting
 from ..files import cache_folder
+from .cpu import LEVELS, level
+from .panels import Format
 
-SOURCES = [Path(__file__).with_name(name) for name in ("tile.h", "attention.cpp", "linear.cpp", "operators.cpp")]
+_NAMES = ("vectors.h", "tile.h", "products.h", "attention.cpp", "linears.cpp", "operators.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 MAX_WIDTH = 512  # as in attention.cpp
-_MARCH = {"AVX512": ["-march=x86-64-v4", "-mprefer-vector-width=512"], "AVX2": ["-march=x86-64-v3"]}
-_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
 _TORCH = Path(torch.__file__).parent
-_LINK = ["-I", str(_TORCH / "include"), "-L", str(_TORCH / "lib"), "-ltorch_cpu"]  # when used, torch is loaded
 
 _loaded: ctypes.CDLL | None = None
 
@@ -44,7 +45,7 @@ def prepare() -> bool:
 @functools.cache
 def _library_file() -> ctypes.CDLL | None:
     """The compiled library; None where it cannot be made, with a line on stderr unless there simply is no compiler."""
-    march = _MARCH.get(torch.backends.cpu.get_cpu_capability(), [])
+    march = LEVELS[level()]
     compilers = [path for name in (os.environ.get("CXX", "g++"), "clang++") if (path := shutil.which(name))]
     reason = None
     for compiler in compilers if march else ():
@@ -53,7 +54,8 @@ def _library_file() -> ctypes.CDLL | None:
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
     if reason:
-        said = reason.strip().splitlines()[0]
+        lines = reason.strip().splitlines()
+        said = next((line for line in lines if "error" in line), lines[0])
         print(f"our own attention and linear layers are not used, torch's kernels are ({said})", file=sys.stderr)
     return None
 
@@ -73,32 +75,35 @@ def _built(compiler: str, flags: list[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as beside:
             made = Path(beside) / file.name
-            units = [str(source) for source in SOURCES if source.suffix == ".cpp"]
             with waiting("compiling our own kernels, once"):
-                subprocess.run([compiler, *flags, *units, *_LINK, "-o", str(made)], check=True, capture_output=True)
+                _compile(compiler, flags, made)
             os.replace(made, file)
     return file
 
 
-def _panel_outputs() -> int:
+def _compile(compiler: str, flags: list[str], library: Path) -> None:
+    """Compile the sources, at the same time, and link them. Raises CalledProcessError."""
+    units = [source for source in SOURCES if source.suffix == ".cpp"]
+    objects = [library.with_name(f"{unit.stem}.o") for unit in units]
+    include = ["-I", str(_TORCH / "include")]
+    commands = [[compiler, *flags, *include, "-c", str(unit), "-o", str(to)] for unit, to in zip(units, objects)]
+    running = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) for command in commands]
+    said = [process.communicate()[1] for process in running]
+    for process, command, stderr in zip(running, commands, said):
+        if process.returncode:
+            raise subprocess.CalledProcessError(process.returncode, command, stderr=stderr)
+    link = [compiler, *flags, "-shared", *map(str, objects), "-L", str(_TORCH / "lib"), "-ltorch_cpu"]
+    subprocess.run([*link, "-o", str(library)], check=True, capture_output=True)
+
+
+def panel_width() -> int:
+    """The outputs of a panel of packed weights."""
     assert _loaded is not None, "prepare() comes first"
     return _loaded.panel_outputs()
 
 
-def panels(weight: Tensor) -> Tensor:
-    """`weight` (N, K) in float32, packed for `panel_linear`: P panels of 2 L outputs, the last one padded with zeros.
-    float32 (P, K, 2 L); or, where every weight is exactly a bfloat16 number, two of them in each int32 (P, K, L)."""
-    outputs, inputs = weight.shape
-    lanes = _panel_outputs() // 2
-    filled = F.pad(weight, (0, 0, 0, -outputs % (2 * lanes))).view(-1, 2, lanes, inputs)  # (P, 2, L, K)
-    bits = filled.view(torch.int32)
-    if (bits & 0xFFFF).any():
-        return filled.flatten(1, 2).transpose(1, 2).contiguous()
-    return (bits[:, 0].bitwise_right_shift(16).bitwise_and_(0xFFFF) | bits[:, 1]).transpose(1, 2).contiguous()
-
-
 _library = torch.library.Library("paceline", "FRAGMENT")
-_library.define("panel_linear(Tensor x, Tensor packed, Tensor? bias, int outputs) -> Tensor")
+_library.define("linears(Tensor x, Tensor[] packed, int[] outputs, int[] format) -> Tensor[]")
 _library.define("slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 
 
@@ -108,13 +113,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> 
     return query.new_empty(batch, nodes, heads, value.shape[-1])
 
 
-@torch.library.register_fake("paceline::panel_linear", lib=_library)
-def _(x: Tensor, packed: Tensor, bias: Tensor | None, outputs: int) -> Tensor:
+@torch.library.register_fake("paceline::linears", lib=_library)
+def _(x: Tensor, packed: list[Tensor], outputs: list[int], format: list[int]) -> list[Tensor]:
     """Also checks the arguments, once per trace instead of in every step."""
-    assert x.dtype == torch.float32 and x.shape[-1] == packed.shape[1], "what was packed is another layer"
-    assert -(-outputs // _panel_outputs()) == len(packed)
-    assert bias is None or (bias.dtype == torch.float32 and bias.shape == (outputs,) and bias.is_contiguous())
-    return x.new_empty(*x.shape[:-1], outputs)
+    form, width, inputs = Format(*format), panel_width(), x.shape[-1]
+    for weight, count in zip(packed, outputs, strict=True):
+        size = (inputs + 1) * width * 4 if weight.dtype == torch.float32 else form.panel_bytes(inputs, width)
+        assert len(weight) == -(-count // width) and weight[:1].nbytes == size, "what was packed is another layer"
+        assert x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and weight.dtype != torch.float32)
+        assert weight.is_contiguous()
+    return [x.new_empty(*x.shape[:-1], count) for count in outputs]
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:

@@ -12,8 +12,9 @@ using torch::stable::Tensor;
 
 extern "C" void attend(const void* query, const void* key, const void* value, int is_float32, const uint8_t* mask,
                        float scale, void* out, const int64_t* sizes, int threads);
-extern "C" void linear(const float* x, const void* panels, int is_bfloat16, const float* bias, float* out, int64_t rows,
-                       int64_t inputs, int64_t outputs, int threads);
+extern "C" void multiply_layers(const void* x, int bfloat16, int64_t rows, int64_t inputs, int64_t layers,
+                        const void* const* panels, const int64_t* outputs, void* const* out, const int64_t* format,
+                        int threads);
 
 namespace {
 
@@ -30,15 +31,27 @@ Tensor empty(const Tensor& other, const std::vector<int64_t>& sizes) {
     return Tensor(made);
 }
 
-Tensor panel_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, int64_t outputs) {
+std::vector<Tensor> linears(Tensor x, std::vector<Tensor> packed, std::vector<int64_t> outputs,
+                            std::vector<int64_t> format) {
     if (!x.is_contiguous()) x = torch::stable::contiguous(x);
     std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
-    const int64_t inputs = sizes.back(), rows = inputs ? x.numel() / inputs : 0;
-    sizes.back() = outputs;
-    Tensor out = empty(x, sizes);
-    linear((const float*)x.const_data_ptr(), packed.const_data_ptr(), packed.scalar_type() == ScalarType::Int,
-           bias ? (const float*)bias->const_data_ptr() : nullptr, (float*)out.mutable_data_ptr(), rows, inputs, outputs,
-           torch::stable::get_num_threads());
+    const int64_t inputs = sizes.back(), rows = inputs ? x.numel() / inputs : 0, bits = format[0];
+    std::vector<Tensor> out;
+    std::vector<const void*> panels;
+    std::vector<void*> results;
+    for (size_t i = 0; i < packed.size(); i++) {
+        sizes.back() = outputs[i];
+        out.push_back(empty(x, sizes));
+        panels.push_back(packed[i].const_data_ptr());
+        results.push_back(out[i].mutable_data_ptr());
+    }
+    for (size_t first = 0, last; first < packed.size(); first = last) {  // those of one dtype together
+        for (last = first + 1; last < packed.size() && packed[last].scalar_type() == packed[first].scalar_type();) last++;
+        format[0] = packed[first].scalar_type() == ScalarType::Float ? 32 : bits;
+        multiply_layers(x.const_data_ptr(), x.scalar_type() == ScalarType::BFloat16, rows, inputs, int64_t(last - first),
+                panels.data() + first, outputs.data() + first, results.data() + first, format.data(),
+                torch::stable::get_num_threads());
+    }
     return out;
 }
 
@@ -58,6 +71,6 @@ Tensor slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, doubl
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(paceline, CPU, library) {
-    library.impl("panel_linear", TORCH_BOX(&panel_linear));
+    library.impl("linears", TORCH_BOX(&linears));
     library.impl("slot_attention", TORCH_BOX(&slot_attention));
 }

@@ -8,27 +8,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <utility>
+
+#include "vectors.h"
 
 namespace {
 
-#ifdef __AVX512F__
-constexpr int LANES = 16, REGISTERS = 24;  // numbers of a vector; vectors of sums
-#else
-constexpr int LANES = 8, REGISTERS = 12;
-#endif
-constexpr int PANEL = 2 * LANES;     // columns
-constexpr int MOST = REGISTERS / 2;  // rows of a tile
+constexpr int REGISTERS = LANES == 16 ? 24 : 12;  // vectors of sums
+constexpr int MOST = REGISTERS / 2;               // rows of a tile
 
-typedef float Vector __attribute__((vector_size(4 * LANES)));
-typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
 
 using Short = uint16_t;  // a bfloat16
-struct Halves {          // two bfloat16 that stand LANES columns apart
-    uint32_t bits;
-};
 
 inline Vector vector(const float* from) {
     Vector out;
@@ -48,18 +39,12 @@ inline void read(const Number* from, Vector& first, Vector& second) {
     first = vector(from), second = vector(from + LANES);
 }
 
-inline void read(const Halves* from, Vector& first, Vector& second) {
-    Bits both;
-    std::memcpy(&both, from, sizeof(both));
-    first = (Vector)(both << 16), second = (Vector)(both & 0xffff0000u);
-}
-
 // sums[r][p] = the sum over k < count of x[r * line + k] * (panel p of term k), which stands at
 // from + k * step + p * apart; memory is fetched `ahead` bytes before its use.
 template <int ROWS, int PANELS, typename Number>
 inline void multiply(const float* x, int64_t line, const Number* from, int64_t step, int64_t apart, int64_t count,
                      int64_t ahead, Vector (&sums)[ROWS][PANELS][2]) {
-    constexpr int64_t bytes = sizeof(Number) * (std::is_same_v<Number, Halves> ? LANES : PANEL);
+    constexpr int64_t bytes = sizeof(Number) * PANEL;
     std::memset(&sums, 0, sizeof(sums));
     for (int64_t k = 0; k < count; k++)
         for (int p = 0; p < PANELS; p++) {

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from ..kernels import native
 from ..proposal import Proposal
 from ..tree import TokenTree
 from . import attention, masks
@@ -48,12 +47,9 @@ class SlotModel:
         # Positions are clamped to the context: a drafted node may lie beyond it, but is never committed there.
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
-        self.twice: Tensor | None = None  # (2,): node 0 twice, where a single node must not be forwarded alone
         put_taps(model, (*taps, HEAD) if taps else ())  # the head is left idle while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
         self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
-        if model.device.type == "cpu" and native.prepare() and model.dtype == torch.bfloat16:
-            self.twice = torch.zeros(2, dtype=torch.long)
 
     @property
     def nbytes(self) -> int:
@@ -116,18 +112,9 @@ class SlotModel:
         return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=whole)
 
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Seen:
-        """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots.
-
-        On a CPU a product with a single row may be summed in another order than one with several rows, so that a
-        bfloat16 result is sometimes rounded differently. A tree of one node in a batch of one is therefore forwarded as
-        two equal nodes, up to the LM head, so that plain decoding rounds like drafted decoding. This costs a few per
-        cent of the step, most of which is reading weights."""
+        """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        if nodes is not None or tokens.numel() > 1 or self.twice is None:
-            return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
-        index = self.twice  # a tensor, so that torch.compile cannot merge the two equal rows
-        view = self.view_of_nodes(base, tree, index)
-        return self._run(tokens.index_select(1, index), base[:, None] + index, view, keep=1)
+        return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
 
     def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
         """The view of the nodes `index` (n,): they see the committed text, their ancestors and themselves."""
