@@ -1,0 +1,110 @@
+"""The weights of a target's linear layers, dense or in blocks: what `weights=` asks for, and views for those who read
+them. Knows nothing of files."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.blocks import BlockLinear, Blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHOICES = ("16", "q4", "q8", "q4-int8", "q8-int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What `weights=` asks for."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in CHOICES:
+            raise ValueError(f"weights={self.name!r} is none of {', '.join(CHOICES)}; 16 are the model's dense weights")
+
+    @property
+    def bits(self) -> int | None:
+        """Of codes in blocks; None for dense weights."""
+        return None if self.name == "16" else int(self.name[1])
+
+    @property
+    def int8_activations(self) -> bool:
+        return self.name.endswith("-int8")
+
+
+def linear_shape(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, dense or in blocks."""
+    if isinstance(layer, BlockLinear):
+        return layer.out_features, layer.in_features
+    outputs, inputs = layer.weight.shape
+    return outputs, inputs
+
+
+def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:  # (N, K)
+    """The weight of a linear layer, detached; one in blocks is dequantised, to float32 or `dtype`."""
+    if not isinstance(layer, BlockLinear):
+        return layer.weight.detach()
+    weight = layer.dequantised()
+    return weight if dtype is None else weight.to(dtype)
+
+
+def dense_rows(layer: nn.Module, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n,) -> (n, K)
+    """Some rows of `dense_weight`; no others are dequantised."""
+    if not isinstance(layer, BlockLinear):
+        return layer.weight.detach()[rows]
+    blocks = layer.blocks
+    offsets = None if blocks.offsets is None else blocks.offsets[rows]
+    some = Blocks(blocks.codes[rows], blocks.scales[rows], offsets, blocks.zero, blocks.bits)
+    return some.dequantised() if dtype is None else some.dequantised().to(dtype)
+
+
+def head_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
+    """The weight of the LM head in the model's dtype: where tied, that of the embeddings, on their memory."""
+    head = model.get_output_embeddings()
+    if isinstance(head, BlockLinear) and model.config.get_text_config().tie_word_embeddings:
+        return model.get_input_embeddings().weight.detach()
+    return dense_weight(head, model.dtype)
+
+
+def block_layers(model: nn.Module) -> dict[str, BlockLinear]:
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, BlockLinear)}
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, with the dequantised weights of layers in blocks."""
+    return model.state_dict() | {f"{path}.weight": dense_weight(layer) for path, layer in block_layers(model).items()}
+
+
+def weights_form(model: nn.Module) -> str:
+    """In what blocks a model's layers are, such as "210 of 4 bits by 32"; empty for a dense model."""
+    forms = Counter(
+        f"of {layer.blocks.bits} bits by {layer.blocks.group}" + " with int8 activations" * layer.int8_activations
+        for layer in block_layers(model).values()
+    )
+    return ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the weights: of parameters as they are, of blocks with codes packed without gaps."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    for layer in block_layers(model).values():
+        blocks = layer.blocks
+        total += blocks.codes.numel() * blocks.bits // 8
+        total += blocks.scales.nbytes * (1 if blocks.offsets is None else 2)
+    return total
+
+
+def refuse_saving(model: "PreTrainedModel") -> None:
+    """`save_pretrained` of this model raises ValueError: it would leave out the layers in blocks."""
+    model.save_pretrained = _no_saving
+
+
+def _no_saving(*args: object, **options: object) -> NoReturn:
+    raise ValueError(
+        "a model with weights in blocks cannot be saved by save_pretrained, which would leave them out; keep the file "
+        "that it was loaded from, or save the model loaded with weights='16'"
+    )
