@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import __version__
+from .target.weights import dense_rows, linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -70,7 +71,7 @@ def target_fingerprint(model: "PreTrainedModel") -> str:
     config = model.config.get_text_config()
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
     for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows = torch.linspace(0, len(module.weight) - 1, 8).long().to(module.weight.device)
-        sample = module.weight.detach()[rows].float().to(torch.bfloat16).cpu()
+        rows = torch.linspace(0, linear_shape(module)[0] - 1, 8).long().to(model.device)
+        sample = dense_rows(module, rows).float().to(torch.bfloat16).cpu()
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -135,6 +135,8 @@ def _training_tasks(subject: Subject) -> Iterator[Task]:
 def _subject(args: Namespace, executors: list[str]) -> Subject:
     """Load or make the model that the options name, after printing and checking the memory that it needs."""
     device, label = _device(args.device), args.shape
+    if args.weights != "16" and args.model is None:
+        raise ValueError(f"--weights {args.weights} needs a model that is in such blocks; name it with --model")
     if args.model is not None or args.config is not None:
         label = args.model if args.model is not None else args.config
         config = shapes.read_config(label, args.trust_remote_code)
@@ -148,7 +150,7 @@ def _subject(args: Namespace, executors: list[str]) -> Subject:
     needed = shapes.weight_bytes(config, dtype, args.trust_remote_code)
     print(shapes.check_memory(Path(label).name, needed, dtype, device), file=sys.stderr)
     if args.model is not None:
-        model = shapes.named_model(args.model, args.dtype, device, args.trust_remote_code)
+        model = shapes.named_model(args.model, args.dtype, device, args.trust_remote_code, args.weights)
     else:
         model = shapes.random_model(config, dtype, device, args.trust_remote_code)
     check_kind(model)

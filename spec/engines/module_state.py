@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..target.taps import is_tap
+from ..target.weights import block_layers
 
 # Attributes of modules that do not affect what their forward computes; some are set by this package.
 _IGNORED = {
@@ -72,9 +73,18 @@ def _fingerprint(module: nn.Module) -> str:
     digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode(), digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
+    for path, layer in block_layers(module).items():
+        codes, scales, offsets = layer.blocks.codes, layer.blocks.scales, layer.blocks.offsets
+        digest.update(f"{path} {layer.blocks.zero} {layer.int8_activations}".encode())
+        for part in (codes, scales) if offsets is None else (codes, scales, offsets):
+            digest.update(_bytes(part))
     _fingerprints[module] = versions, digest.hexdigest()
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def version(tensor: Tensor) -> int:

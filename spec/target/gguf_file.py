@@ -81,8 +81,8 @@ class GgufFile:
         parts += [self._bytes[start:end] for start, end in kept]
         for name, number in extra.items():
             parts.append(struct.pack(f"<Q{len(name)}sII", len(name), name.encode(), 4, number))
-        for name in map(str.encode, self.tensors):
-            parts.append(struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, 0, 0))
+        for text in map(str.encode, self.tensors):
+            parts.append(struct.pack(f"<Q{len(text)}sIQIQ", len(text), text, 1, 1, 0, 0))
         alignment = int(self.settings.get("general.alignment", 32))
         size = sum(map(len, parts))
         return b"".join(parts) + bytes(-size % alignment + 4)

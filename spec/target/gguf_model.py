@@ -117,7 +117,7 @@ def _kept(file: GgufFile, reader: "_Reader", weights: Weights) -> dict[str, Stor
     return {path: tensor for path, tensor in reader.linears.items() if reader.can_keep(tensor)}
 
 
-def _block_linear(blocks: Blocks, layer: nn.Module, weights: Weights, device: torch.device) -> BlockLinear:
+def _block_linear(blocks: Blocks, layer: Any, weights: Weights, device: torch.device) -> BlockLinear:
     offsets = None if blocks.offsets is None else blocks.offsets.to(device)
     moved = Blocks(blocks.codes.to(device), blocks.scales.to(device), offsets, blocks.zero, blocks.bits)
     bias = None if layer.bias is None else layer.bias.detach().to(device)
@@ -188,7 +188,7 @@ class _Reader:
         embeddings = model.get_input_embeddings().weight
         filled, sizes, merged = set(left_out), Counter[str](), dict[str, Any]()
         for tensor in self.file.tensors.values():
-            name = self.names.get(tensor.name)
+            name = self.names.get(tensor.name, "")
             if name not in parameters or name in left_out:
                 continue
             parameter = parameters[name]

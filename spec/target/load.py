@@ -4,7 +4,8 @@ too. Knows nothing of decoding.
 
 import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from .gguf_file import GgufFile
     from .weights import Weights
 
 from ..console import quietly, waiting
@@ -60,8 +62,11 @@ def load_target(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
-    if where.lower().endswith(".gguf"):
-        return _load_gguf(where, wanted, dtype, placed, with_tokenizer)
+    if Path(where).is_file():
+        model, tokenizer = _load_gguf(where, wanted, dtype, placed, with_tokenizer)
+        if str(name_or_path) in NAMED:
+            model.config._name_or_path = model.name_or_path = NAMED[str(name_or_path)].hub_id
+        return model, tokenizer
     if wanted.bits:
         return _load_block_folder(where, wanted, dtype, placed, with_tokenizer)
     options = {"trust_remote_code": trust_remote_code}
@@ -88,30 +93,35 @@ def _load_gguf(
     import torch
 
     from ..kernels.cpu import emulates_bfloat16
-    from .gguf_file import GgufError, GgufFile
     from .gguf_model import gguf_model, gguf_tokenizer, own_dtype
 
-    file = GgufFile(where)
-    if isinstance(dtype, str):
-        dtype = own_dtype(file)
-        if dtype == torch.bfloat16 and emulates_bfloat16(device):
-            dtype = torch.float32
-    size = Path(where).stat().st_size
+    with opened(where) as file, _wait(where, where), quietly():
+        if isinstance(dtype, str):
+            dtype = own_dtype(file)
+            if dtype == torch.bfloat16 and emulates_bfloat16(device):
+                dtype = torch.float32
+        model, told = gguf_model(file, weights, dtype, device)
+        tokenizer = gguf_tokenizer(file) if with_tokenizer else None
+    if weights.bits:
+        print(told, file=sys.stderr)
+    return model, tokenizer
+
+
+@contextmanager
+def opened(path: str | Path) -> "Iterator[GgufFile]":
+    """A GGUF file; what goes wrong with it in the block becomes a ValueError of one sentence."""
+    from .gguf_file import GgufError, GgufFile
+
     try:
-        with waiting(f"loading {Path(where).name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext(), quietly():
-            model, told = gguf_model(file, weights, dtype, device)
-            tokenizer = gguf_tokenizer(file) if with_tokenizer else None
+        yield GgufFile(path)
     except GgufError:
         raise
     except Exception as error:  # whatever transformers raises for a file that it does not know or understand
         detail = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"GGUF file {where} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
+            f"GGUF file {path} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
             "its architecture from GGUF"
         ) from error
-    if weights.bits:
-        print(told, file=sys.stderr)
-    return model, tokenizer
 
 
 def _load_block_folder(
@@ -126,6 +136,9 @@ def _load_block_folder(
 def _wait(name: str, where: str) -> AbstractContextManager[None]:
     """A line for a download and for large weights; nothing for what is here in a moment."""
     folder = Path(where)
+    if folder.is_file():
+        size = folder.stat().st_size
+        return waiting(f"loading {folder.name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 

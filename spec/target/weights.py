@@ -13,6 +13,7 @@ from ..kernels.blocks import BlockLinear, Blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Linear = nn.Linear | BlockLinear  # and embeddings, whose weight is as dense
 CHOICES = ("16", "q4", "q8", "q4-int8", "q8-int8")
 
 
@@ -36,7 +37,7 @@ class Weights:
         return self.name.endswith("-int8")
 
 
-def linear_shape(layer: nn.Module) -> tuple[int, int]:
+def linear_shape(layer: Linear) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, dense or in blocks."""
     if isinstance(layer, BlockLinear):
         return layer.out_features, layer.in_features
@@ -44,7 +45,7 @@ def linear_shape(layer: nn.Module) -> tuple[int, int]:
     return outputs, inputs
 
 
-def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor:  # (N, K)
+def dense_weight(layer: Linear, dtype: torch.dtype | None = None) -> Tensor:  # (N, K)
     """The weight of a linear layer, detached; one in blocks is dequantised, to float32 or `dtype`."""
     if not isinstance(layer, BlockLinear):
         return layer.weight.detach()
@@ -52,7 +53,7 @@ def dense_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> Tensor: 
     return weight if dtype is None else weight.to(dtype)
 
 
-def dense_rows(layer: nn.Module, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n,) -> (n, K)
+def dense_rows(layer: Linear, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n,) -> (n, K)
     """Some rows of `dense_weight`; no others are dequantised."""
     if not isinstance(layer, BlockLinear):
         return layer.weight.detach()[rows]
@@ -60,6 +61,12 @@ def dense_rows(layer: nn.Module, rows: Tensor, dtype: torch.dtype | None = None)
     offsets = None if blocks.offsets is None else blocks.offsets[rows]
     some = Blocks(blocks.codes[rows], blocks.scales[rows], offsets, blocks.zero, blocks.bits)
     return some.dequantised() if dtype is None else some.dequantised().to(dtype)
+
+
+def dense_parameters(layer: Linear) -> dict[str, Tensor]:
+    """The parameters of a linear layer or of embeddings, detached; a weight in blocks is dequantised to float32."""
+    found = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
+    return {"weight": dense_weight(layer), **found} if isinstance(layer, BlockLinear) else found
 
 
 def head_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
