@@ -19,6 +19,7 @@ _VERSIONS = (2, 3)
 _SCALARS = dict(enumerate(("B", "b", "H", "h", "I", "i", "f", "?", "", "", "Q", "q", "d")))
 _STRING, _ARRAY = 8, 9
 _MOST_AXES = 4
+_TOKENS = b"tokenizer.ggml.tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +72,15 @@ class GgufFile:
         """A SHA-256 of all settings."""
         return hashlib.sha256(self._bytes[_HEADER.size : max(end for _, end in self._spans.values())]).hexdigest()
 
-    def outline(self, extra: dict[str, int]) -> bytes:
-        """A small GGUF file with the same settings, but for the arrays of the tokenizer, and `extra` ones; each tensor
-        is one number. It takes other readers milliseconds, where they need seconds for a tokenizer."""
+    def outline(self) -> bytes:
+        """A small GGUF file with the same settings, but with a tokenizer of one token; each tensor is one number. It
+        takes other readers milliseconds, where they need seconds for a tokenizer."""
         kept = [
             span for name, span in self._spans.items() if not name.startswith("tokenizer.") or name in self.settings
         ]
-        parts = [_HEADER.pack(b"GGUF", 3, len(self.tensors), len(kept) + len(extra))]
+        parts = [_HEADER.pack(b"GGUF", 3, len(self.tensors), len(kept) + 1)]
         parts += [self._bytes[start:end] for start, end in kept]
-        for name, number in extra.items():
-            parts.append(struct.pack(f"<Q{len(name)}sII", len(name), name.encode(), 4, number))
+        parts.append(struct.pack(f"<Q{len(_TOKENS)}sIIQQs", len(_TOKENS), _TOKENS, _ARRAY, _STRING, 1, 1, b"a"))
         for text in map(str.encode, self.tensors):
             parts.append(struct.pack(f"<Q{len(text)}sIQIQ", len(text), text, 1, 1, 0, 0))
         alignment = int(self.settings.get("general.alignment", 32))

@@ -28,7 +28,7 @@ _CHUNK = 1 << 24  # numbers that are dequantised at a time
 
 def gguf_config(file: GgufFile) -> "PreTrainedConfig":
     """The configuration of a file's model. Raises what transformers raises for one that it does not know."""
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     layers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     architecture = file.settings.get("general.architecture")
@@ -37,14 +37,11 @@ def gguf_config(file: GgufFile) -> "PreTrainedConfig":
     stated = file.settings.get(f"{architecture}.block_count", 0)
     if not isinstance(stated, int) or not 0 < stated <= len(layers):
         raise file.damaged(f"it states {stated} layers and holds the tensors of {len(layers)}")
-    extra = {}
-    if f"{architecture}.vocab_size" not in file.settings and "tokenizer.ggml.tokens" in file.lengths:
-        extra[f"{architecture}.vocab_size"] = file.lengths["tokenizer.ggml.tokens"]
+    tokens = file.settings.get(f"{architecture}.vocab_size", file.lengths.get("tokenizer.ggml.tokens"))
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "outline.gguf").write_bytes(file.outline(extra))
-        config = AutoConfig.from_pretrained(folder, gguf_file="outline.gguf")
-    config._name_or_path = str(file.path)
-    return config
+        (Path(folder) / "outline.gguf").write_bytes(file.outline())
+        said, _ = PreTrainedConfig.get_config_dict(folder, gguf_file="outline.gguf")
+    return AutoConfig.for_model(**{**said, "vocab_size": tokens, "_name_or_path": str(file.path)})
 
 
 def gguf_tokenizer(file: GgufFile) -> Any:
@@ -128,7 +125,7 @@ def _told(file: GgufFile, kept: dict[str, StoredTensor], dense: dict[str, int], 
     kinds = Counter(tensor.kind for tensor in kept.values())
     blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     size = sum(tensor.size for tensor in kept.values()) / 1e6
-    others = ", ".join(f"{what} ({size / 1e6:.0f} MB)" for what, size in dense.items())
+    others = ", ".join(f"{what} ({size / 1e6:.1f} MB)" for what, size in dense.items())
     form = str(dtype).removeprefix("torch.")
     return f"{file.path.name}: {len(kept)} linear layers in blocks ({blocks}; {size:.0f} MB); in {form}: {others}"
 
