@@ -72,15 +72,15 @@ class GgufFile:
         """A SHA-256 of all settings."""
         return hashlib.sha256(self._bytes[_HEADER.size : max(end for _, end in self._spans.values())]).hexdigest()
 
-    def outline(self) -> bytes:
-        """A small GGUF file with the same settings, but with a tokenizer of one token; each tensor is one number. It
-        takes other readers milliseconds, where they need seconds for a tokenizer."""
-        kept = [
-            span for name, span in self._spans.items() if not name.startswith("tokenizer.") or name in self.settings
-        ]
-        parts = [_HEADER.pack(b"GGUF", 3, len(self.tensors), len(kept) + 1)]
+    def outline(self, tokenizer: bool) -> bytes:
+        """A small GGUF file with the same settings, in which each tensor is one number. Without the `tokenizer`, which
+        then is one of one token, it takes other readers milliseconds; with it, seconds."""
+        arrays = () if tokenizer else {name for name in self.lengths if name.startswith("tokenizer.")}
+        kept = [span for name, span in self._spans.items() if name not in arrays]
+        parts = [_HEADER.pack(b"GGUF", 3, len(self.tensors), len(kept) + (not tokenizer))]
         parts += [self._bytes[start:end] for start, end in kept]
-        parts.append(struct.pack(f"<Q{len(_TOKENS)}sIIQQs", len(_TOKENS), _TOKENS, _ARRAY, _STRING, 1, 1, b"a"))
+        if not tokenizer:
+            parts.append(struct.pack(f"<Q{len(_TOKENS)}sIIQQs", len(_TOKENS), _TOKENS, _ARRAY, _STRING, 1, 1, b"a"))
         for text in map(str.encode, self.tensors):
             parts.append(struct.pack(f"<Q{len(text)}sIQIQ", len(text), text, 1, 1, 0, 0))
         alignment = int(self.settings.get("general.alignment", 32))

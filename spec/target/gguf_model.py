@@ -7,6 +7,8 @@ them. Tensors are read one by one. Knows nothing of where files come from.
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from .weights import Weights, refuse_saving
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_OUTLINE = "outline.gguf"
 _CHUNK = 1 << 24  # numbers that are dequantised at a time
 
 
@@ -38,20 +41,20 @@ def gguf_config(file: GgufFile) -> "PreTrainedConfig":
     if not isinstance(stated, int) or not 0 < stated <= len(layers):
         raise file.damaged(f"it states {stated} layers and holds the tensors of {len(layers)}")
     tokens = file.settings.get(f"{architecture}.vocab_size", file.lengths.get("tokenizer.ggml.tokens"))
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "outline.gguf").write_bytes(file.outline())
-        said, _ = PreTrainedConfig.get_config_dict(folder, gguf_file="outline.gguf")
+    with _outline(file, tokenizer=False) as folder:
+        said, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=_OUTLINE)
     return AutoConfig.for_model(**{**said, "vocab_size": tokens, "_name_or_path": str(file.path)})
 
 
 def gguf_tokenizer(file: GgufFile) -> Any:
     """The tokenizer of a file. Reading it takes seconds, so it is kept in the cache folder."""
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, __version__
 
-    kept = cache_folder() / "tokenizers" / file.digest()[:16]
+    kept = cache_folder() / "tokenizers" / f"{file.digest()[:16]}-{__version__}"
     if kept.is_dir():
         return AutoTokenizer.from_pretrained(kept)
-    tokenizer = AutoTokenizer.from_pretrained(file.path.parent, gguf_file=file.path.name)
+    with _outline(file, tokenizer=True) as folder:
+        tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=_OUTLINE)
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=kept.parent) as folder:
@@ -60,6 +63,14 @@ def gguf_tokenizer(file: GgufFile) -> Any:
     except OSError:  # a cache that cannot be written, or another process was faster
         return tokenizer
     return AutoTokenizer.from_pretrained(kept)  # the same from now on
+
+
+@contextmanager
+def _outline(file: GgufFile, tokenizer: bool) -> Iterator[str]:
+    """A folder with the outline of a file and nothing else, which transformers would read too."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / _OUTLINE).write_bytes(file.outline(tokenizer))
+        yield folder
 
 
 def own_dtype(file: GgufFile) -> torch.dtype:
@@ -127,7 +138,7 @@ def _told(file: GgufFile, kept: dict[str, StoredTensor], dense: dict[str, int], 
     size = sum(tensor.size for tensor in kept.values()) / 1e6
     others = ", ".join(f"{what} ({size / 1e6:.1f} MB)" for what, size in dense.items())
     form = str(dtype).removeprefix("torch.")
-    return f"{file.path.name}: {len(kept)} linear layers in blocks ({blocks}; {size:.0f} MB); in {form}: {others}"
+    return f"{file.path.name}: {len(kept)} linear layers in blocks ({blocks}; {size:.1f} MB); in {form}: {others}"
 
 
 class _Reader:
@@ -150,7 +161,8 @@ class _Reader:
         paths = {path: module for path, module in frame.named_modules() if type(module) is nn.Linear}
         head, embeddings = frame.get_output_embeddings(), frame.get_input_embeddings()
         self.head = next((path for path, module in paths.items() if module is head), None)
-        self.linears = {path: tensors[f"{path}.weight"] for path in paths if f"{path}.weight" in tensors}
+        found = {path: tensors[f"{path}.weight"] for path in paths if f"{path}.weight" in tensors}
+        self.linears = {path: tensor for path, tensor in found.items() if tensor.shape == paths[path].weight.shape}
         if self.head is not None and head.weight is embeddings.weight:
             name = next(path for path, module in frame.named_modules() if module is embeddings)
             self.linears[self.head] = tensors[f"{name}.weight"]

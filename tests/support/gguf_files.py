@@ -29,7 +29,7 @@ def random_blocks(kind, rows, columns, seed=0, scale=0.01):
 def write_tiny(path, kinds=("Q4_K",), embeddings="Q8_0", head=None, architecture="llama", seed=0):
     """A GGUF file of a random model of two layers. `kinds` are the types of its linear layers, in turns; without a
     `head`'s type the LM head is tied. Its tokenizer knows the 256 bytes, two pairs of them and two marks."""
-    from gguf import GGUFWriter, GGMLQuantizationType, TokenType
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     writer, random = GGUFWriter(path, architecture), np.random.default_rng(seed)
