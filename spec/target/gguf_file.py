@@ -61,7 +61,7 @@ class GgufFile:
             raise self.damaged(f"its header is damaged or cut off: {error}") from error
 
     def damaged(self, why: str) -> GgufError:
-        return GgufError(f"GGUF file {self.path} cannot be used ({why}); fetch it again")
+        return GgufError(f"GGUF file {self.path} cannot be used ({why:.240}); fetch it again")
 
     def raw(self, tensor: StoredTensor) -> np.ndarray:
         """The bytes of a tensor (rows, bytes of a row), on the file's own memory; rows are all axes but the last."""
