@@ -15,12 +15,16 @@ from ..kernels.blocks import Blocks
 Parts = tuple[Tensor, Tensor, Tensor | None]  # codes (N, n, ...), scales (N, n, ...), offsets like the scales
 
 
+_CHUNK = 1 << 22  # bytes that are unpacked at a time, because that takes several times their memory
+
+
 def unpacked(kind: str, data: Tensor) -> Blocks:
     """The blocks of a weight of N rows whose bytes are `data` (N, bytes of a row) uint8; `kind` is one of `TYPES`."""
     size, bits, zero, unpack = TYPES[kind]
-    codes, scales, offsets = unpack(data.view(len(data), -1, size))
-    offsets = None if offsets is None else offsets.flatten(1).contiguous()
-    return Blocks(codes.flatten(1).contiguous(), scales.flatten(1).contiguous(), offsets, zero, 4 if bits == 4 else 8)
+    pieces = [unpack(rows.view(len(rows), -1, size)) for rows in data.split(max(1, _CHUNK // data.shape[1]))]
+    codes, scales, offsets = (None if parts[0] is None else torch.cat(parts).flatten(1) for parts in zip(*pieces))
+    assert codes is not None and scales is not None
+    return Blocks(codes, scales, offsets, zero, 4 if bits == 4 else 8)
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:  # (N, n, bytes) -> (N, n, 1) float16

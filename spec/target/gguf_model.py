@@ -83,7 +83,7 @@ def own_dtype(file: GgufFile) -> torch.dtype:
 
 
 def gguf_model(file: GgufFile, weights: Weights, dtype: torch.dtype, device: torch.device) -> tuple[Any, str]:
-    """The model of a file, on a device, and a line about what is kept in blocks and what is not. Raises GgufError for
+    """The model of a file, on a device, and a phrase about what is kept in blocks and what is not. Raises GgufError for
     weights that the file has not, and for a file whose tensors are not those of its model."""
     config = gguf_config(file)
     reader = _Reader(file, config)
@@ -96,7 +96,7 @@ def gguf_model(file: GgufFile, weights: Weights, dtype: torch.dtype, device: tor
     model = model.to(device).eval()
     if kept:
         refuse_saving(model)
-    return model, _told(file, kept, dense, dtype)
+    return model, _told(kept, dense, dtype)
 
 
 def _empty(config: "PreTrainedConfig", dtype: torch.dtype, device: torch.device) -> "PreTrainedModel":
@@ -132,13 +132,13 @@ def _block_linear(blocks: Blocks, layer: Any, weights: Weights, device: torch.de
     return BlockLinear(moved, bias, weights.int8_activations).eval()
 
 
-def _told(file: GgufFile, kept: dict[str, StoredTensor], dense: dict[str, int], dtype: torch.dtype) -> str:
+def _told(kept: dict[str, StoredTensor], dense: dict[str, int], dtype: torch.dtype) -> str:
     kinds = Counter(tensor.kind for tensor in kept.values())
     blocks = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     size = sum(tensor.size for tensor in kept.values()) / 1e6
     others = ", ".join(f"{what} ({size / 1e6:.1f} MB)" for what, size in dense.items())
     form = str(dtype).removeprefix("torch.")
-    return f"{file.path.name}: {len(kept)} linear layers in blocks ({blocks}; {size:.1f} MB); in {form}: {others}"
+    return f"{len(kept)} linear layers in blocks ({blocks}; {size:.1f} MB); in {form}: {others}"
 
 
 class _Reader:

@@ -63,7 +63,7 @@ def load_target(
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
     if Path(where).is_file():
-        model, tokenizer = _load_gguf(where, wanted, dtype, placed, with_tokenizer)
+        model, tokenizer = _load_gguf(str(name_or_path), where, wanted, dtype, placed, with_tokenizer)
         if str(name_or_path) in NAMED:
             model.config._name_or_path = model.name_or_path = NAMED[str(name_or_path)].hub_id
         return model, tokenizer
@@ -88,7 +88,12 @@ def load_target(
 
 
 def _load_gguf(
-    where: str, weights: "Weights", dtype: "str | torch.dtype", device: "torch.device", with_tokenizer: bool
+    name: str,
+    where: str,
+    weights: "Weights",
+    dtype: "str | torch.dtype",
+    device: "torch.device",
+    with_tokenizer: bool,
 ) -> tuple["PreTrainedModel", Any]:
     import torch
 
@@ -103,7 +108,7 @@ def _load_gguf(
         model, told = gguf_model(file, weights, dtype, device)
         tokenizer = gguf_tokenizer(file) if with_tokenizer else None
     if weights.bits:
-        print(told, file=sys.stderr)
+        print(f"{Path(name).name}: {told}", file=sys.stderr)
     return model, tokenizer
 
 

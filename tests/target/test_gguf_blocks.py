@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
+from paceline.spec.target import gguf_blocks
 from paceline.spec.target.gguf_blocks import TYPES, unpacked
 
-from support.gguf_files import random_blocks
+from support.blocks import random_blocks
 
 GROUP = {"Q6_K": 16}
 
@@ -20,6 +21,14 @@ def test_blocks_hold_the_numbers_of_the_file(kind):
         assert blocks.dequantised().numpy().tobytes() == truth.astype(np.float32).tobytes()
         assert (blocks.group, blocks.bits) == (GROUP.get(kind, 32), 4 if kind.startswith("Q4") else 8)
         assert int(blocks.codes.max()) == 2 ** int(kind[1]) - 1 and int(blocks.codes.min()) == 0
+
+
+def test_pieces_are_put_together(monkeypatch):
+    data = torch.from_numpy(random_blocks("Q4_K", 37, 512))
+    whole = unpacked("Q4_K", data)
+    monkeypatch.setattr(gguf_blocks, "_CHUNK", 10 * data.shape[1])
+    pieces = unpacked("Q4_K", data)
+    assert all(torch.equal(getattr(pieces, name), getattr(whole, name)) for name in ("codes", "scales", "offsets"))
 
 
 def test_sizes_are_those_of_the_format():

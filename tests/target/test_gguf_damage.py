@@ -11,7 +11,7 @@ from paceline.spec import cli
 from paceline.spec.target import gguf_model
 from paceline.spec.target.gguf_file import GgufFile
 
-from support.gguf_files import write_tiny
+from support.blocks import write_tiny
 from support.sentences import sentence
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -20,7 +20,7 @@ from paceline.spec.target.weights import dense_state, stored_bytes
 from paceline.training.data.command import load_tokenizer
 from transformers import AutoModelForCausalLM
 
-from support.gguf_files import write_tiny
+from support.blocks import write_tiny
 from support.sentences import sentence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
