@@ -32,9 +32,16 @@ _CHUNK = 1 << 24  # numbers that are dequantised at a time
 def gguf_config(file: GgufFile) -> "PreTrainedConfig":
     """The configuration of a file's model. Raises what transformers raises for one that it does not know."""
     from transformers import AutoConfig, PreTrainedConfig
+    from transformers.integrations.gguf import GGUF_ARCHS
+    from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     layers = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
     architecture = file.settings.get("general.architecture")
+    if architecture in GGUF_ARCHS and architecture not in GGUF_SUPPORTED_ARCHITECTURES:
+        raise GgufError(
+            f"GGUF file {file.path} is of architecture {architecture}, whose tensors transformers reads in its own way "
+            "only; load the model that the file was made from"
+        )
     if file.settings.get("split.count", 1) not in (0, 1):
         raise GgufError(f"GGUF file {file.path} is a piece of a model; join its pieces with llama-gguf-split --merge")
     stated = file.settings.get(f"{architecture}.block_count", 0)
@@ -43,7 +50,9 @@ def gguf_config(file: GgufFile) -> "PreTrainedConfig":
     tokens = file.settings.get(f"{architecture}.vocab_size", file.lengths.get("tokenizer.ggml.tokens"))
     with _outline(file, tokenizer=False) as folder:
         said, _ = PreTrainedConfig.get_config_dict(folder, gguf_file=_OUTLINE)
-    return AutoConfig.for_model(**{**said, "vocab_size": tokens, "_name_or_path": str(file.path)})
+    return AutoConfig.for_model(
+        **{**said, "vocab_size": tokens, "dtype": own_dtype(file), "_name_or_path": str(file.path)}
+    )
 
 
 def gguf_tokenizer(file: GgufFile) -> Any:

@@ -105,6 +105,12 @@ def stored_bytes(model: nn.Module) -> int:
     return total
 
 
+def parameter_count(model: nn.Module) -> int:
+    """The number of a model's parameters, those in blocks too."""
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    return dense + sum(layer.blocks.codes.numel() for layer in block_layers(model).values())
+
+
 def refuse_saving(model: "PreTrainedModel") -> None:
     """`save_pretrained` of this model raises ValueError: it would leave out the layers in blocks."""
     model.save_pretrained = _no_saving

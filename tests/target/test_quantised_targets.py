@@ -20,6 +20,7 @@ from paceline.spec.target.weights import (
     dense_rows,
     dense_weight,
     head_weight,
+    parameter_count,
     refuse_saving,
     stored_bytes,
     weights_form,
@@ -117,6 +118,7 @@ def test_bytes_are_those_of_the_blocks():
     scales = sum(module.blocks.scales.numel() * (2 if module.blocks.offsets is None else 4) for module in linears)
     assert stored_bytes(model) == others + weights // 2 + scales
     assert dense_weight(layer).shape == (32, 48)
+    assert parameter_count(model) == parameter_count(tiny_llama())
 
 
 def test_saving_is_refused(pair, tmp_path):
