@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from ..kernels.cpu import emulates_bfloat16
-from ..target.gguf_file import GgufFile
+from ..target.gguf_file import GgufError, GgufFile
 from ..target.gguf_model import gguf_config
 from ..target.load import load_target, resolve
 
@@ -83,6 +83,8 @@ def read_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig
         if place.lower().endswith(".gguf"):
             return gguf_config(GgufFile(place))
         return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except GgufError:
+        raise
     except Exception as error:  # whatever transformers and the hub raise for a bad source
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"{where} gives no configuration of a model ({type(error).__name__}: {detail})") from error

@@ -186,6 +186,16 @@ def test_a_named_model_keeps_its_file(tmp_path, cache, four_bits, monkeypatch, c
     assert len(calls) == 3
 
 
+def test_a_file_can_draft(four_bits):
+    model, _ = load(four_bits)
+    drafter, ids = paceline.load_drafter(str(four_bits), model), torch.arange(10)[None]
+    out = paceline.generate(
+        model, ids, drafter=drafter, max_new_tokens=12, do_sample=False, return_dict_in_generate=True
+    )
+    assert drafter.name == "four.gguf" and out.trace.summary()["draft_acceptance_rate"] > 0.7
+    assert torch.equal(out.sequences, paceline.generate(model, ids, max_new_tokens=12, do_sample=False))
+
+
 def test_commands_take_weights(four_bits, capsys):
     command = ["generate", "--model", str(four_bits), "--prompt", "abc", "--max-new-tokens", "8", "--drafter", "ngram"]
     assert cli.main([*command, "--dtype", "float32", "--weights", "q4"]) == 0
