@@ -1,8 +1,8 @@
 """The block formats of GGUF files, unpacked to `Blocks`: the same numbers, nothing is rounded.
 
 A row of a weight is a row of bytes, and so many neighbouring weights are one block of bytes: half-precision scales,
-then codes whose low and high bits may lie apart. Codes of 5 and 6 bits become codes of 8. Knows nothing of files,
-names and models.
+then codes whose low and high bits may lie apart. Codes of 2 and 3 bits become codes of 4, those of 5 and 6 become codes
+of 8. Knows nothing of files, names and models.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ def unpacked(kind: str, data: Tensor) -> Blocks:
     pieces = [unpack(rows.view(len(rows), -1, size)) for rows in data.split(max(1, _CHUNK // data.shape[1]))]
     codes, scales, offsets = (None if parts[0] is None else torch.cat(parts).flatten(1) for parts in zip(*pieces))
     assert codes is not None and scales is not None
-    return Blocks(codes, scales, offsets, zero, 4 if bits == 4 else 8)
+    return Blocks(codes, scales, offsets, zero, 4 if bits <= 4 else 8)
 
 
 def _half(blocks: Tensor, start: int) -> Tensor:  # (N, n, bytes) -> (N, n, 1) float16
@@ -39,6 +39,20 @@ def _nibbles(packed: Tensor) -> Tensor:  # (..., w) -> (..., 2, w)
 def _bits(packed: Tensor, shifts: range, mask: int) -> Tensor:  # (..., w) -> (..., s, w)
     """What stands at each of the shifts in some bytes."""
     return torch.stack([(packed >> shift) & mask for shift in shifts], dim=-2)
+
+
+def _q2_k(blocks: Tensor) -> Parts:
+    codes = _bits(blocks[..., 16:80].unflatten(-1, (2, 32)), range(0, 8, 2), 3).flatten(-3)  # (N, n, 256)
+    scales, offsets = blocks[..., :16] & 15, blocks[..., :16] >> 4
+    return codes, _half(blocks, 80).float() * scales.float(), -(_half(blocks, 82).float() * offsets.float())
+
+
+def _q3_k(blocks: Tensor) -> Parts:
+    """The third bits come first, of code i in group g of 32: bit g of byte i."""
+    low = _bits(blocks[..., 32:96].unflatten(-1, (2, 32)), range(0, 8, 2), 3).flatten(-3)  # (N, n, 256)
+    codes = low | _bits(blocks[..., :32], range(8), 1).flatten(-2) << 2
+    scales = _nibbles(blocks[..., 96:104]).flatten(-2) | _bits(blocks[..., 104:108], range(0, 8, 2), 3).flatten(-2) << 4
+    return codes, _half(blocks, 108).float() * (scales.float() - 32), None
 
 
 def _q4_0(blocks: Tensor) -> Parts:
@@ -96,6 +110,8 @@ def _q6_k(blocks: Tensor) -> Parts:
 
 # Bytes of a block, bits of a code, the code that means 0, and how blocks are unpacked.
 TYPES: dict[str, tuple[int, int, int, Callable[[Tensor], Parts]]] = {
+    "Q2_K": (84, 2, 0, _q2_k),
+    "Q3_K": (110, 3, 4, _q3_k),
     "Q4_0": (18, 4, 8, _q4_0),
     "Q4_1": (20, 4, 0, _q4_1),
     "Q4_K": (144, 4, 0, _q4_k),

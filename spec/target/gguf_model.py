@@ -129,8 +129,8 @@ def _kept(file: GgufFile, reader: "_Reader", weights: Weights) -> dict[str, Stor
         raise GgufError(f"{name}, not in blocks that could be kept; load it with weights='16'")
     if weights.bits == 4 and min(bits) == 8:
         raise GgufError(f"{name}, of 8 bits; ask for weights={weights.name.replace('4', '8', 1)!r}")
-    if weights.bits == 8 and min(bits) == 4:
-        raise GgufError(f"{name}, of 4 bits; ask for weights={weights.name.replace('8', '4', 1)!r}")
+    if weights.bits == 8 and min(bits) <= 4:
+        raise GgufError(f"{name}, some of 4 bits or less; ask for weights={weights.name.replace('8', '4', 1)!r}")
     return {path: tensor for path, tensor in reader.linears.items() if reader.can_keep(tensor)}
 
 

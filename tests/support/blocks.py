@@ -9,12 +9,13 @@ from paceline.spec.kernels.blocks import BlockLinear, Blocks
 from torch import nn
 
 SCALES = {  # of each type: the places of its half-precision numbers in a block
-    "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
-    "Q8_0": [0], "IQ4_NL": [0],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_0": [0], "Q4_1": [0, 2], "Q4_K": [0, 2], "Q5_0": [0], "Q5_1": [0, 2],
+    "Q5_K": [0, 2], "Q6_K": [208], "Q8_0": [0], "IQ4_NL": [0],
 }  # fmt: skip
-# Of each type: the scale that gives weights of a standard deviation near 0.06, as tiny models have.
-SPREAD = {"Q4_0": 0.013, "Q4_1": 0.005, "Q4_K": 0.0003, "Q5_0": 0.006, "Q5_1": 0.003, "Q5_K": 0.0001,
-          "Q6_K": 4e-5, "Q8_0": 0.0008, "IQ4_NL": 0.001}  # fmt: skip
+SPREAD = {  # of each type: the scale that gives weights of a standard deviation near 0.06, as tiny models have
+    "Q2_K": 0.004, "Q3_K": 0.0015, "Q4_0": 0.013, "Q4_1": 0.005, "Q4_K": 0.0003, "Q5_0": 0.006, "Q5_1": 0.003,
+    "Q5_K": 0.0001, "Q6_K": 4e-5, "Q8_0": 0.0008, "IQ4_NL": 0.001,
+}  # fmt: skip
 
 
 def random_blocks(kind, rows, columns, seed=0, scale=0.01):
