@@ -26,7 +26,7 @@ from ..spec.proposal import DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
 from ..spec.target.taps import HEAD, linear_head
-from ..spec.target.weights import dense_rows, head_weight, linear_shape
+from ..spec.target.weights import head_rows, head_weight, linear_shape
 from .folder import DrafterFolder, target_identity, write_folder
 from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree
@@ -86,7 +86,7 @@ class MedusaHeads(nn.Module):
         check_vocabulary(ids, self.vocab_size)
         self.register_buffer("vocabulary", ids, persistent=self.trimmed)
         self.register_buffer("index_of_token", places(ids, self.vocab_size), persistent=False)
-        rows = dense_rows(head, ids, target.dtype) if self.trimmed else head_weight(target)
+        rows = head_rows(target, ids) if self.trimmed else head_weight(target)
         if settings.own_heads:
             self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))
         else:

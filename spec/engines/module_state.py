@@ -75,10 +75,11 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))
     for path, layer in block_layers(module).items():
-        codes, scales, offsets = layer.blocks.codes, layer.blocks.scales, layer.blocks.offsets
-        digest.update(f"{path} {layer.blocks.zero} {layer.int8_activations}".encode())
-        for part in (codes, scales) if offsets is None else (codes, scales, offsets):
-            digest.update(_bytes(part))
+        digest.update(f"{path} {layer.int8_activations}".encode())
+        if (blocks := getattr(layer, "blocks", None)) is not None:  # that are no buffers
+            digest.update(str(blocks.zero).encode())
+            for part in (blocks.codes, blocks.scales, *(() if blocks.offsets is None else (blocks.offsets,))):
+                digest.update(_bytes(part))
     _fingerprints[module] = versions, digest.hexdigest()
     return digest.hexdigest()
 

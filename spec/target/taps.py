@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from ..kernels.blocks import BlockLinear
-from .weights import Linear, linear_shape
+from .weights import Linear, is_in_blocks, linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,7 +32,7 @@ def linear_head(model: "PreTrainedModel") -> Linear:
     reads both). Raises ValueError where there is none."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not isinstance(head, BlockLinear) and (weight is None or weight.ndim != 2):
+    if not is_in_blocks(head) and (weight is None or weight.ndim != 2):
         raise ValueError(
             f"{type(model).__name__} has no linear LM head to take the last hidden state from; use a draft model or "
             "'ngram' as drafter"

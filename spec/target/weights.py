@@ -3,7 +3,7 @@ them. Knows nothing of files."""
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,10 @@ class Weights:
         return self.name.endswith("-int8")
 
 
+def is_in_blocks(layer: object) -> bool:
+    return isinstance(layer, BlockLinear)
+
+
 def linear_shape(layer: Linear) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer, dense or in blocks."""
     if isinstance(layer, BlockLinear):
@@ -54,10 +58,12 @@ def dense_weight(layer: Linear, dtype: torch.dtype | None = None) -> Tensor:  # 
 
 
 def dense_rows(layer: Linear, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n,) -> (n, K)
-    """Some rows of `dense_weight`; no others are dequantised."""
+    """Some rows of `dense_weight`; where blocks are at hand, no others are dequantised."""
     if not isinstance(layer, BlockLinear):
         return layer.weight.detach()[rows]
-    blocks = layer.blocks
+    blocks = getattr(layer, "blocks", None)
+    if blocks is None or getattr(layer, "rotation", None) is not None:
+        return dense_weight(layer, dtype)[rows]
     offsets = None if blocks.offsets is None else blocks.offsets[rows]
     some = Blocks(blocks.codes[rows], blocks.scales[rows], offsets, blocks.zero, blocks.bits)
     return some.dequantised() if dtype is None else some.dequantised().to(dtype)
@@ -71,10 +77,19 @@ def dense_parameters(layer: Linear) -> dict[str, Tensor]:
 
 def head_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
     """The weight of the LM head in the model's dtype: where tied, that of the embeddings, on their memory."""
+    return dense_weight(_dense_head(model), model.dtype)
+
+
+def head_rows(model: "PreTrainedModel", rows: Tensor) -> Tensor:  # (n,) -> (n, H)
+    """Some rows of `head_weight`."""
+    return dense_rows(_dense_head(model), rows, model.dtype)
+
+
+def _dense_head(model: "PreTrainedModel") -> Linear:
+    """The LM head, or the embeddings where these hold the same numbers, and dense."""
     head = model.get_output_embeddings()
-    if isinstance(head, BlockLinear) and model.config.get_text_config().tie_word_embeddings:
-        return model.get_input_embeddings().weight.detach()
-    return dense_weight(head, model.dtype)
+    tied = isinstance(head, BlockLinear) and model.config.get_text_config().tie_word_embeddings
+    return model.get_input_embeddings() if tied else head
 
 
 def block_layers(model: nn.Module) -> dict[str, BlockLinear]:
@@ -83,32 +98,36 @@ def block_layers(model: nn.Module) -> dict[str, BlockLinear]:
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of a model, with the dequantised weights of layers in blocks."""
-    return model.state_dict() | {f"{path}.weight": dense_weight(layer) for path, layer in block_layers(model).items()}
+    layers, state = block_layers(model), model.state_dict()
+    owned = {f"{path}.{name}" for path, layer in layers.items() for name in layer.state_dict() if name != "bias"}
+    dense = {name: tensor for name, tensor in state.items() if name not in owned}
+    return dense | {f"{path}.weight": dense_weight(layer) for path, layer in layers.items()}
 
 
 def weights_form(model: nn.Module) -> str:
     """In what blocks a model's layers are, such as "210 of 4 bits by 32"; empty for a dense model."""
-    forms = Counter(
-        f"of {layer.blocks.bits} bits by {layer.blocks.group}" + " with int8 activations" * layer.int8_activations
-        for layer in block_layers(model).values()
-    )
+    forms: Counter[str] = Counter()
+    for layer in block_layers(model).values():
+        blocks: Any = getattr(layer, "blocks", layer)
+        forms[f"of {blocks.bits} bits by {blocks.group}" + " with int8 activations" * layer.int8_activations] += 1
     return ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
 
 
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the weights: of parameters as they are, of blocks with codes packed without gaps."""
+    """Bytes of the weights: of parameters as they are, of blocks as they are packed, or with codes without gaps."""
     total = sum(parameter.nbytes for parameter in model.parameters())
     for layer in block_layers(model).values():
-        blocks = layer.blocks
-        total += blocks.codes.numel() * blocks.bits // 8
-        total += blocks.scales.nbytes * (1 if blocks.offsets is None else 2)
+        total += sum(buffer.nbytes for buffer in layer.buffers())
+        if blocks := getattr(layer, "blocks", None):
+            total += blocks.codes.numel() * blocks.bits // 8
+            total += blocks.scales.nbytes * (1 if blocks.offsets is None else 2)
     return total
 
 
 def parameter_count(model: nn.Module) -> int:
     """The number of a model's parameters, those in blocks too."""
     dense = sum(parameter.numel() for parameter in model.parameters())
-    return dense + sum(layer.blocks.codes.numel() for layer in block_layers(model).values())
+    return dense + sum(layer.out_features * layer.in_features for layer in block_layers(model).values())
 
 
 def refuse_saving(model: "PreTrainedModel") -> None:
