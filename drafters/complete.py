@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..spec.target.load import NAMED, load_target
+from ..spec.target.weights import dense_parameters
 from .folder import read_folder
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def complete(
     tensors = folder.tensors()
     for name, path_in_target in folder.config["paceline_left_out"].items():
         module, key = path_in_target.split(".")
-        tensors[name] = getattr(getattr(target, f"get_{module}")(), key).detach().cpu()
+        tensors[name] = dense_parameters(getattr(target, f"get_{module}")())[key].cpu()
     folder.check_tensors(tensors, model.state_dict())
     model.load_state_dict(tensors)
     return model.to(target.device).eval()

@@ -42,7 +42,7 @@ class ModelDrafter:
         self.model = model
         self.vocabulary = None if vocabulary is None else vocabulary.to(model.device)
         if self.vocabulary is not None:
-            model.set_output_embeddings(trimmed_head(model.get_output_embeddings(), self.vocabulary))
+            model.set_output_embeddings(trimmed_head(model.get_output_embeddings(), self.vocabulary, model.dtype))
         self.name = name
         on_cpu = model.device.type == "cpu"
         self.default_shape = default_tree(rates, DEEPEST, on_cpu) if rates else TreeShape.chain(DEEPEST)

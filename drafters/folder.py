@@ -111,8 +111,10 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
     """The drafter folder at a path or of a hub id; None for anything else, such as an ordinary model.
 
     From the hub only JSON, safetensors and Markdown files of a drafter are fetched; for anything else only the config.
-    Raises ValueError for a file, for a damaged config, and for an unknown kind or format."""
+    Raises ValueError for a file other than a GGUF one, for a damaged config, and for an unknown kind or format."""
     path = Path(name_or_path)
+    if path.suffix.lower() == ".gguf" and not path.is_dir():
+        return None
     if path.is_file():
         kind_of_file = "a pickle, which can run code" if path.suffix in PICKLES else "a file"
         raise ValueError(f"drafter {path} is {kind_of_file}; give a folder with config.json and model.safetensors")

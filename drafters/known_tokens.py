@@ -11,6 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..spec.target.weights import Linear, dense_rows
+
 FILE = "known_tokens.safetensors"  # in the folder of a draft model
 
 
@@ -28,9 +30,10 @@ def places(ids: Tensor, vocab_size: int) -> Tensor:  # (V',) -> (V,)
     return index_of_token
 
 
-def trimmed_head(head: nn.Linear, ids: Tensor) -> nn.Linear:
-    """A frozen copy of a linear LM head that gives the logits of the tokens `ids` (V',) only."""
-    weight, bias = head.weight.detach()[ids], getattr(head, "bias", None)
+def trimmed_head(head: Linear, ids: Tensor, dtype: torch.dtype) -> nn.Linear:
+    """A frozen copy of a linear LM head that gives the logits of the tokens `ids` (V',) only; in `dtype` where the
+    head's weight is in blocks."""
+    weight, bias = dense_rows(head, ids, dtype), getattr(head, "bias", None)
     made = nn.Linear(weight.shape[1], len(ids), bias is not None, device=weight.device, dtype=weight.dtype)
     made.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

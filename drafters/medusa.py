@@ -26,6 +26,7 @@ from ..spec.proposal import DrafterTraits, DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
 from ..spec.target.taps import HEAD, linear_head
+from ..spec.target.weights import head_rows, head_weight, linear_shape
 from .folder import DrafterFolder, target_identity, write_folder
 from .known_tokens import check_vocabulary, places
 from .static_tree import StaticTree
@@ -76,8 +77,8 @@ class MedusaHeads(nn.Module):
         head = linear_head(target)
         self.settings = settings
         self.target = target_identity(target)
-        self.vocab_size, self.hidden_size = head.weight.shape
-        count, size, device = settings.heads, self.hidden_size, head.weight.device
+        self.vocab_size, self.hidden_size = linear_shape(head)
+        count, size, device = settings.heads, self.hidden_size, target.device
         self.weight = nn.Parameter(torch.zeros(settings.blocks, count, size, size, device=device))
         self.bias = nn.Parameter(torch.zeros(settings.blocks, count, size, device=device))
         self.trimmed = vocabulary is not None and len(vocabulary) < self.vocab_size
@@ -85,7 +86,7 @@ class MedusaHeads(nn.Module):
         check_vocabulary(ids, self.vocab_size)
         self.register_buffer("vocabulary", ids, persistent=self.trimmed)
         self.register_buffer("index_of_token", places(ids, self.vocab_size), persistent=False)
-        rows = head.weight.detach()[ids] if self.trimmed else head.weight.detach()
+        rows = head_rows(target, ids) if self.trimmed else head_weight(target)
         if settings.own_heads:
             self.head_weight = nn.Parameter(rows.float().repeat(count, 1, 1))
         else:
@@ -241,7 +242,7 @@ class MedusaDrafter:
     def open(self, request: DraftRequest) -> "MedusaSession":
         weight = self.heads.weight
         assert request.target is not None, "heads read the hidden states of a model"
-        expected = linear_head(request.target).weight.shape[1], request.target.dtype, request.device
+        expected = linear_shape(linear_head(request.target))[1], request.target.dtype, request.device
         if (self.heads.hidden_size, weight.dtype, weight.device) != expected:
             raise ValueError(
                 f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {weight.dtype} on "

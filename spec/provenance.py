@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import __version__
+from .target.weights import head_rows, linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -69,8 +71,12 @@ def target_fingerprint(model: "PreTrainedModel") -> str:
     and LM head, rounded to bfloat16 so that the model has one fingerprint in float32 and bfloat16."""
     config = model.config.get_text_config()
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        rows = torch.linspace(0, len(module.weight) - 1, 8).long().to(module.weight.device)
-        sample = module.weight.detach()[rows].float().to(torch.bfloat16).cpu()
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for count, rows_of in (
+        (len(embeddings.weight), lambda rows: embeddings.weight.detach()[rows]),
+        (linear_shape(head)[0], partial(head_rows, model)),
+    ):
+        rows = torch.linspace(0, count - 1, 8).long().to(model.device)
+        sample = rows_of(rows).float().to(torch.bfloat16).cpu()
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -32,6 +32,7 @@ from paceline.training.objectives.losses import NAMES as LOSSES
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from support.blocks import write_tiny
 from support.models import fitted_heads, noisy_copy, tiny_llama
 from support.pages import PAGES, ROOT, anchors, blocks, commands, prose, words_of
 from support.tape import tape_executor
@@ -86,6 +87,7 @@ def stand_ins(tmp_path_factory):
     model = tiny_llama(vocab=len(vocab), max_position_embeddings=512)
     model.save_pretrained(cache / "smollm2-135m")
     tokenizer.save_pretrained(cache / "smollm2-135m")
+    write_tiny(cache / "smollm2-135m" / "model.gguf")
     for name, mode in (("smollm2-135m-medusa", "independent"), ("smollm2-135m-hydra", "hydra")):
         fitted_heads(model, mode).save(pretrained / name)
         (pretrained / name / "acceptance.json").write_text(json.dumps({"measured": {"tokens_per_step": 1.5}}))

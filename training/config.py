@@ -22,8 +22,9 @@ TRACKERS = {"tensorboard", "wandb", "trackio", "mlflow"}
 class Target:
     """The frozen model that is drafted for."""
 
-    model: str = "smollm2-135m"  # a folder, a short name or a hub id
+    model: str = "smollm2-135m"  # a folder, a GGUF file, a short name or a hub id
     dtype: str = "auto"
+    weights: str = "16"  # or the blocks of a quantised model, as for load_target
     hidden: Literal["online", "offline"] = "online"  # run the target, or read its hidden states from disk
     hidden_folder: str | None = None  # of the hidden states; by default beside the data
     trust_remote_code: bool = False

@@ -203,6 +203,7 @@ def command(args) -> str:
     given = {"--data": args.data and shown(args.data), "--tree": args.tree and shown(args.tree)}
     given |= {"--temperature": args.temperature and f"{args.temperature:g}"}
     given |= {"--verify": args.verify != "match" and args.verify, "--dtype": args.dtype != "auto" and args.dtype}
+    given |= {"--weights": args.weights != "16" and args.weights}
     given |= {"--executor": args.executor != "eager" and args.executor}
     return shlex.join([*parts, *(part for option, value in given.items() if value for part in (option, value))])
 

@@ -65,7 +65,8 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
         raise ValueError(f"run.folder {folder} holds a run; go on with it by --resume, or choose another folder")
     splits, about = open_data(config.data.folder)
     target = config.target
-    model, tokenizer = load_target(target.model, target.dtype, accelerator.device, target.trust_remote_code)
+    where = target.model, target.dtype, accelerator.device, target.trust_remote_code
+    model, tokenizer = load_target(*where, weights=target.weights)
     check_tokenizer(about, tokenizer, config.data.folder)
     set_seed(config.run.seed)
     objective = kind.build(config.objective, model, splits["train"].split)

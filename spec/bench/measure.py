@@ -29,6 +29,7 @@ from ..plan.store import automatic_shape, read_shape
 from ..prompts import BenchPrompt, conversation_ids, left_padded, read_bench_prompts
 from ..proposal import Drafter
 from ..target.load import context_length, end_ids
+from ..target.weights import stored_bytes
 from ..tree import DynamicShape, TreeShape
 from .analysis import analyse
 from .divergence import margin, parting
@@ -253,6 +254,7 @@ def _header(args: Namespace, model: "PreTrainedModel", decoders: dict[str, Decod
         "seed": args.seed,
         "repeats": args.repeats,
     }
+    setup |= {"weights": args.weights} if args.weights != "16" else {}
     return {
         "kind": "paceline-bench",
         "version": VERSION,
@@ -276,7 +278,7 @@ def _memory(model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
         weights = sum(size for address, size in sizes.items() if address not in target_addresses)
         drafts = None if decoder.drafter is None else decoder.drafter.traits.causal_lm
         drafters[name] = {"weights": weights, "slot": slot_bytes(drafts) if drafts is not None else 0}
-    return {"target": sum(p.nbytes for p in model.parameters()), "slot": slot_bytes(model), "drafters": drafters}
+    return {"target": stored_bytes(model), "slot": slot_bytes(model), "drafters": drafters}
 
 
 def _modules(decoder: Decoder) -> list[torch.nn.Module]:

@@ -49,6 +49,7 @@ def verdict(figures: dict) -> str:
     count = best["overall"]["beside_plain"]
     prompts = f"{count} prompt{'s' * (count != 1)}" + (f" in batches of {setup['batch']}" if setup["batch"] > 1 else "")
     model = f"{visible(setup['model'])} in {visible(setup['dtype'])}"
+    model += f", weights {visible(setup['weights'])}" if "weights" in setup else ""
     return f"{said[0].upper()}{said[1:]} with {visible(best['label'])}{among}: {prompts}, {model} on {device(figures)}"
 
 

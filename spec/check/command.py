@@ -23,6 +23,7 @@ from ..engines.runs import reset
 from ..files import write_json
 from ..kernels import native
 from ..target.selftest import check_kind
+from ..target.weights import parameter_count, weights_form
 from . import shapes
 from .budget import Clock, NotHere, Task, run_tasks
 from .lossless import Lossless
@@ -135,6 +136,8 @@ def _training_tasks(subject: Subject) -> Iterator[Task]:
 def _subject(args: Namespace, executors: list[str]) -> Subject:
     """Load or make the model that the options name, after printing and checking the memory that it needs."""
     device, label = _device(args.device), args.shape
+    if args.weights != "16" and args.model is None:
+        raise ValueError(f"--weights {args.weights} needs a model that is in such blocks; name it with --model")
     if args.model is not None or args.config is not None:
         label = args.model if args.model is not None else args.config
         config = shapes.read_config(label, args.trust_remote_code)
@@ -145,10 +148,11 @@ def _subject(args: Namespace, executors: list[str]) -> Subject:
         raise ValueError(f"{label} has a context of {context} tokens and the check needs {SHORTEST_CONTEXT}")
     published = (text.dtype or torch.float32) if args.model is not None else None
     dtype = shapes.settled_dtype(args.dtype, device, published)
-    needed = shapes.weight_bytes(config, dtype, args.trust_remote_code)
-    print(shapes.check_memory(Path(label).name, needed, dtype, device), file=sys.stderr)
+    if args.weights == "16":
+        needed = shapes.weight_bytes(config, dtype, args.trust_remote_code)
+        print(shapes.check_memory(Path(label).name, needed, dtype, device), file=sys.stderr)
     if args.model is not None:
-        model = shapes.named_model(args.model, args.dtype, device, args.trust_remote_code)
+        model = shapes.named_model(args.model, args.dtype, device, args.trust_remote_code, args.weights)
     else:
         model = shapes.random_model(config, dtype, device, args.trust_remote_code)
     check_kind(model)
@@ -170,7 +174,7 @@ def _device(name: str | None) -> torch.device:
 
 
 def _about(args: Namespace, subject: Subject) -> dict:
-    weights = "its own" if args.model is not None else "random"
+    weights = weights_form(subject.model) or ("its own" if args.model is not None else "random")
     return {
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": provenance.command(),
@@ -179,7 +183,7 @@ def _about(args: Namespace, subject: Subject) -> dict:
         "machine": provenance.machine(),
         "subject": {
             "name": subject.name, "weights": weights, "dtype": subject.dtype_name, "device": str(subject.device),
-            "parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+            "parameters": parameter_count(subject.model),
             "attention": subject.model.config.get_text_config()._attn_implementation,
         },
         "budget": args.budget,

@@ -13,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.initialization import no_init_weights
 
 from ..kernels.cpu import emulates_bfloat16
+from ..target.gguf_file import GgufError, GgufFile
+from ..target.gguf_model import gguf_config
 from ..target.load import load_target, resolve
 
 LLAMA3_ROPE = {
@@ -77,10 +79,12 @@ def shape_config(name: str) -> PreTrainedConfig:
 def read_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration in a config.json, a folder, or of a model's name. Raises ValueError where there is none."""
     try:
-        path = Path(where)
-        return AutoConfig.from_pretrained(
-            path if path.is_file() else resolve(where), trust_remote_code=trust_remote_code
-        )
+        place = where if Path(where).is_file() else resolve(where)
+        if place.lower().endswith(".gguf"):
+            return gguf_config(GgufFile(place))
+        return AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    except GgufError:
+        raise
     except Exception as error:  # whatever transformers and the hub raise for a bad source
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"{where} gives no configuration of a model ({type(error).__name__}: {detail})") from error
@@ -149,9 +153,11 @@ def random_model(
     return model.eval()
 
 
-def named_model(name: str, dtype: str, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
+def named_model(
+    name: str, dtype: str, device: torch.device, trust_remote_code: bool = False, weights: str = "16"
+) -> PreTrainedModel:
     """A model loaded by `load_target`, without end-of-text ids."""
-    model, _ = load_target(name, dtype, device, trust_remote_code, with_tokenizer=False)
+    model, _ = load_target(name, dtype, device, trust_remote_code, with_tokenizer=False, weights=weights)
     model.generation_config = GenerationConfig()
     return model
 

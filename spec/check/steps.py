@@ -19,6 +19,7 @@ from ..engines.executors import Executor
 from ..engines.pool import pool_of
 from ..plan.step_times import IDLE_CAPACITY, Blank, in_turns, open_idle, slot_bytes, wait_for
 from ..proposal import NoDrafter
+from ..target.weights import stored_bytes
 from ..tree import TreeShape
 from .budget import Clock, Task, absent
 from .record import NOT_HERE, Finding
@@ -202,6 +203,6 @@ class Steps:
 def weights_read(model: "PreTrainedModel") -> int:
     """Bytes of weights that a step reads: all except the input embeddings, of which it reads a few rows only; tied
     embeddings count, as they are the LM head too."""
-    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    total = sum(parameter.nbytes for parameter in model.parameters())
-    return total if embeddings is head else total - embeddings.nbytes
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    total = stored_bytes(model)
+    return total if embeddings is getattr(head, "weight", None) else total - embeddings.nbytes

@@ -11,6 +11,7 @@ import torch
 
 from ..engines.executors import EXECUTORS, choose
 from ..proposal import Drafter
+from ..target.weights import stored_bytes
 from .budget import NotHere
 from .shapes import free_bytes
 
@@ -79,7 +80,7 @@ class Subject:
     def drafter(self, kind: str) -> Drafter:
         """The drafter of a kind, made on first use. Raises NotHere where memory is too small for it."""
         if kind not in self.drafters:
-            weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            weights = stored_bytes(self.model)
             if kind == "draft model" and 1.1 * weights > self.free_bytes:
                 raise NotHere(
                     f"a copy of the target to draft with takes {weights / 1e9:.1f} GB and "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def load_model(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The model and tokenizer that the options name."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_target(args.model, args.dtype, device, args.trust_remote_code)
+    return load_target(args.model, args.dtype, device, args.trust_remote_code, weights=args.weights)
 
 
 def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Drafter | None]:
@@ -112,4 +112,4 @@ def models(args: Namespace) -> None:
         where = str(cached) if (cached / "config.json").is_file() else "not fetched yet"
         rows.append([name, model.hub_id, where])
     print(table(["name", "hub id", "in the cache"], rows))
-    print("\nAny folder or hub id of a causal LM works too; a numerical self-test decides when it is first used.")
+    print("\nAny folder, GGUF file or hub id of a causal LM works too; a numerical self-test decides on first use.")

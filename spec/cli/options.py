@@ -27,7 +27,7 @@ def generate(parser: Parser) -> None:
 
 def check(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", metavar="NAME", help="check with this model: folder, short name or hub id")
+    what.add_argument("--model", metavar="NAME", help="check with this model: folder, GGUF file, short name or hub id")
     shapes = "random weights in the shape of a known model, no download (default %(default)s)"
     what.add_argument("--shape", default="smollm2-135m", metavar="NAME", help=shapes)
     what.add_argument("--config", metavar="FILE", help="random weights in the shape of this config.json")
@@ -173,7 +173,10 @@ def _drawing_options(parser: Parser, rules: str) -> None:
 def _model_options(parser: Parser, drafter: bool = True, tree: bool = True) -> None:
     group = parser.add_argument_group("model and drafter" if drafter else "model")
     group.add_argument(
-        "--model", default="smollm2-135m", metavar="NAME", help="folder, short name or hub id (default %(default)s)"
+        "--model",
+        default="smollm2-135m",
+        metavar="NAME",
+        help="folder, GGUF file, short name or hub id (default %(default)s)",
     )
     if drafter:
         named = (
@@ -195,6 +198,8 @@ def _model_options(parser: Parser, drafter: bool = True, tree: bool = True) -> N
 
 def _device_options(group) -> None:
     group.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")
+    weights = "16, or the blocks of a quantised model: q4, q8, and faster by 8-bit activations q4-int8, q8-int8"
+    group.add_argument("--weights", default="16", metavar="FORM", help=f"{weights} (default 16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
     group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 

@@ -103,7 +103,7 @@ def next_steps(args: Namespace, drafter: str, chat: bool) -> str:
     """What to do next with what has just been shown: commands as they are to be typed, and why."""
     target = _given(args, model="smollm2-135m")
     model = target + " --trust-remote-code" * args.trust_remote_code
-    model += _given(args, dtype="auto", device=None, executor="eager")
+    model += _given(args, dtype="auto", weights="16", device=None, executor="eager")
     chosen = _given(args, drafter="auto")
     method = shlex.quote(drafter if args.drafter == "auto" else args.drafter)
     recipe = "smollm2-135m-hydra data.folder=data/mine"

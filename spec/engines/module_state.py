@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..kernels.linears import is_packed_forward, version
 from ..target.taps import is_tap
+from ..target.weights import block_layers
 
 # Attributes of modules that do not affect what their forward computes; some are set by this package.
 _IGNORED = {
@@ -73,9 +74,15 @@ def _fingerprint(module: nn.Module) -> str:
     digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode(), digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(_bytes(tensor))
+    for path, layer in block_layers(module).items():
+        digest.update(f"{path} {layer} {getattr(layer, 'ints', 0)}".encode())
     _fingerprints[module] = versions, digest.hexdigest()
     return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _tensors(module: nn.Module) -> Iterable[Tensor]:

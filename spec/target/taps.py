@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from .weights import Linear, is_in_blocks, linear_shape
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -25,10 +27,12 @@ _active = threading.local()
 _putting = threading.Lock()  # two threads must not put the same tap twice
 
 
-def linear_head(model: "PreTrainedModel") -> nn.Linear:
-    """The LM head, a linear map from the last hidden state to the logits. Raises ValueError where there is none."""
+def linear_head(model: "PreTrainedModel") -> Linear:
+    """The LM head, a linear map from the last hidden state to the logits, its weight dense or in blocks (weights.py
+    reads both). Raises ValueError where there is none."""
     head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is None or head.weight.ndim != 2:
+    weight = getattr(head, "weight", None)
+    if not is_in_blocks(head) and (weight is None or weight.ndim != 2):
         raise ValueError(
             f"{type(model).__name__} has no linear LM head to take the last hidden state from; use a draft model or "
             "'ngram' as drafter"
@@ -57,7 +61,7 @@ def _layer(model: "PreTrainedModel", number: int) -> nn.Module:
 def feature_sizes(model: "PreTrainedModel", taps: Iterable[Tap]) -> list[int]:
     """The size of each tap's hidden state."""
     hidden = model.config.get_text_config().hidden_size
-    return [linear_head(model).weight.shape[1] if tap == HEAD else hidden for tap in taps]
+    return [linear_shape(linear_head(model))[1] if tap == HEAD else hidden for tap in taps]
 
 
 def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:

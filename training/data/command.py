@@ -115,6 +115,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     from ...spec.target.load import resolve
 
     where = resolve(str(name))
+    if Path(where).is_file():
+        return _gguf_tokenizer(where)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever transformers and the hub raise for a bad source
@@ -126,6 +128,15 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
         eos = None  # a folder of a tokenizer alone
     ids = eos if isinstance(eos, list) else [eos]
     return tokenizer, frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
+
+
+def _gguf_tokenizer(path: str):
+    from ...spec.target.gguf_model import gguf_tokenizer
+    from ...spec.target.load import opened
+
+    with opened(path) as file:
+        tokenizer = gguf_tokenizer(file)
+    return tokenizer, frozenset({tokenizer.eos_token_id} - {None})
 
 
 def _temperatures(text: str) -> list[float]:

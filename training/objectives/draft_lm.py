@@ -21,6 +21,7 @@ from ...drafters.folder import FORMAT, target_identity
 from ...drafters.known_tokens import places, trimmed_head, write_known
 from ...spec.files import whole
 from ...spec.target.taps import HEAD, hidden_states
+from ...spec.target.weights import linear_shape
 from ..config import read
 from .draft_network import Sizes, make_network, share, target_weights
 from .known_tokens import frequent_tokens
@@ -116,7 +117,7 @@ class DraftObjective(Objective):
         hidden = last_hidden_states(self.model, batch)[judged]  # (N, H)
         target_states_and_head = (None, None)
         if seen is not None:
-            law = seen.lm_head if self.known is None else self.known.law(seen.lm_head)
+            law = seen.lm_head if self.known is None else self.known.law(seen.lm_head, seen.hidden.dtype)
             target_states_and_head = seen.hidden[:, :-1][judged], law
         total, top = mixed_loss(self.losses, hidden, head, labels[judged], *target_states_and_head, chunk=self.chunk)
         right = torch.zeros_like(counted).masked_scatter(judged, top == labels[judged])
@@ -172,15 +173,16 @@ class Known:
 
     def __init__(self, model, ids: Tensor):
         head = model.get_output_embeddings()
-        self.ids, self.head = ids, trimmed_head(head, ids)
-        self.index_of_token = places(ids, len(head.weight))  # (V,)
+        self.ids, self.head = ids, trimmed_head(head, ids, model.dtype)
+        self.index_of_token = places(ids, linear_shape(head)[0])  # (V,)
         self._law: nn.Module | None = None
 
-    def law(self, head: nn.Module) -> nn.Module:
-        """The target's LM head trimmed to these tokens; its softmax is conditional on one of them being next."""
+    def law(self, head: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """The target's LM head trimmed to these tokens, for hidden states in `dtype`; its softmax is conditional on one
+        of them being next."""
         if self._law is None:
             scaled = isinstance(head, ScaledHead)
-            linear = trimmed_head(head.linear if scaled else head, self.ids)
+            linear = trimmed_head(head.linear if scaled else head, self.ids, dtype)
             self._law = ScaledHead(linear, head.factor, head.cap) if scaled else linear
         return self._law
 

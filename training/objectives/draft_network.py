@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...drafters.complete import complete
 from ...spec.target.taps import layer_stacks
+from ...spec.target.weights import dense_parameters, dense_state, linear_shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,7 @@ def from_layers(target, layers: list[int]) -> nn.Module:
             setattr(config, key, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
     state = {}
-    for key, tensor in target.state_dict().items():
+    for key, tensor in dense_state(target).items():
         if not key.startswith(f"{stacks[0]}."):
             state[key] = tensor
             continue
@@ -125,18 +126,19 @@ def share(model, settings, target) -> None:
         if origin == "own":
             continue
         layer, target_layer = getattr(model, get)(), getattr(target, get)()
-        if layer.weight.shape != target_layer.weight.shape:
+        if layer.weight.shape != linear_shape(target_layer):
             raise ValueError(
                 f"the draft's hidden size {layer.weight.shape[1]} is not the target's {target_layer.weight.shape[1]}, "
                 "so its embeddings and head cannot be shared; use own ones, or the target's hidden size"
             )
-        if lacking := {*dict(target_layer.named_parameters())} - {*dict(layer.named_parameters())}:
+        theirs = dense_parameters(target_layer)
+        if lacking := {*theirs} - {*dict(layer.named_parameters())}:
             raise ValueError(
                 f"the target's LM head has a {lacking.pop()}, for which the draft's architecture has no place; use "
                 "objective.head: own"
             )
-        for name, weight in target_layer.named_parameters(recurse=False):
-            setattr(layer, name, nn.Parameter(weight.detach().to(layer.weight.dtype), requires_grad=False))
+        for name, weight in theirs.items():
+            setattr(layer, name, nn.Parameter(weight.to(layer.weight.dtype), requires_grad=False))
     if tied:
         model.get_output_embeddings().weight = model.get_input_embeddings().weight
 

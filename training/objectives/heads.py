@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ...drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from ...spec.target.taps import HEAD
+from ...spec.target.weights import dense_rows, dense_weight
 from ..config import read
 from .known_tokens import frequent_tokens
 from .losses import Summed
@@ -161,6 +162,7 @@ class MedusaObjective(Objective):
         """A function from states (n, H) to the target's log-probabilities over the known tokens (n, V')."""
         head, ids = seen.lm_head, self.heads.vocabulary
         scaled = head.scaled if isinstance(head, ScaledHead) else nn.Identity()
-        weight = head.weight.detach()[ids] if self.heads.trimmed else head.weight.detach()
+        linear = head.linear if isinstance(head, ScaledHead) else head
+        weight = dense_rows(linear, ids) if self.heads.trimmed else dense_weight(linear)
         weight, bias = weight.to(self.heads.dtype), self.heads.head_bias
         return lambda states: scaled(F.linear(states, weight, bias)).float().log_softmax(-1)

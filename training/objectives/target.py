@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from ...spec.files import whole
 from ...spec.target.taps import HEAD, Tap, feature_sizes, hidden_states
+from ...spec.target.weights import dense_weight
 from .objective import TargetView
 
 ROWS_PER_FILE = 64
@@ -29,7 +30,7 @@ class ScaledHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        return self.linear.weight
+        return dense_weight(self.linear)
 
     def forward(self, hidden: Tensor) -> Tensor:
         return self.scaled(self.linear(hidden))

@@ -1,0 +1,132 @@
+"""The weights of a target's linear layers, dense or in blocks: what `weights=` asks for, and views for those who read
+them. Knows nothing of files."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.block_linear import BlockLinear
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Linear = nn.Linear | BlockLinear  # and embeddings, whose weight is as dense
+CHOICES = ("16", "q4", "q8", "q4-int8", "q8-int8")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """What `weights=` asks for."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self.name not in CHOICES:
+            raise ValueError(f"weights={self.name!r} is none of {', '.join(CHOICES)}; 16 are the model's dense weights")
+
+    @property
+    def bits(self) -> int | None:
+        """Of codes in blocks; None for dense weights."""
+        return None if self.name == "16" else int(self.name[1])
+
+    @property
+    def int8_activations(self) -> bool:
+        return self.name.endswith("-int8")
+
+
+def is_in_blocks(layer: object) -> bool:
+    return isinstance(layer, BlockLinear)
+
+
+def linear_shape(layer: Linear) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer, dense or in blocks."""
+    if isinstance(layer, BlockLinear):
+        return layer.out_features, layer.in_features
+    outputs, inputs = layer.weight.shape
+    return outputs, inputs
+
+
+def dense_weight(layer: Linear, dtype: torch.dtype | None = None) -> Tensor:  # (N, K)
+    """The weight of a linear layer, detached; one in blocks is dequantised, to float32 or `dtype`."""
+    if not isinstance(layer, BlockLinear):
+        return layer.weight.detach()
+    weight = layer.dequantised()
+    return weight if dtype is None else weight.to(dtype)
+
+
+def dense_rows(layer: Linear, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n,) -> (n, K)
+    """Some rows of `dense_weight`, without dequantising the others."""
+    if not isinstance(layer, BlockLinear):
+        return layer.weight.detach()[rows]
+    weight = layer.dequantised(rows)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def dense_parameters(layer: Linear) -> dict[str, Tensor]:
+    """The parameters of a linear layer or of embeddings, detached; a weight in blocks is dequantised to float32."""
+    found = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
+    return {"weight": dense_weight(layer), **found} if isinstance(layer, BlockLinear) else found
+
+
+def head_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
+    """The weight of the LM head in the model's dtype: where tied, that of the embeddings, on their memory."""
+    return dense_weight(_dense_head(model), model.dtype)
+
+
+def head_rows(model: "PreTrainedModel", rows: Tensor) -> Tensor:  # (n,) -> (n, H)
+    """Some rows of `head_weight`."""
+    return dense_rows(_dense_head(model), rows, model.dtype)
+
+
+def _dense_head(model: "PreTrainedModel") -> Linear:
+    """The LM head, or the embeddings where these hold the same numbers, and dense."""
+    head = model.get_output_embeddings()
+    tied = isinstance(head, BlockLinear) and model.config.get_text_config().tie_word_embeddings
+    return model.get_input_embeddings() if tied else head
+
+
+def block_layers(model: nn.Module) -> dict[str, BlockLinear]:
+    return {path: layer for path, layer in model.named_modules() if isinstance(layer, BlockLinear)}
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of a model, with the dequantised weights of layers in blocks."""
+    layers, state = block_layers(model), model.state_dict()
+    owned = {f"{path}.{name}" for path, layer in layers.items() for name in layer.state_dict() if name != "bias"}
+    dense = {name: tensor for name, tensor in state.items() if name not in owned}
+    return dense | {f"{path}.weight": dense_weight(layer) for path, layer in layers.items()}
+
+
+def weights_form(model: nn.Module) -> str:
+    """In what blocks a model's layers are, such as "210 of 4 bits by 32"; empty for a dense model."""
+    forms: Counter[str] = Counter()
+    for layer in block_layers(model).values():
+        forms[f"of {layer.bits} bits by {layer.group}" + " with int8 activations" * layer.int8_activations] += 1
+    return ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of the weights: of parameters as they are, of blocks as they are packed."""
+    total = sum(parameter.nbytes for parameter in model.parameters())
+    return total + sum(buffer.nbytes for layer in block_layers(model).values() for buffer in layer.buffers())
+
+
+def parameter_count(model: nn.Module) -> int:
+    """The number of a model's parameters, those in blocks too."""
+    dense = sum(parameter.numel() for parameter in model.parameters())
+    return dense + sum(layer.out_features * layer.in_features for layer in block_layers(model).values())
+
+
+def refuse_saving(model: "PreTrainedModel") -> None:
+    """`save_pretrained` of this model raises ValueError: it would leave out the layers in blocks."""
+    model.save_pretrained = _no_saving
+
+
+def _no_saving(*args: object, **options: object) -> NoReturn:
+    raise ValueError(
+        "a model with weights in blocks cannot be saved by save_pretrained, which would leave them out; keep the file "
+        "that it was loaded from, or save the model loaded with weights='16'"
+    )
