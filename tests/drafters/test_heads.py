@@ -9,13 +9,13 @@ import torch
 from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
 from paceline.spec import noise
 from paceline.spec.kernels.cpu import is_x86
-from paceline.spec.kernels.linears import pack
+from paceline.spec.kernels.linears import Packing
 from paceline.spec.proposal import DraftSampling
 from paceline.spec.tree import TreeShape
 
 from support.families import SUPPORTED, build
 from support.heads import TEMPERATURES, open_session
-from support.models import as_traced, fitted_heads, tiny_llama
+from support.models import fitted_heads, tiny_llama
 from support.reference import two_token_law
 
 MODES = ["independent", "markov", "hydra"]
@@ -166,9 +166,9 @@ def test_the_lm_head_of_heads_can_be_packed(heads):
     before = own.follow(own.start(hidden), 0, path)
     (layer,) = own.linears()
     assert layer.weight.data_ptr() == own.head_weight.data_ptr() and own.linears() == [layer]
-    pack([layer])
+    packing = Packing([layer])
     own.head_weight.mul_(2)
-    with as_traced(layer):
+    with packing:
         torch.testing.assert_close(own.follow(own.start(hidden), 0, path), before)
     assert not torch.allclose(own.follow(own.start(hidden), 0, path), before), "outside, the weights are"
     (other,) = own.double().linears()

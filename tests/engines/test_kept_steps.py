@@ -17,7 +17,7 @@ from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import executors, pool, runs
 from paceline.spec.engines.executors import CompiledLater
 from paceline.spec.engines.module_state import fingerprint
-from paceline.spec.kernels.linears import pack
+from paceline.spec.kernels.linears import Packing
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.refill import Text, decode_texts
 from paceline.spec.trace import COMPILING
@@ -180,7 +180,7 @@ def test_models_made_in_inference_mode_are_like_others():
         model = tiny_llama()
         draft = ModelDrafter(noisy_copy(model))
     assert model.lm_head.weight.is_inference()
-    pack([model])
+    Packing([model])
     assert fingerprint([model]) == fingerprint([tiny_llama()])
     truth = decode(tiny_llama(), "eager")
     assert torch.equal(decode(model, "eager", drafter=draft), truth)
@@ -213,11 +213,11 @@ def test_a_call_that_is_interrupted_before_it_begins_gives_its_step_back(tapes, 
     model = tiny_llama()
     assert_eager_text(model)
 
-    def interrupt(modules):
+    def interrupt(packing):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "pack", interrupt)
+        patch.setattr(Packing, "refresh", interrupt)
         with pytest.raises(KeyboardInterrupt):
             decode(model, "tape")
     replays = tapes[0].replays

@@ -18,13 +18,14 @@ class Transposed:
     def takes(self, weight):
         return weight.dtype == torch.float64
 
-    def pack(self, weight):
-        return weight.T.contiguous()
+    def pack(self, weight, bias=None):
+        assert bias is None
+        return linears.Packed(weight.T.contiguous())
 
-    def linear(self, x, packed, bias, outputs):
+    def linear(self, x, packed, outputs):
         self.traced += 1
-        assert packed.shape == (x.shape[-1], outputs)
-        return x @ packed if bias is None else x @ packed + bias
+        assert packed.tensor.shape == (x.shape[-1], outputs)
+        return x @ packed.tensor
 
 
 @pytest.mark.slow
@@ -37,6 +38,6 @@ def test_a_backend_is_a_line_in_the_table(ragged, monkeypatch):
     assert backend.traced >= len(layers) and all(layer.packed_weight.backend is backend for layer in layers)
     assert torch.equal(text, paceline.generate(model, *ragged, executor="eager", **options))
     single = tiny_llama(seed=5)
-    linears.pack([single])
+    linears.Packing([single])
     assert not any(layer.__dict__.get("packed_weight") and layer.packed_weight.backend is backend
                    for layer in single.modules())  # fmt: skip

@@ -83,8 +83,8 @@ def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
 @contextmanager
 def as_traced(*models):
     """Linear layers of `models` compute as they do where a compiler traces them."""
-    from paceline.spec.kernels.linears import packed_linears
+    from paceline.spec.kernels.linears import Packing
 
-    with pytest.MonkeyPatch.context() as patch, packed_linears(models):
+    with pytest.MonkeyPatch.context() as patch, Packing(models):
         patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
         yield

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from paceline.spec.engines import executors
+from paceline.spec.kernels.linears import Packing
 from paceline.spec.step import step
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,13 +92,15 @@ class TapeExecutor:
     made: "list[TapeExecutor]" = []  # noqa: RUF012
 
     def __init__(self, engine):
-        engine.idle_step()
+        self.packing = Packing(engine.packable)
+        with self.packing:
+            engine.idle_step()
         self.engine, self.tape, self.result, self.replays = engine, Tape(), None, 0
         TapeExecutor.made.append(self)
 
     def run(self, mark):
         if self.result is None:
-            with host_readers_noted(self.tape.offences), self.tape:
+            with self.packing, host_readers_noted(self.tape.offences), self.tape:
                 self.result = step(self.engine, lambda phase: None)
         else:
             self.tape.replay()
