@@ -92,15 +92,14 @@ class TapeExecutor:
     made: "list[TapeExecutor]" = []  # noqa: RUF012
 
     def __init__(self, engine):
-        self.packing = Packing(engine.packable)
-        with self.packing:
-            engine.idle_step()
+        self.packing = Packing(())  # as captured steps, which are for GPUs
+        engine.idle_step()
         self.engine, self.tape, self.result, self.replays = engine, Tape(), None, 0
         TapeExecutor.made.append(self)
 
     def run(self, mark):
         if self.result is None:
-            with self.packing, host_readers_noted(self.tape.offences), self.tape:
+            with host_readers_noted(self.tape.offences), self.tape:
                 self.result = step(self.engine, lambda phase: None)
         else:
             self.tape.replay()
