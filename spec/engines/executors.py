@@ -29,6 +29,7 @@ from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
 from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
+from .regions import repeated_layers_as_regions
 
 LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
 PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
@@ -101,7 +102,7 @@ class Compiled:
             with waiting("compiling the step"):
                 engine.idle_step()  # allocates the caches, which must exist before the graph is traced
                 pack(engine.packable)
-                with packed_linears(engine.packable):
+                with packed_linears(engine.packable), repeated_layers_as_regions(engine.packable):
                     self.step()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(_reason("compiled", error)) from error

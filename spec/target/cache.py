@@ -13,6 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 
+@torch.compiler.nested_compile_region  # compiled once for all layers
+def _move(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Tensor:
+    for buffer in (keys, values):
+        buffer.index_copy_(0, target, buffer.index_select(0, source))
+    return source.clone()  # torch wants a region to return something
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys (B * capacity, H * D) and values (B * capacity, H * Dv) of one layer, allocated on first use."""
 
@@ -54,8 +61,7 @@ class SlotLayer(CacheLayerMixin):
 
     def move(self, source: Tensor, target: Tensor) -> None:
         """Copy lines `source` (M,) to lines `target` (M,); the two may overlap."""
-        for buffer in (self.keys, self.values):
-            buffer.index_copy_(0, target, buffer.index_select(0, source))
+        _move(self.keys, self.values, source, target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.reach, 0
