@@ -29,7 +29,7 @@ from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
 from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
-from .regions import repeated_layers_as_regions
+from .regions import layers_as_regions
 
 LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
 PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
@@ -85,9 +85,30 @@ class Compiled:
         _check_static(engine, "compiled")
         _keep_compiled_code()
         self.engine, work = engine, work or step
+        started = time.perf_counter()
+        try:
+            with waiting("compiling the step"):
+                engine.idle_step()  # allocates the caches, which must exist before the graph is traced
+                pack(engine.packable)
+                with packed_linears(engine.packable):
+                    self.step = self._layers_once() or self._compiled()
+        except torch._dynamo.exc.TorchDynamoException as error:
+            raise ValueError(_reason("compiled", error)) from error
+        self.making_seconds = time.perf_counter() - started
+
+    def _layers_once(self) -> Callable[[], StepResult] | None:
+        """The step with each kind of repeated layer compiled once; None where torch cannot."""
+        with layers_as_regions(self.engine.packable) as found:
+            try:
+                return self._compiled() if found else None
+            except (RuntimeError, NotImplementedError, AssertionError):  # it ends in other errors than its own, too
+                return None
+
+    def _compiled(self) -> Callable[[], StepResult]:
+        """The step, compiled in one piece and run once."""
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
-        self.step = torch.compile(
-            _with_its_own_code(lambda: work(engine, _silent)),
+        compiled = torch.compile(
+            _with_its_own_code(lambda: self.work(self.engine, _silent)),
             fullgraph=True,
             dynamic=False,
             options={
@@ -97,16 +118,8 @@ class Compiled:
                 "emulate_precision_casts": True,
             },
         )
-        started = time.perf_counter()
-        try:
-            with waiting("compiling the step"):
-                engine.idle_step()  # allocates the caches, which must exist before the graph is traced
-                pack(engine.packable)
-                with packed_linears(engine.packable), repeated_layers_as_regions(engine.packable):
-                    self.step()
-        except torch._dynamo.exc.TorchDynamoException as error:
-            raise ValueError(_reason("compiled", error)) from error
-        self.making_seconds = time.perf_counter() - started
+        compiled()
+        return compiled
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         result = self.step()

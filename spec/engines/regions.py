@@ -17,7 +17,7 @@ _MANY = 1 << 20  # of a layer's variants that torch may remember; beyond its own
 
 
 @contextlib.contextmanager
-def repeated_layers_as_regions(models: Iterable[nn.Module]) -> Iterator[int]:
+def layers_as_regions(models: Iterable[nn.Module]) -> Iterator[int]:
     """Within the block the repeated layers of `models` are traced as regions; yields how many layers these are."""
     layers = [layer for model in models for layer in repeated_layers(model) if "forward" not in vars(layer)]
     regions: dict[type, Callable] = {}
