@@ -84,7 +84,7 @@ class Compiled:
     def __init__(self, engine: Engine, work: Step | None = None):
         _check_static(engine, "compiled")
         _keep_compiled_code()
-        self.engine, work = engine, work or step
+        self.engine, self.work = engine, work or step
         started = time.perf_counter()
         try:
             with waiting("compiling the step"):
@@ -106,9 +106,10 @@ class Compiled:
 
     def _compiled(self) -> Callable[[], StepResult]:
         """The step, compiled in one piece and run once."""
+        engine, work = self.engine, self.work
         # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
         compiled = torch.compile(
-            _with_its_own_code(lambda: self.work(self.engine, _silent)),
+            _with_its_own_code(lambda: work(engine, _silent)),
             fullgraph=True,
             dynamic=False,
             options={
