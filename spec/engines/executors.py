@@ -98,7 +98,7 @@ class Compiled:
 
     def _layers_once(self) -> Callable[[], StepResult] | None:
         """The step with each kind of repeated layer compiled once; None where torch cannot."""
-        with layers_as_regions(self.engine.packable) as found:
+        with layers_as_regions(self.engine.packable, self.engine.idle_step) as found:
             try:
                 return self._compiled() if found else None
             except (RuntimeError, NotImplementedError, AssertionError):  # it ends in other errors than its own, too

@@ -20,6 +20,37 @@ def _move(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Tenso
     return source.clone()  # torch wants a region to return something
 
 
+class AimedSlots:
+    """The slots of one layer as one forward writes and reads them. In the forward of its decoder layer it can stand in
+    for the whole cache, so that all layers can be traced as calls of one function of tensors."""
+
+    def __init__(
+        self,
+        keys: Tensor,  # (B * capacity, H * D)
+        values: Tensor,  # (B * capacity, H * Dv)
+        lines: Tensor,  # (B * n,): where to write
+        reach: int,
+        capacity: int,
+        heads: int,
+        rows: Tensor | None = None,  # (R,): the batch rows; None: all
+    ):
+        self.keys, self.values, self.lines = keys, values, lines
+        self.reach, self.capacity, self.heads, self.rows = reach, capacity, heads, rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write states (B, H, n, D); returns the first `reach` slots, (B, H, reach, D)."""
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            lines = states.transpose(1, 2).reshape(-1, buffer.shape[1])  # (B * n, H * D)
+            buffer.index_copy_(0, self.lines, lines)
+        return self._seen(self.keys), self._seen(self.values)
+
+    def _seen(self, buffer: Tensor) -> Tensor:
+        rows = buffer.unflatten(0, (-1, self.capacity))[:, : self.reach]
+        if self.rows is not None:
+            rows = rows[self.rows]  # a copy, of no more than is looked at
+        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys (B * capacity, H * D) and values (B * capacity, H * Dv) of one layer, allocated on first use."""
 
@@ -43,17 +74,12 @@ class SlotLayer(CacheLayerMixin):
         """Write states (B, H, n, D) at the slots set by `aim`; returns the first `reach` slots, (B, H, reach, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.cache.lines is not None, "aim() comes first"
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            lines = states.transpose(1, 2).reshape(-1, buffer.shape[1])  # (B * n, H * D)
-            buffer.index_copy_(0, self.cache.lines, lines)
-        return self._seen(self.keys), self._seen(self.values)
+        return AimedSlots(*self.aimed(), self.cache.rows).update(key_states, value_states)
 
-    def _seen(self, buffer: Tensor) -> Tensor:
-        rows = self.by_row(buffer)[:, : self.cache.reach]
-        if self.cache.rows is not None:
-            rows = rows[self.cache.rows]  # a copy, of no more than is looked at
-        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def aimed(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+        """What makes the `AimedSlots` of all rows."""
+        assert self.cache.lines is not None, "aim() comes first"
+        return self.keys, self.values, self.cache.lines, self.cache.reach, self.cache.capacity, self.heads
 
     def by_row(self, buffer: Tensor) -> Tensor:
         """(B, capacity, H * D)"""
