@@ -16,7 +16,6 @@ import os
 import shutil
 import sys
 import time
-import types
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
@@ -24,12 +23,13 @@ from weakref import WeakSet
 import torch
 
 from ..console import waiting
-from ..files import cache_folder
 from ..kernels.linears import pack, packed_linears
 from ..step import Engine, StepResult, step
 from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
-from .regions import layers_as_regions
+from .compile_times import expected_compile, keep, step_key
+from .inductor import compiled, prepare
+from .regions import distinct_layers, layers_as_regions
 
 LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
 PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
@@ -83,11 +83,13 @@ class Compiled:
 
     def __init__(self, engine: Engine, work: Step | None = None):
         _check_static(engine, "compiled")
-        _keep_compiled_code()
+        prepare()
         self.engine, self.work = engine, work or step
+        traits = engine.target.traits
+        self.key, kinds = step_key(engine.packable, traits.batch, traits.capacity), distinct_layers(engine.packable)
         started = time.perf_counter()
         try:
-            with waiting("compiling the step"):
+            with waiting(f"compiling the step, about {expected_compile(self.key, kinds):.0f} s"):
                 engine.idle_step()  # allocates the caches, which must exist before the graph is traced
                 pack(engine.packable)
                 with packed_linears(engine.packable):
@@ -95,6 +97,7 @@ class Compiled:
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(_reason("compiled", error)) from error
         self.making_seconds = time.perf_counter() - started
+        keep(self.key, compile=self.making_seconds, kinds=kinds)
 
     def _layers_once(self) -> Callable[[], StepResult] | None:
         """The step with each kind of repeated layer compiled once; None where torch cannot."""
@@ -107,20 +110,9 @@ class Compiled:
     def _compiled(self) -> Callable[[], StepResult]:
         """The step, compiled in one piece and run once."""
         engine, work = self.engine, self.work
-        # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
-        compiled = torch.compile(
-            _with_its_own_code(lambda: work(engine, _silent)),
-            fullgraph=True,
-            dynamic=False,
-            options={
-                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-                "size_asserts": False,  # packed weights have no strides to assert
-                # Round where eager code does, however kernels are fused, so that all tree sizes give the same numbers.
-                "emulate_precision_casts": True,
-            },
-        )
-        compiled()
-        return compiled
+        traced = compiled(lambda: work(engine, _silent))
+        traced()
+        return traced
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         result = self.step()
@@ -212,22 +204,6 @@ class CompiledCudaGraph(CudaGraph):
         compiled = Compiled(engine, work)
         super().__init__(engine, lambda engine, mark: compiled.step())
         self.making_seconds += compiled.making_seconds
-
-
-def _with_its_own_code(function: Callable[[], StepResult]) -> Callable[[], StepResult]:
-    """The same function with a code object of its own: torch finds what it has compiled by the code object, and with
-    no guards would take the step of another engine."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-
-
-def _keep_compiled_code() -> None:
-    """Let torch keep compiled code in our cache folder, for later processes, if it can be written."""
-    folder = cache_folder() / "inductor"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # torch then uses a temporary folder
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
 
 
 def _check_static(engine: Engine, name: str) -> None:

@@ -35,6 +35,11 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def distinct_layers(models: Iterable[nn.Module]) -> int:
+    """How many kinds of repeated layers `models` have, the same kind in two models counted twice; at least 1."""
+    return max(1, sum(len(set(map(type, repeated_layers(model)))) for model in models))
+
+
 @contextlib.contextmanager
 def layers_as_regions(models: Iterable[nn.Module], run: Callable[[], object]) -> Iterator[int]:
     """Within the block the repeated layers of `models` are traced as regions; yields how many layers these are. `run`
