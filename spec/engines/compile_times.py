@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..files import cache_folder, write_json
 
@@ -22,14 +23,11 @@ GAIN = 0.4  # share of a step that compiling saves, where nothing is known
 
 
 def step_key(models: Iterable[nn.Module], batch: int, capacity: int) -> str:
-    """What a step's times are kept by; modules without a configuration, such as single layers, do not count."""
-    described = [f"{type(model)} {model.dtype} {model.config.to_json_string()}" for model in models if _is_model(model)]
+    """What a step's times are kept by; single layers do not count."""
+    whole = [model for model in models if isinstance(model, PreTrainedModel)]
+    described = [f"{type(model)} {model.dtype} {model.config.to_json_string()}" for model in whole]
     key = [described, batch, capacity, torch.__version__, torch.get_num_threads()]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-
-
-def _is_model(module: nn.Module) -> bool:
-    return hasattr(module, "config") and hasattr(module, "dtype")
 
 
 def _path() -> Path:
@@ -76,10 +74,10 @@ def patience(key: str, kinds: int = 1) -> float:
     return expected_compile(key, kinds) / gain if gain > 0 else float("inf")
 
 
-def paying_tokens(key: str, otherwise: int) -> float:
-    """New tokens of a call from which compiling may pay; `otherwise` where the times of this step are not known."""
+def paying_tokens(key: str) -> float | None:
+    """New tokens of a call from which compiling may pay; None where the times of this step are not known."""
     times = _all().get(key, {})
     if not {"compile", "compiled", "eager"} <= set(times):
-        return otherwise
+        return None
     saved = times["eager"] - times["compiled"]
     return 2 * times["compile"] / saved if saved > 0 else float("inf")  # twice, because texts end early

@@ -14,6 +14,7 @@ step does.
 
 import os
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -31,9 +32,8 @@ from .compile_times import expected_compile, keep, step_key
 from .inductor import compiled, prepare
 from .regions import distinct_layers, layers_as_regions
 
-LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
-PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
-
+LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays, where no times are known
+ENOUGH = 8  # steps of each kind, for their times to be kept
 
 Step = Callable[[Engine, Callable[[str], None]], Any]  # returns a `StepResult`; other work may return anything
 
@@ -122,7 +122,7 @@ class Compiled:
 
 class CompiledLater:
     """Eager steps for `patience` seconds, then compiled ones, because it is not known beforehand how long a text
-    becomes. `compiled` is None until then, and where compiling fails."""
+    becomes. `compiled` is None until then, and where compiling fails. The times of both are kept for later runs."""
 
     lag = 0
     making_seconds = 0.0  # of eager steps
@@ -132,13 +132,22 @@ class CompiledLater:
         self.eager = Eager(engine)
         self.compiled: Compiled | None = None
         self.begun: float | None = time.perf_counter()  # None once it has tried to compile
+        self.seconds: dict[str, list[float]] = {"eager": [], "compiled": []}  # of each step
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         if self.begun is not None and time.perf_counter() - self.begun >= self.patience:
             self.begun = None
             self._compile()
             mark(COMPILING)
-        return (self.compiled or self.eager).run(mark)
+        started = time.perf_counter()
+        result = (self.compiled or self.eager).run(mark)
+        self.seconds["eager" if self.compiled is None else "compiled"].append(time.perf_counter() - started)
+        return result
+
+    def keep_times(self, key: str) -> None:
+        """Keep the median times of both kinds of steps, once there are enough of both to compare."""
+        if min(map(len, self.seconds.values())) >= ENOUGH:
+            keep(key, **{name: statistics.median(seconds) for name, seconds in self.seconds.items()})
 
     def _compile(self) -> None:
         """Compile in the middle of a run. Tracing runs steps with every row marked as done, so that no text changes."""
@@ -221,16 +230,25 @@ def _reason(name: str, error: Exception) -> str:
     )
 
 
-def choose(name: str, device: torch.device, new_tokens: int, capturable: bool, compiled_before: bool) -> str:
-    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for here. Raises ValueError, with an
-    alternative, for an executor that cannot run."""
+def choose(
+    name: str,
+    device: torch.device,
+    new_tokens: int,
+    capturable: bool,
+    compiled_before: bool,
+    paying: float | None = None,
+) -> str:
+    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for here; `paying` is the number of
+    `new_tokens` from which compiling may pay, `LONG_RUN` if not given. Raises ValueError, with an alternative, for an
+    executor that cannot run."""
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or device.type == "cuda"
     if name == "auto":
         if not capturable:
             return "eager"
         if device.type == "cuda":
             return choose("cuda_graph", device, new_tokens, capturable, compiled_before)
-        return "compiled" if compiled_before or (has_compiler and new_tokens >= LONG_RUN) else "eager"
+        long = has_compiler and new_tokens >= (LONG_RUN if paying is None else paying)
+        return "compiled" if compiled_before or long else "eager"
     if name.startswith("cuda_graph") and device.type != "cuda":
         raise ValueError(f"executor={name!r} needs CUDA and the model is on {device}; use 'compiled' or 'eager'")
     if name == "compiled" and not has_compiler:
