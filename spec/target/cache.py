@@ -12,12 +12,21 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+# One operator for all layers, so that torch.compile has nothing to trace, fuse and compile for each.
+_library = torch.library.Library("paceline", "FRAGMENT")
+_library.define("move_lines(Tensor(a!)[] buffers, Tensor source, Tensor target) -> ()")
+torch.library.register_fake("paceline::move_lines", lambda buffers, source, target: None, lib=_library)
 
-@torch.compiler.nested_compile_region  # compiled once for all layers
-def _move(keys: Tensor, values: Tensor, source: Tensor, target: Tensor) -> Tensor:
-    for buffer in (keys, values):
+
+def _move_lines(buffers: list[Tensor], source: Tensor, target: Tensor) -> None:
+    """Copy lines `source` (M,) of each buffer to lines `target` (M,); the two may overlap."""
+    if source.device.type == "cpu" and torch.equal(source, target):
+        return  # all lines are in their places, as always where the tree is a chain
+    for buffer in buffers:
         buffer.index_copy_(0, target, buffer.index_select(0, source))
-    return source.clone()  # torch wants a region to return something
+
+
+_library.impl("move_lines", _move_lines, "CompositeExplicitAutograd")  # any device
 
 
 class AimedSlots:
@@ -81,13 +90,13 @@ class SlotLayer(CacheLayerMixin):
         assert self.cache.lines is not None, "aim() comes first"
         return self.keys, self.values, self.cache.lines, self.cache.reach, self.cache.capacity, self.heads
 
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
+
     def by_row(self, buffer: Tensor) -> Tensor:
         """(B, capacity, H * D)"""
         return buffer.unflatten(0, (-1, self.cache.capacity))
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy lines `source` (M,) to lines `target` (M,); the two may overlap."""
-        _move(self.keys, self.values, source, target)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.reach, 0
@@ -112,7 +121,7 @@ class SlotCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all layers, as far as they are allocated."""
-        buffers = (buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values))
+        buffers = (buffer for layer in self.layers if layer.is_initialized for buffer in layer.buffers)
         return sum(buffer.nbytes for buffer in buffers)
 
     def aim(self, slots: Tensor, reach: int) -> None:
@@ -130,16 +139,14 @@ class SlotCache(Cache):
             if rows is None:
                 layer.reset()
             elif layer.is_initialized:
-                for buffer in (layer.keys, layer.values):
+                for buffer in layer.buffers:
                     layer.by_row(buffer)[rows] = 0
 
     def copy_rows(self, other: "SlotCache", rows: Tensor) -> None:
         """Copy the contents of `rows` (B,) of `other`, a cache of the same capacity, into this cache's rows."""
         for layer, source in zip(self.layers, other.layers):
             if source.is_initialized:
-                layer.keys, layer.values = (
-                    source.by_row(buffer)[rows].flatten(0, 1) for buffer in (source.keys, source.values)
-                )
+                layer.keys, layer.values = (source.by_row(buffer)[rows].flatten(0, 1) for buffer in source.buffers)
                 layer.heads, layer.is_initialized = source.heads, True
 
     def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
@@ -151,6 +158,6 @@ class SlotCache(Cache):
         columns = torch.arange(path.shape[1], device=path.device)
         source = self._lines(base[:, None] + torch.where(columns < count[:, None], path, columns))
         target = self._lines(base[:, None] + columns)
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.move(source, target)
+        made = [layer for layer in self.layers if layer.is_initialized]
+        if made:
+            torch.ops.paceline.move_lines([buffer for layer in made for buffer in layer.buffers], source, target)
