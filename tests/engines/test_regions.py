@@ -9,6 +9,7 @@ from paceline.spec.engines.regions import distinct_layers, layers_as_regions, re
 from paceline.spec.plan.step_times import open_idle
 from paceline.spec.tree import TreeShape
 from torch import nn
+from torch._dynamo.backends.debugging import aot_eager
 
 from support.families import tiny
 from support.models import tiny_llama
@@ -16,17 +17,18 @@ from support.models import tiny_llama
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """The graphs that the compiled executor hands to its backend, which runs them as they are."""
+    """The graphs that the compiled executor hands to its backend, which runs them operator by operator."""
     seen = []
 
     def backend(graph, inputs):
         seen.append(graph)
-        return graph
+        return aot_eager(graph, inputs)
 
     def traced(function):
         own = function.__code__.replace()
         copy = type(function)(own, function.__globals__, closure=function.__closure__)
-        return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False)
+        options = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        return torch.compile(copy, backend=backend, fullgraph=True, dynamic=False, options=options)
 
     monkeypatch.setattr(executors, "compiled", traced)
     yield seen
@@ -71,7 +73,7 @@ def test_all_layers_are_one_subgraph(graphs, family):
     with torch.no_grad():
         truth = work(engine, lambda phase: None)
         got = Compiled(engine, work).step()
-    torch.testing.assert_close(got, truth)
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
     (graph,) = graphs
     calls = layer_calls(graph)
     assert len(calls) == 2 and len(set(calls)) == 1
@@ -87,8 +89,9 @@ def test_a_layer_with_another_constant_is_another_subgraph(graphs):
     with torch.no_grad():
         truth = work(engine, lambda phase: None)
         got = Compiled(engine, work).step()
-    torch.testing.assert_close(got, truth)
-    first, second, third, fourth = layer_calls(graphs[0])
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
+    (graph,) = graphs
+    first, second, third, fourth = layer_calls(graph)
     assert first == third != second == fourth
 
 
@@ -131,7 +134,7 @@ def test_layers_that_talk_past_their_arguments_give_the_same_numbers(graphs, kin
         truth = work(engine, lambda phase: None)
         made = Compiled(engine, work)
         got = made.step()
-    torch.testing.assert_close(got, truth)
+    torch.testing.assert_close(got, truth, rtol=1e-4, atol=1e-4)
 
 
 def test_a_model_whose_layers_torch_refuses_is_compiled_whole(graphs, monkeypatch):
@@ -149,7 +152,7 @@ def test_a_model_whose_layers_torch_refuses_is_compiled_whole(graphs, monkeypatc
     monkeypatch.setattr("paceline.spec.engines.regions._region", refused)
     with torch.no_grad():
         truth = work(engine, lambda phase: None)
-        torch.testing.assert_close(Compiled(engine, work).step(), truth)
+        torch.testing.assert_close(Compiled(engine, work).step(), truth, rtol=1e-4, atol=1e-4)
     assert layer_calls(graphs[-1]) == []
     assert not any({"forward", "_paceline_cache_layer"} & set(vars(layer)) for layer in model.model.layers)
 
