@@ -55,7 +55,7 @@ def demo(args: Namespace) -> None:
 def _warm_up(args: Namespace, model: "PreTrainedModel", drafter: Drafter, prompts: list[dict]) -> None:
     """A step of each way on each prompt, so that what is made on first use is there."""
     if args.executor == "compiled":
-        said = "compiling takes about a minute for each of two steps (with and without the drafter) and size of prompt"
+        said = "two steps (with and without the drafter) are compiled for each size of prompt"
         print(f"\n{said}; it is kept on this machine, and --executor eager does without", file=sys.stderr)
     for prompt in prompts:
         for warmed in (drafter, None):  # a tree that the drafter cannot fill ends it at once

@@ -14,9 +14,9 @@ step does.
 
 import os
 import shutil
+import statistics
 import sys
 import time
-import types
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 from weakref import WeakSet
@@ -24,16 +24,16 @@ from weakref import WeakSet
 import torch
 
 from ..console import waiting
-from ..files import cache_folder
 from ..kernels.linears import Packing
-from ..kernels.merge import MergeLinears
 from ..step import Engine, StepResult, step
 from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
+from .compile_times import expected_compile, keep, step_key
+from .inductor import compiled, prepare
+from .regions import distinct_layers, layers_as_regions
 
-LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays
-PATIENCE = 30.0  # seconds of eager steps in such a call before it compiles: the text may end much earlier
-
+LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays, where no times are known
+ENOUGH = 8  # steps of each kind, for their times to be kept
 
 Step = Callable[[Engine, Callable[[str], None]], Any]  # returns a `StepResult`; other work may return anything
 
@@ -86,31 +86,34 @@ class Compiled:
 
     def __init__(self, engine: Engine, work: Step | None = None):
         _check_static(engine, "compiled")
-        _keep_compiled_code()
-        self.engine, work = engine, work or step
-        self.packing = Packing(engine.packable)
-        # Buffers, shapes and modules of an engine never change, so there is nothing to guard against.
-        self.step = torch.compile(
-            _with_its_own_code(lambda: work(engine, _silent)),
-            fullgraph=True,
-            dynamic=False,
-            options={
-                "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
-                "size_asserts": False,
-                # Round where eager code does, however kernels are fused, so that all tree sizes give the same numbers.
-                "emulate_precision_casts": True,
-                "post_grad_custom_pre_pass": MergeLinears(),
-            },
-        )
+        prepare()
+        self.engine, self.work, self.packing = engine, work or step, Packing(engine.packable)
+        traits = engine.target.traits
+        self.key, kinds = step_key(engine.packable, traits.batch, traits.capacity), distinct_layers(engine.packable)
         started = time.perf_counter()
         try:
-            with waiting("compiling the step"):
-                with self.packing:
-                    engine.idle_step()  # allocates the caches, which must exist before the graph is traced
-                    self.step()
+            with waiting(f"compiling the step, about {expected_compile(self.key, kinds):.0f} s"), self.packing:
+                engine.idle_step()  # allocates the caches, which must exist before the graph is traced
+                self.step = self._layers_once() or self._compiled()
         except torch._dynamo.exc.TorchDynamoException as error:
             raise ValueError(_reason("compiled", error)) from error
         self.making_seconds = time.perf_counter() - started
+        keep(self.key, compile=self.making_seconds, kinds=kinds)
+
+    def _layers_once(self) -> Callable[[], StepResult] | None:
+        """The step with each kind of repeated layer compiled once; None where torch cannot."""
+        with layers_as_regions(self.engine.packable, self.engine.idle_step) as found:
+            try:
+                return self._compiled() if found else None
+            except (RuntimeError, NotImplementedError, AssertionError):  # it ends in other errors than its own, too
+                return None
+
+    def _compiled(self) -> Callable[[], StepResult]:
+        """The step, compiled in one piece and run once."""
+        engine, work = self.engine, self.work
+        traced = compiled(lambda: work(engine, _silent))
+        traced()
+        return traced
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         result = self.step()
@@ -120,7 +123,7 @@ class Compiled:
 
 class CompiledLater:
     """Eager steps for `patience` seconds, then compiled ones, because it is not known beforehand how long a text
-    becomes. `compiled` is None until then, and where compiling fails."""
+    becomes. `compiled` is None until then, and where compiling fails. The times of both are kept for later runs."""
 
     lag = 0
     making_seconds = 0.0  # of eager steps
@@ -131,13 +134,22 @@ class CompiledLater:
         self.packing = self.eager.packing
         self.compiled: Compiled | None = None
         self.begun: float | None = time.perf_counter()  # None once it has tried to compile
+        self.seconds: dict[str, list[float]] = {"eager": [], "compiled": []}  # of each step
 
     def run(self, mark: Callable[[str], None]) -> StepResult:
         if self.begun is not None and time.perf_counter() - self.begun >= self.patience:
             self.begun = None
             self._compile()
             mark(COMPILING)
-        return (self.compiled or self.eager).run(mark)
+        started = time.perf_counter()
+        result = (self.compiled or self.eager).run(mark)
+        self.seconds["eager" if self.compiled is None else "compiled"].append(time.perf_counter() - started)
+        return result
+
+    def keep_times(self, key: str) -> None:
+        """Keep the median times of both kinds of steps, once there are enough of both to compare."""
+        if min(map(len, self.seconds.values())) >= ENOUGH:
+            keep(key, **{name: statistics.median(seconds) for name, seconds in self.seconds.items()})
 
     def _compile(self) -> None:
         """Compile in the middle of a run. Tracing runs steps with every row marked as done, so that no text changes."""
@@ -206,22 +218,6 @@ class CompiledCudaGraph(CudaGraph):
         self.making_seconds += compiled.making_seconds
 
 
-def _with_its_own_code(function: Callable[[], StepResult]) -> Callable[[], StepResult]:
-    """The same function with a code object of its own: torch finds what it has compiled by the code object, and with
-    no guards would take the step of another engine."""
-    return types.FunctionType(function.__code__.replace(), function.__globals__, closure=function.__closure__)
-
-
-def _keep_compiled_code() -> None:
-    """Let torch keep compiled code in our cache folder, for later processes, if it can be written."""
-    folder = cache_folder() / "inductor"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return  # torch then uses a temporary folder
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
-
-
 def _check_static(engine: Engine, name: str) -> None:
     if not engine.target.traits.static:
         raise ValueError(
@@ -237,16 +233,25 @@ def _reason(name: str, error: Exception) -> str:
     )
 
 
-def choose(name: str, device: torch.device, new_tokens: int, capturable: bool, compiled_before: bool) -> str:
-    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for here. Raises ValueError, with an
-    alternative, for an executor that cannot run."""
+def choose(
+    name: str,
+    device: torch.device,
+    new_tokens: int,
+    capturable: bool,
+    compiled_before: bool,
+    paying: float | None = None,
+) -> str:
+    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for here; `paying` is the number of
+    `new_tokens` from which compiling may pay, `LONG_RUN` if not given. Raises ValueError, with an alternative, for an
+    executor that cannot run."""
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or device.type == "cuda"
     if name == "auto":
         if not capturable:
             return "eager"
         if device.type == "cuda":
             return choose("cuda_graph", device, new_tokens, capturable, compiled_before)
-        return "compiled" if compiled_before or (has_compiler and new_tokens >= LONG_RUN) else "eager"
+        long = has_compiler and new_tokens >= (LONG_RUN if paying is None else paying)
+        return "compiled" if compiled_before or long else "eager"
     if name.startswith("cuda_graph") and device.type != "cuda":
         raise ValueError(f"executor={name!r} needs CUDA and the model is on {device}; use 'compiled' or 'eager'")
     if name == "compiled" and not has_compiler:

@@ -21,8 +21,10 @@ from ..target.protocol import Target
 from ..target.slots import SlotModel
 from ..tree import DynamicShape, TreeShape
 from ..verify import draft_sampling
-from .executors import EXECUTORS, PATIENCE, CompiledLater, Executor, choose
+from .compile_times import patience, paying_tokens, step_key
+from .executors import EXECUTORS, CompiledLater, Executor, choose
 from .pool import EnginePool, KeptRun, forget, pool_of, state_of, target_state
+from .regions import distinct_layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +73,13 @@ def open_run(
         )
     pool = pool_of(model)
     target = target_state(model) if pool.runs and asked.executor != "eager" else None
-    compiled_before = asked.executor == "auto" and bool(pool.alike(asked.settled("compiled"), target, drafter))
-    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before)
-    if asked.executor == "auto" and name == "compiled" and not compiled_before:
-        with _begun_eagerly(pool, model, drafter, asked.settled(name), sampler) as begun:
+    auto, settled = asked.executor == "auto", asked.settled("compiled")
+    compiled_before = auto and bool(pool.alike(settled, target, drafter))
+    key = step_key([model, *drafter.traits.modules], settled.batch, settled.capacity) if auto else ""
+    paying = paying_tokens(key) if auto else None
+    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before, paying)
+    if auto and name == "compiled" and not compiled_before:
+        with _begun_eagerly(pool, model, drafter, settled, sampler, key) as begun:
             yield begun
         return
     run = None if name == "eager" else _kept_or_made(pool, target, model, drafter, asked, sampler, name)
@@ -90,14 +95,16 @@ def open_run(
 
 @contextlib.contextmanager
 def _begun_eagerly(
-    pool: EnginePool, model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler
+    pool: EnginePool, model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler, key: str
 ) -> Iterator[Executor]:
-    """A run that begins eagerly and compiles if it takes long; the compiled run is then kept in the pool."""
+    """A run that begins eagerly and compiles if it takes long; the compiled run is then kept in the pool. `key` is
+    what the times of its steps are kept by."""
     engine = make_engine(model, drafter, spec, sampler)
-    executor = CompiledLater(engine, PATIENCE)
+    executor = CompiledLater(engine, patience(key, distinct_layers(engine.packable)))
     try:
         yield executor
     finally:
+        executor.keep_times(key)
         if executor.compiled is not None:
             run = _kept_run(model, drafter, engine, spec, executor.compiled)
             pool.give_back(run)

@@ -12,6 +12,53 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+# One operator for all layers, so that torch.compile has nothing to trace, fuse and compile for each.
+_library = torch.library.Library("paceline", "FRAGMENT")
+_library.define("move_lines(Tensor(a!)[] buffers, Tensor source, Tensor target) -> ()")
+torch.library.register_fake("paceline::move_lines", lambda buffers, source, target: None, lib=_library)
+
+
+def _move_lines(buffers: list[Tensor], source: Tensor, target: Tensor) -> None:
+    """Copy lines `source` (M,) of each buffer to lines `target` (M,); the two may overlap."""
+    if source.device.type == "cpu" and torch.equal(source, target):
+        return  # all lines are in their places, as always where the tree is a chain
+    for buffer in buffers:
+        buffer.index_copy_(0, target, buffer.index_select(0, source))
+
+
+_library.impl("move_lines", _move_lines, "CompositeExplicitAutograd")  # any device
+
+
+class AimedSlots:
+    """The slots of one layer as one forward writes and reads them. In the forward of its decoder layer it can stand in
+    for the whole cache, so that all layers can be traced as calls of one function of tensors."""
+
+    def __init__(
+        self,
+        keys: Tensor,  # (B * capacity, H * D)
+        values: Tensor,  # (B * capacity, H * Dv)
+        lines: Tensor,  # (B * n,): where to write
+        reach: int,
+        capacity: int,
+        heads: int,
+        rows: Tensor | None = None,  # (R,): the batch rows; None: all
+    ):
+        self.keys, self.values, self.lines = keys, values, lines
+        self.reach, self.capacity, self.heads, self.rows = reach, capacity, heads, rows
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write states (B, H, n, D); returns the first `reach` slots, (B, H, reach, D)."""
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            lines = states.transpose(1, 2).reshape(-1, buffer.shape[1])  # (B * n, H * D)
+            buffer.index_copy_(0, self.lines, lines)
+        return self._seen(self.keys), self._seen(self.values)
+
+    def _seen(self, buffer: Tensor) -> Tensor:
+        rows = buffer.unflatten(0, (-1, self.capacity))[:, : self.reach]
+        if self.rows is not None:
+            rows = rows[self.rows]  # a copy, of no more than is looked at
+        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
+
 
 class SlotLayer(CacheLayerMixin):
     """Keys (B * capacity, H * D) and values (B * capacity, H * Dv) of one layer, allocated on first use."""
@@ -36,26 +83,20 @@ class SlotLayer(CacheLayerMixin):
         """Write states (B, H, n, D) at the slots set by `aim`; returns the first `reach` slots, (B, H, reach, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.cache.lines is not None, "aim() comes first"
-        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
-            lines = states.transpose(1, 2).reshape(-1, buffer.shape[1])  # (B * n, H * D)
-            buffer.index_copy_(0, self.cache.lines, lines)
-        return self._seen(self.keys), self._seen(self.values)
+        return AimedSlots(*self.aimed(), self.cache.rows).update(key_states, value_states)
 
-    def _seen(self, buffer: Tensor) -> Tensor:
-        rows = self.by_row(buffer)[:, : self.cache.reach]
-        if self.cache.rows is not None:
-            rows = rows[self.cache.rows]  # a copy, of no more than is looked at
-        return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
+    def aimed(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
+        """What makes the `AimedSlots` of all rows."""
+        assert self.cache.lines is not None, "aim() comes first"
+        return self.keys, self.values, self.cache.lines, self.cache.reach, self.cache.capacity, self.heads
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor]:
+        return self.keys, self.values
 
     def by_row(self, buffer: Tensor) -> Tensor:
         """(B, capacity, H * D)"""
         return buffer.unflatten(0, (-1, self.cache.capacity))
-
-    def move(self, source: Tensor, target: Tensor) -> None:
-        """Copy lines `source` (M,) to lines `target` (M,); the two may overlap."""
-        for buffer in (self.keys, self.values):
-            buffer.index_copy_(0, target, buffer.index_select(0, source))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.cache.reach, 0
@@ -80,7 +121,7 @@ class SlotCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all layers, as far as they are allocated."""
-        buffers = (buffer for layer in self.layers if layer.is_initialized for buffer in (layer.keys, layer.values))
+        buffers = (buffer for layer in self.layers if layer.is_initialized for buffer in layer.buffers)
         return sum(buffer.nbytes for buffer in buffers)
 
     def aim(self, slots: Tensor, reach: int) -> None:
@@ -98,16 +139,14 @@ class SlotCache(Cache):
             if rows is None:
                 layer.reset()
             elif layer.is_initialized:
-                for buffer in (layer.keys, layer.values):
+                for buffer in layer.buffers:
                     layer.by_row(buffer)[rows] = 0
 
     def copy_rows(self, other: "SlotCache", rows: Tensor) -> None:
         """Copy the contents of `rows` (B,) of `other`, a cache of the same capacity, into this cache's rows."""
         for layer, source in zip(self.layers, other.layers):
             if source.is_initialized:
-                layer.keys, layer.values = (
-                    source.by_row(buffer)[rows].flatten(0, 1) for buffer in (source.keys, source.values)
-                )
+                layer.keys, layer.values = (source.by_row(buffer)[rows].flatten(0, 1) for buffer in source.buffers)
                 layer.heads, layer.is_initialized = source.heads, True
 
     def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
@@ -119,6 +158,6 @@ class SlotCache(Cache):
         columns = torch.arange(path.shape[1], device=path.device)
         source = self._lines(base[:, None] + torch.where(columns < count[:, None], path, columns))
         target = self._lines(base[:, None] + columns)
-        for layer in self.layers:
-            if layer.is_initialized:
-                layer.move(source, target)
+        made = [layer for layer in self.layers if layer.is_initialized]
+        if made:
+            torch.ops.paceline.move_lines([buffer for layer in made for buffer in layer.buffers], source, target)

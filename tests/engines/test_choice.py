@@ -45,7 +45,7 @@ def test_auto_falls_back_to_eager_with_a_line(model, prompts, monkeypatch, capsy
     runs.reset(model)
     truth = paceline.generate(model, *prompts[0], drafter="ngram", max_new_tokens=9, executor="eager")
     monkeypatch.setattr(executors, "LONG_RUN", 1)
-    monkeypatch.setattr(runs, "PATIENCE", 0.0)
+    monkeypatch.setattr(runs, "patience", lambda key, kinds: 0.0)
     got = paceline.generate(model, *prompts[0], drafter=Untraceable(), max_new_tokens=9, executor="auto")
     assert torch.equal(got, truth)
     assert "use executor='eager' (which runs now)" in capsys.readouterr().err
@@ -73,6 +73,8 @@ def test_the_executor_is_chosen_by_what_can_run(monkeypatch, tmp_path):
     assert choose("auto", cpu, 64, True, False) == "eager"
     assert choose("auto", cpu, 64, True, True) == "compiled"
     assert choose("auto", cpu, 8192, True, False) == "compiled"
+    assert choose("auto", cpu, 64, True, False, paying=64.0) == "compiled", "where times are known they decide"
+    assert choose("auto", cpu, 8192, True, False, paying=float("inf")) == "eager"
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     for name in ("auto", "cuda_graph"):  # the captured eager step until a check has shown the other to be better

@@ -1,0 +1,135 @@
+"""Regions: the layers that a model repeats are traced as calls of one subgraph, which torch.compile compiles once.
+
+A layer is what a `ModuleList` holds several of, whatever the family of the model; layers of several types, as in
+hybrid models, give a region for each type. Where a layer uses only its own slots of the cache, its region gets these in
+place of the cache and is a function of tensors, which torch (from 2.12 on) need not even trace again for the next
+layer. Calls with other shapes or other settings of the layer get a region of their own; torch decides that by its
+guards. Knows nothing of steps.
+"""
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..target.cache import AimedSlots, SlotCache
+
+_MANY = 1 << 20  # of a layer's variants that torch may remember; beyond its own limit of 8 it raises
+_NUMBER = "_paceline_cache_layer"  # the attribute of a layer that says which layer of the cache it uses
+
+
+def repeated_layers(module: nn.Module) -> list[nn.Module]:
+    """The entries of the outermost module lists whose type occurs more than once in its list. Modules without parts,
+    like linear layers, are too small to be worth a call."""
+    if not isinstance(module, nn.ModuleList):
+        return [layer for child in module.children() for layer in repeated_layers(child)]
+    counts = Counter(map(type, module))
+    found = []
+    for entry in module:
+        repeated = counts[type(entry)] > 1 and next(entry.children(), None) is not None
+        found += [entry] if repeated else repeated_layers(entry)
+    return found
+
+
+def distinct_layers(models: Iterable[nn.Module]) -> int:
+    """How many kinds of repeated layers `models` have, the same kind in two models counted twice; at least 1."""
+    return max(1, sum(len(set(map(type, repeated_layers(model)))) for model in models))
+
+
+@contextlib.contextmanager
+def layers_as_regions(models: Iterable[nn.Module], run: Callable[[], object]) -> Iterator[int]:
+    """Within the block the repeated layers of `models` are traced as regions; yields how many layers these are. `run`
+    runs all of them once, to see what they use."""
+    layers = [layer for model in models for layer in repeated_layers(model) if "forward" not in vars(layer)]
+    numbers = _cache_layers(layers, run)
+    whole: dict[type, Callable] = {}
+    own: dict[type, Callable] = {}
+    for layer in layers:
+        kind = type(layer)
+        if layer in numbers:
+            layer.__dict__[_NUMBER] = numbers[layer]
+        made, make = (own, _region_of_own_slots) if layer in numbers else (whole, _region)
+        if kind not in made:
+            made[kind] = make(kind.forward)
+        layer.__dict__["forward"] = MethodType(made[kind], layer)
+    try:
+        yield len(layers)
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+            layer.__dict__.pop(_NUMBER, None)
+
+
+class _Watched:
+    """A cache as a layer sees it that is watched."""
+
+    def __init__(self, cache: SlotCache, uses: set):
+        self._cache, self._uses = cache, uses
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self._uses.add(layer_idx)
+        return self._cache.update(keys, values, layer_idx, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        self._uses.add(name)
+        return getattr(self._cache, name)
+
+
+def _cache_layers(layers: list[nn.Module], run: Callable[[], object]) -> dict[nn.Module, int]:
+    """Which layer of the cache each of `layers` updates in `run`; only those that do nothing else with the cache."""
+    uses: dict[nn.Module, set] = {layer: set() for layer in layers}
+
+    def watched(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = _cache_name(kwargs)
+        if name is None:
+            uses[layer].add("another argument")
+        else:
+            kwargs[name] = _Watched(kwargs[name], uses[layer])
+        return type(layer).forward(layer, *args, **kwargs)
+
+    for layer in layers:
+        layer.__dict__["forward"] = MethodType(watched, layer)
+    try:
+        run()
+    finally:
+        for layer in layers:
+            del layer.__dict__["forward"]
+    single = {layer: next(iter(used)) for layer, used in uses.items() if len(used) == 1}
+    return {layer: number for layer, number in single.items() if isinstance(number, int)}
+
+
+def _cache_name(arguments: dict[str, Any]) -> str | None:
+    return next((name for name, value in arguments.items() if isinstance(value, SlotCache)), None)
+
+
+def _region_of_own_slots(forward: Callable) -> Callable:
+    """`forward` of a layer as a region that is given the layer's own slots in place of the cache."""
+
+    def inner(
+        layer: nn.Module, name: str, keys: Tensor, values: Tensor, lines: Tensor, reach: int, capacity: int, heads: int,
+        *args: Any, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        kwargs[name] = AimedSlots(keys, values, lines, reach, capacity, heads)
+        return forward(layer, *args, **kwargs)
+
+    region = _region(inner)
+
+    def outer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        name = _cache_name(kwargs)
+        assert name is not None, "the cache was there when the layer was watched"
+        slots = kwargs.pop(name).layers[getattr(layer, _NUMBER)].aimed()
+        return region(layer, name, *slots, *args, **kwargs)
+
+    return outer
+
+
+def _region(forward: Callable) -> Callable:
+    mark = torch.compiler.nested_compile_region
+    try:
+        return mark(forward, max_reuse_entries=_MANY)
+    except TypeError:  # torch before 2.12
+        return mark(forward)
