@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .rotation import Rotation
+
 GROUPS = (16, 32, 64, 128)  # inputs that may share a scale
 
 
@@ -49,18 +51,34 @@ class Blocks:
 
 class BlockLinear(nn.Module):
     """`nn.Linear` whose weight is in blocks. With `int8_activations` the inputs of each group are rounded to 8 bits,
-    which is faster and changes the results a little."""
+    which is faster and changes the results a little. With a `rotation` the blocks hold the weight for rotated inputs,
+    and inputs are rotated first."""
 
-    def __init__(self, blocks: Blocks, bias: Tensor | None = None, int8_activations: bool = False):
+    def __init__(
+        self,
+        blocks: Blocks,
+        bias: Tensor | None = None,
+        int8_activations: bool = False,
+        rotation: Rotation | None = None,
+    ):
         super().__init__()
         self.out_features, self.in_features = blocks.codes.shape
         self.int8_activations = int8_activations
         self.blocks = blocks
+        self.rotation = rotation
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     def dequantised(self) -> Tensor:
-        """The weight (N, K) in float32."""
+        """The weight (N, K) in float32, for rotated inputs where there is a rotation."""
         return self.blocks.dequantised()
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight (N, K) in float32 for the inputs as they come; computed anew each time."""
+        weight = self.dequantised()
+        return weight if self.rotation is None else self.rotation.inverse(weight)
+
     def forward(self, x: Tensor) -> Tensor:
+        if self.rotation is not None:
+            x = self.rotation(x)
         return F.linear(x, self.dequantised().to(x.dtype), self.bias)

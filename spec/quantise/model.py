@@ -1,0 +1,171 @@
+"""Quantising the linear layers of a model in place, one decoder layer after the other.
+
+Each decoder layer is calibrated on what the layers before it, already quantised, make of the texts, so that it makes up
+for their errors too. Decoder layers are found as the module list that is as long as the model has layers; embeddings,
+norms and what is no `nn.Linear` stay as they are. Knows nothing of files, and of texts only their token ids.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..kernels.blocks import BlockLinear
+from ..kernels.rotation import Rotation, random_rotation
+from ..target.taps import layer_stacks
+from .gptq import Hessian, gptq
+from .grid import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a model is quantised: the linears of its decoder layers and the LM head with bits of their own."""
+
+    bits: int  # 4 or 8
+    group: int
+    head_bits: int = 8
+    method: Literal["gptq", "nearest"] = "gptq"  # gptq: of rotated weights
+    seed: int = 0  # of the rotations' signs
+
+
+@dataclass(slots=True)
+class _Call:
+    """How a decoder layer is called for one text, but for its hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+    def __call__(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        made = layer(hidden, *self.args, **self.kwargs)
+        return made[0] if isinstance(made, tuple) else made
+
+
+@torch.no_grad()
+def quantise_model(
+    model: "PreTrainedModel",
+    recipe: Recipe,
+    texts: list[list[int]],
+    progress: Callable[[int, int], None] = lambda done, of: None,
+) -> None:
+    """Replace the linear layers of `model` in its decoder layers, and its LM head, by `BlockLinear`s.
+
+    `texts` are the token ids to calibrate on (`nearest` needs none); `progress` is called after each decoder layer with
+    their number so far and in all. Raises ValueError for a model without a plain stack of layers, or without linear
+    layers whose inputs are a multiple of the group."""
+    layers = _stack(model)
+    if not any(_suitable(layer, recipe) for layer in layers):
+        raise ValueError(
+            f"{type(model).__name__} has no nn.Linear with a multiple of {recipe.group} inputs in its decoder layers, "
+            "so there is nothing to quantise; choose a smaller --group or another model"
+        )
+    calibrated = recipe.method == "gptq"
+    hidden, calls = _recorded(model, layers, texts) if calibrated else ([], [])
+    for number, layer in enumerate(layers):
+        hessians = _hessians(layer, recipe, hidden, calls[number]) if calibrated else {}
+        for name, linear in _suitable(layer, recipe).items():
+            layer.set_submodule(name, _quantised(linear, recipe.bits, recipe, hessians.get(name)))
+        hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
+        progress(number + 1, len(layers))
+    _quantise_head(model, recipe, texts)
+
+
+def _stack(model: "PreTrainedModel") -> nn.ModuleList:
+    stacks = layer_stacks(model)
+    if len(stacks) != 1:
+        raise ValueError(f"{type(model).__name__} is no plain stack of decoder layers, which is what can be quantised")
+    stack = model.get_submodule(stacks[0])
+    assert isinstance(stack, nn.ModuleList)
+    return stack
+
+
+def _suitable(layer: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
+    """The linear layers of a decoder layer, by their paths in it, whose inputs fall into groups."""
+    linears = {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+    return {name: linear for name, linear in linears.items() if linear.in_features % recipe.group == 0}
+
+
+def _recorded(
+    model: "PreTrainedModel", layers: nn.ModuleList, texts: list[list[int]]
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """What the first layer gets for each text, (1, T, H), and how each layer is called: [layer][text]."""
+    first: list[Tensor] = []
+    calls: list[list[_Call]] = [[] for _ in layers]
+
+    def record(number: int) -> Callable:
+        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if number == 0:
+                first.append(args[0] if args else kwargs["hidden_states"])
+            calls[number].append(_Call(args[1:], named))
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    try:
+        for text in texts:
+            model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return first, calls
+
+
+def _hessians(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Hessian]:
+    """The second moments of the rotated inputs of each linear of a decoder layer."""
+    linears = _suitable(layer, recipe)
+    hessians = {name: Hessian(linear.in_features) for name, linear in linears.items()}
+
+    def watch(hessian: Hessian, rotation: Rotation) -> Callable:
+        return lambda linear, args: hessian.add(rotation(args[0].float()))
+
+    hooks = [
+        linear.register_forward_pre_hook(watch(hessians[name], rotation_of(linear.in_features, recipe)))
+        for name, linear in linears.items()
+    ]
+    try:
+        for states, call in zip(hidden, calls):
+            call(layer, states)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hessians
+
+
+def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
+    """The rotation of all layers with so many inputs."""
+    return random_rotation(inputs, recipe.seed + inputs)
+
+
+def _quantised(linear: nn.Linear, bits: int, recipe: Recipe, hessian: Hessian | None) -> BlockLinear:
+    bias = None if linear.bias is None else linear.bias.detach()
+    weight = linear.weight.detach()
+    if hessian is None:
+        return BlockLinear(nearest(weight, bits, recipe.group), bias)
+    rotation = rotation_of(linear.in_features, recipe).to(weight.device)
+    blocks = gptq(rotation(weight.float()), hessian.total, bits, recipe.group)
+    return BlockLinear(blocks, bias, rotation=rotation)
+
+
+def _quantise_head(model: "PreTrainedModel", recipe: Recipe, texts: list[list[int]]) -> None:
+    """In 8 bits the LM head is rounded to the nearest codes, which costs nothing that can be measured; in 4 bits it is
+    treated like the other layers. Of a head that is tied to the embeddings these stay as they are."""
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.in_features % recipe.group or recipe.head_bits == 16:
+        return
+    hessian = None
+    if recipe.method == "gptq" and recipe.head_bits < 8:
+        hessian, rotation = Hessian(head.in_features), rotation_of(head.in_features, recipe).to(head.weight.device)
+        hook = head.register_forward_pre_hook(lambda linear, args: hessian.add(rotation(args[0].float())))
+        try:
+            for text in texts:
+                model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
+        finally:
+            hook.remove()
+    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe, hessian))
+    model.config.get_text_config().tie_word_embeddings = False
+    model.config.tie_word_embeddings = False
