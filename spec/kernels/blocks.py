@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from . import int4
 from .rotation import Rotation
 
 GROUPS = (16, 32, 64, 128)  # inputs that may share a scale
@@ -48,6 +49,10 @@ class Blocks:
             weight = weight + self.offsets.float()[..., None]
         return weight.flatten(1)
 
+    def to(self, device: torch.device) -> "Blocks":
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return Blocks(self.codes.to(device), self.scales.to(device), offsets, self.zero, self.bits)
+
 
 class BlockLinear(nn.Module):
     """`nn.Linear` whose weight is in blocks. With `int8_activations` the inputs of each group are rounded to 8 bits,
@@ -64,21 +69,29 @@ class BlockLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = blocks.codes.shape
         self.int8_activations = int8_activations
-        self.blocks = blocks
-        self.rotation = rotation
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._place(blocks, rotation)
+
+    def _place(self, blocks: Blocks, rotation: Rotation | None) -> None:
+        self.blocks, self.rotation = blocks, rotation
+        self.int4 = int4.pack(blocks) if int4.takes(blocks) else None
+
+    def _apply(self, fn, recurse=True):
+        """What moves parameters to a device moves blocks with them; their dtype stays."""
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0, device=self.blocks.codes.device)).device
+        if device != self.blocks.codes.device:
+            self._place(self.blocks.to(device), self.rotation and self.rotation.to(device))
+        return self
 
     def dequantised(self) -> Tensor:
-        """The weight (N, K) in float32, for rotated inputs where there is a rotation."""
-        return self.blocks.dequantised()
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight (N, K) in float32 for the inputs as they come; computed anew each time."""
-        weight = self.dequantised()
+        """The weight (N, K) in float32, for inputs as they come: rotated back where there is a rotation."""
+        weight = self.blocks.dequantised()
         return weight if self.rotation is None else self.rotation.inverse(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.rotation is not None:
             x = self.rotation(x)
-        return F.linear(x, self.dequantised().to(x.dtype), self.bias)
+        if self.int4 is not None:
+            return self.int4.linear(x) if self.bias is None else self.int4.linear(x) + self.bias
+        return F.linear(x, self.blocks.dequantised().to(x.dtype), self.bias)

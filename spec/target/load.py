@@ -74,6 +74,7 @@ def load_target(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..kernels.cpu import emulates_bfloat16
+    from ..quantise.folder import is_quantised, load_quantised
 
     if dtype != "auto":
         torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
@@ -88,6 +89,8 @@ def load_target(
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
     where = resolve(str(name_or_path))
     options = {"trust_remote_code": trust_remote_code}
+    if is_quantised(where):
+        return load_quantised(where, dtype, device, with_tokenizer, trust_remote_code)
     try:
         with _wait(str(name_or_path), where), quietly():
             model, report = AutoModelForCausalLM.from_pretrained(
