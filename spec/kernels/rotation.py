@@ -1,6 +1,6 @@
 """Random rotations of a linear layer's inputs: signs, then a Hadamard transform of each block.
 
-    x -> H D x,    D = diag(signs),    H = the orthonormal Hadamard matrix of `block` inputs, repeated along the diagonal
+    x -> H D x,    D = diag(signs),    H = orthonormal Hadamard matrices of `block` inputs along the diagonal
 
 The map is orthonormal, so a weight whose rows were rotated gives on rotated inputs the products of the plain weight on
 plain inputs; its numbers are nearly normally distributed, without outliers ("incoherent": QuIP, arXiv:2307.13304; with

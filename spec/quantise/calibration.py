@@ -33,8 +33,8 @@ class Texts:
 
 
 def read_entries(path: str) -> list[dict]:
-    """The entries of a JSONL file, each once, with `messages`, `text`, `turns` or `prompt`. Raises ValueError for a file
-    that cannot be read, and for a line that is none of these."""
+    """The entries of a JSONL file, each once, with `messages`, `text`, `turns` or `prompt`. Raises ValueError for a
+    file that cannot be read, and for a line that is none of these."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -91,8 +91,8 @@ def read_texts(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", p
     texts = [text for text in texts if len(text.tokens) >= max(SHORTEST, text.begin + 1)]
     if len(texts) < 2:
         raise ValueError(
-            f"{path} holds {len(texts)} texts of at least {SHORTEST} tokens and two are needed, one to calibrate on and "
-            "one to measure on; give a dozen or more"
+            f"{path} holds {len(texts)} texts of at least {SHORTEST} tokens and two are needed, one to calibrate on "
+            "and one to measure on; give a dozen or more"
         )
     held_out = texts[1::3]  # between those that are calibrated on, as a file may be sorted
     return Texts([text.tokens for number, text in enumerate(texts) if number % 3 != 1], held_out)

@@ -15,7 +15,7 @@ from ..cli.commands import load_model
 from ..console import table, waiting
 from .calibration import EXAMPLE, Texts, read_texts
 from .folder import is_quantised, new_folder, write_model
-from .model import Recipe, quantise_model
+from .model import Recipe, check_model, quantise_model
 from .quality import Quality, compare, logits_on
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ def quantise(args: Namespace) -> None:
     recipe = Recipe(args.bits, args.group, args.head_bits, seed=args.seed)
     with new_folder(args.output) as work:
         model, tokenizer = load_model(args)
+        check_model(model, recipe)
         with waiting(f"reading {args.calibrate}, and answering its prompts"):
             texts = read_texts(model, tokenizer, args.calibrate, args.texts)
         rows = {}

@@ -1,12 +1,12 @@
 """The folder of a quantised model: safetensors and JSON, read back to the same bits.
 
-    config.json            transformers' own config, and a section `quantisation`: how it was made, and each layer's form
-    quantised.safetensors  LAYER.codes (N, K / 2) or (N, K) uint8, LAYER.scales (N, K / group) float16, signs.K (K,) int8,
-                           and all other weights under transformers' names
+    config.json            transformers' own, and a section `quantisation`: how it was made, and each layer's form
+    quantised.safetensors  LAYER.codes (N, K / 2) or (N, K) uint8, LAYER.scales (N, K / group) float16, LAYER.offsets
+                           alike where there are any, signs.K (K,) int8, and all else under transformers' names
     generation_config.json, the tokenizer's files, README.md and quality.json
 
-Two codes of 4 bits share a byte, the first of them in its low half. The file is not named as transformers expects, which
-would fill the missing weights with random numbers. Knows nothing of how a model is quantised.
+Two codes of 4 bits share a byte, the first of them in its low half. The file is not named as transformers expects,
+which would fill the missing weights with random numbers. Knows nothing of how a model is quantised.
 """
 
 import json
@@ -60,9 +60,13 @@ def write_model(model: "PreTrainedModel", tokenizer: Any, folder: Path, about: d
     layers, tensors = {}, {name: tensor.detach() for name, tensor in model.state_dict().items()}
     for name, layer in _block_layers(model).items():
         blocks, rotation = layer.blocks, layer.rotation
-        layers[name] = {"bits": blocks.bits, "group": blocks.group, "rotation": rotation and rotation.block}
+        has_offsets = blocks.offsets is not None
+        form = {"bits": blocks.bits, "group": blocks.group, "offsets": has_offsets}
+        layers[name] = {**form, "rotation": rotation and rotation.block}
         tensors[f"{name}.codes"] = packed(blocks.codes) if blocks.bits == 4 else blocks.codes
         tensors[f"{name}.scales"] = blocks.scales
+        if has_offsets:
+            tensors[f"{name}.offsets"] = blocks.offsets
         if rotation is not None:
             tensors[f"signs.{layer.in_features}"] = rotation.signs
     for name in _tied(model, tensors):
@@ -118,8 +122,8 @@ def load_quantised(
     with_tokenizer: bool = True,
     trust_remote_code: bool = False,
 ) -> tuple["PreTrainedModel", Any]:
-    """The model of a quantised folder, in evaluation mode, and its tokenizer: as by `load_target`. What is not in blocks
-    is in `dtype`, and so are the activations.
+    """The model of a quantised folder, in evaluation mode, and its tokenizer, as by `load_target`. What is not in
+    blocks is in `dtype`, and so are the activations.
 
     Raises ValueError, in one sentence, for a folder that is damaged or was made by another version."""
     from accelerate import init_empty_weights
@@ -160,13 +164,16 @@ def _check_section(folder: Path, about: Any) -> None:
             f"{folder} is of format {about.get('format')!r} and this version reads {FORMAT}; update paceline"
         )
     for name, layer in about["layers"].items():
-        form = (layer.get("bits"), layer.get("group"), layer.get("rotation")) if isinstance(layer, dict) else None
-        if form is None or form[0] not in (4, 8) or form[1] not in GROUPS or not _is_block(form[2]):
+        if not _is_form(layer):
             raise ValueError(f"{folder}/config.json: layer {name} has the form {layer!r}, which is none; {REMEDY}")
 
 
-def _is_block(block: Any) -> bool:
-    return block is None or (type(block) is int and block > 0 and block & (block - 1) == 0)
+def _is_form(layer: Any) -> bool:
+    if not isinstance(layer, dict) or layer.keys() != {"bits", "group", "offsets", "rotation"}:
+        return False
+    block = layer["rotation"]
+    rotated = type(block) is int and block > 0 and block & (block - 1) == 0
+    return layer["bits"] in (4, 8) and layer["group"] in GROUPS and (block is None or rotated)
 
 
 def _put_blocks(folder: Path, model: "PreTrainedModel", layers: dict, tensors: dict[str, Tensor]) -> None:
@@ -178,23 +185,30 @@ def _put_blocks(folder: Path, model: "PreTrainedModel", layers: dict, tensors: d
             raise ValueError(f"{folder}/config.json lists {name}, which is no linear layer of the model; {REMEDY}")
         outputs, inputs = linears[name].weight.shape
         bits, group, block = form["bits"], form["group"], form["rotation"]
-        if inputs % group or block is not None and inputs % block:
+        if inputs % group or inputs % (block or 1):
             raise ValueError(f"{folder}/config.json: {name} has {inputs} inputs, no multiple of {form}; {REMEDY}")
         codes = _taken(folder, tensors, f"{name}.codes", torch.uint8, (outputs, inputs * bits // 8))
-        scales = _taken(folder, tensors, f"{name}.scales", torch.float16, (outputs, inputs // group))
-        if not scales.isfinite().all():
-            raise ValueError(f"{folder}/{WEIGHTS}: {name}.scales holds NaN or infinite numbers; {REMEDY}")
+        scales = _finite(folder, tensors, f"{name}.scales", (outputs, inputs // group))
+        offsets = _finite(folder, tensors, f"{name}.offsets", tuple(scales.shape)) if form["offsets"] else None
         if block is not None and (inputs, block) not in rotations:
             signs = _checked(folder, tensors, f"signs.{inputs}", torch.int8, (inputs,))
             if not (signs.abs() == 1).all():
                 raise ValueError(f"{folder}/{WEIGHTS}: signs.{inputs} holds numbers other than 1 and -1; {REMEDY}")
             rotations[inputs, block] = Rotation(signs, block)
-        blocks = Blocks(unpacked(codes) if bits == 4 else codes, scales, None, 1 << (bits - 1), bits)
+        blocks = Blocks(unpacked(codes) if bits == 4 else codes, scales, offsets, 1 << (bits - 1), bits)
         made = BlockLinear(blocks, rotation=rotations.get((inputs, block)))
         made.bias = linears[name].bias  # still empty, and filled like all that is not in blocks
         model.set_submodule(name, made)
     for inputs, _ in rotations:
         tensors.pop(f"signs.{inputs}", None)
+
+
+def _finite(folder: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+    """The scales or offsets of this name, taken out."""
+    made = _taken(folder, tensors, name, torch.float16, shape)
+    if not made.isfinite().all():
+        raise ValueError(f"{folder}/{WEIGHTS}: {name} holds NaN or infinite numbers; {REMEDY}")
+    return made
 
 
 def _taken(folder: Path, tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -1,7 +1,9 @@
-"""The numbers that a group of weights can have: a scale with 2**bits codes, and rounding to the nearest of them.
+"""The numbers that a group of weights can have: 2**bits equally spaced ones, and rounding to the nearest of them.
 
-Grids are symmetric, scale * (code - zero), so that a kernel has no offsets to add. Knows nothing of Hessians.
+In 4 bits a group has a scale and an offset, as its numbers seldom lie around 0 evenly; 8 bits are enough without. Knows nothing of Hessians.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,42 +14,70 @@ from ..kernels.blocks import Blocks
 _SHARES = tuple(1 - step / 40 for step in range(17))
 
 
-def zero_code(bits: int) -> int:
-    return 1 << (bits - 1)
+@dataclass(frozen=True, slots=True, eq=False)
+class Grid:
+    """The grids of n groups: scale * (code - zero) + offset."""
+
+    scales: Tensor  # (n,) float16
+    offsets: Tensor  # (n,) float16
+    bits: int
+
+    @property
+    def zero(self) -> int:
+        return 1 << (self.bits - 1)
+
+    def codes(self, weights: Tensor) -> Tensor:
+        """The nearest codes of weights (n, m): (n, m) float32, whole numbers."""
+        scales = self.scales.float()[:, None]
+        steps = (weights - self.offsets.float()[:, None]) / torch.where(scales == 0, 1.0, scales)
+        return (steps.round() + self.zero).clamp(0, (1 << self.bits) - 1)
+
+    def numbers(self, codes: Tensor) -> Tensor:
+        """What codes (n, m) stand for, as `Blocks` dequantises them."""
+        return (codes - self.zero) * self.scales.float()[:, None] + self.offsets.float()[:, None]
+
+    def where(self, chosen: Tensor, other: "Grid") -> "Grid":
+        """This grid for the groups where `chosen` (n,) is true, and `other` for the rest."""
+        scales = torch.where(chosen, self.scales, other.scales)
+        return Grid(scales, torch.where(chosen, self.offsets, other.offsets), self.bits)
 
 
-def fitted_scales(weights: Tensor, bits: int) -> Tensor:
-    """The scale of each row of `weights` (N, group) float32 with the least squared error of rounding: (N,) float16.
-
-    The scale's sign is such that the number of largest magnitude can have the code 0, which reaches one step further
-    than the largest code."""
-    largest = weights.gather(1, weights.abs().argmax(1, keepdim=True))[:, 0]  # (N,)
-    widest = -largest / zero_code(bits)
-    best, least = widest.half(), torch.full_like(widest, torch.inf)
-    for share in _SHARES if bits < 8 else _SHARES[:1]:
-        scales = (widest * share).half()
-        errors = (rounded(weights, scales, bits) - weights).square().sum(1)
-        best = torch.where(errors < least, scales, best)
-        least = torch.minimum(errors, least)
+def fitted(weights: Tensor, bits: int) -> Grid:
+    """The grids for groups of weights (n, group) float32 with the least squared error of rounding, of those tried."""
+    best = _grid(weights, bits, 1.0)
+    if bits == 8:
+        return best
+    least = _errors(best, weights)
+    for share in _SHARES[1:]:
+        grid = _grid(weights, bits, share)
+        errors = _errors(grid, weights)
+        best, least = grid.where(errors < least, best), torch.minimum(errors, least)
     return best
 
 
-def codes_of(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """The nearest codes for `weights` (N, ...) on the grids of `scales` (N,): (N, ...) float32, whole numbers."""
-    scales = scales.float().view(-1, *[1] * (weights.ndim - 1))
-    steps = weights / torch.where(scales == 0, 1.0, scales)
-    return (steps.round() + zero_code(bits)).clamp(0, (1 << bits) - 1)
+def _errors(grid: Grid, weights: Tensor) -> Tensor:  # (n,)
+    return (grid.numbers(grid.codes(weights)) - weights).square().sum(1)
 
 
-def rounded(weights: Tensor, scales: Tensor, bits: int) -> Tensor:
-    """`weights` (N, ...) rounded to the grids of `scales` (N,)."""
-    shape = -1, *[1] * (weights.ndim - 1)
-    return (codes_of(weights, scales, bits) - zero_code(bits)) * scales.float().view(shape)
+def _grid(weights: Tensor, bits: int, share: float) -> Grid:
+    """Grids that reach over a share of the groups' ranges, about their middle; of 8 bits, about 0."""
+    if bits == 8:
+        scales = (weights.abs().amax(1) / 127).half()
+        return Grid(scales, torch.zeros_like(scales), bits)
+    low, high = weights.aminmax(dim=1)
+    scales = ((high - low) * (share / 15)).half()
+    return Grid(scales, ((low + high + scales.float()) / 2).half(), bits)  # the codes' middle is 7.5, and zero is 8
+
+
+def in_blocks(codes: Tensor, grids: list[Grid]) -> Blocks:
+    """Codes (N, K) whose groups, from left to right, have these grids of N groups each."""
+    scales, offsets = (torch.stack([getattr(grid, name) for grid in grids], 1) for name in ("scales", "offsets"))
+    return Blocks(codes, scales, None if grids[0].bits == 8 else offsets, grids[0].zero, grids[0].bits)
 
 
 def nearest(weight: Tensor, bits: int, group: int) -> Blocks:
     """`weight` (N, K) rounded to the nearest codes; K is a multiple of `group`."""
-    groups = weight.float().view(-1, group)  # (N K / group, group)
-    scales = fitted_scales(groups, bits)
-    codes = codes_of(groups, scales, bits).to(torch.uint8).view(weight.shape)
-    return Blocks(codes, scales.view(len(weight), -1), None, zero_code(bits), bits)
+    parts = weight.float().split(group, dim=1)
+    grids = [fitted(part, bits) for part in parts]
+    codes = torch.cat([grid.codes(part) for grid, part in zip(grids, parts)], dim=1)
+    return in_blocks(codes.to(torch.uint8), grids)

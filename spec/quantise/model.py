@@ -55,23 +55,28 @@ def quantise_model(
     """Replace the linear layers of `model` in its decoder layers, and its LM head, by `BlockLinear`s.
 
     `texts` are the token ids to calibrate on (`nearest` needs none); `progress` is called after each decoder layer with
-    their number so far and in all. Raises ValueError for a model without a plain stack of layers, or without linear
-    layers whose inputs are a multiple of the group."""
+    their number so far and in all. Raises ValueError as `check_model` does."""
+    check_model(model, recipe)
     layers = _stack(model)
-    if not any(_suitable(layer, recipe) for layer in layers):
+    calibrated = recipe.method == "gptq"
+    hidden, calls = _recorded(model, layers, texts) if calibrated else ([], [])
+    for number, layer in enumerate(layers):
+        factors = _factors(layer, recipe, hidden, calls[number]) if calibrated else {}
+        for name, linear in _suitable(layer, recipe).items():
+            layer.set_submodule(name, _quantised(linear, recipe.bits, recipe, factors.get(name)))
+        hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
+        progress(number + 1, len(layers))
+    _quantise_head(model, recipe, texts)
+
+
+def check_model(model: "PreTrainedModel", recipe: Recipe) -> None:
+    """Raise ValueError for a model without a plain stack of layers, or without linear layers whose inputs are a
+    multiple of the group."""
+    if not any(_suitable(layer, recipe) for layer in _stack(model)):
         raise ValueError(
             f"{type(model).__name__} has no nn.Linear with a multiple of {recipe.group} inputs in its decoder layers, "
             "so there is nothing to quantise; choose a smaller --group or another model"
         )
-    calibrated = recipe.method == "gptq"
-    hidden, calls = _recorded(model, layers, texts) if calibrated else ([], [])
-    for number, layer in enumerate(layers):
-        hessians = _hessians(layer, recipe, hidden, calls[number]) if calibrated else {}
-        for name, linear in _suitable(layer, recipe).items():
-            layer.set_submodule(name, _quantised(linear, recipe.bits, recipe, hessians.get(name)))
-        hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
-        progress(number + 1, len(layers))
-    _quantise_head(model, recipe, texts)
 
 
 def _stack(model: "PreTrainedModel") -> nn.ModuleList:
@@ -115,25 +120,33 @@ def _recorded(
     return first, calls
 
 
-def _hessians(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Hessian]:
-    """The second moments of the rotated inputs of each linear of a decoder layer."""
+def _factors(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Tensor]:
+    """The factors of the Hessians of the rotated inputs, for each linear of a decoder layer; linears with the same
+    input (queries, keys and values) share one."""
     linears = _suitable(layer, recipe)
-    hessians = {name: Hessian(linear.in_features) for name, linear in linears.items()}
+    inputs: dict[str, Tensor] = {}
+    first_of: dict[str, str] = {}  # the first linear with the same input
+    hessians: dict[str, Hessian] = {}
 
-    def watch(hessian: Hessian, rotation: Rotation) -> Callable:
-        return lambda linear, args: hessian.add(rotation(args[0].float()))
+    def watch(name: str) -> Callable:
+        return lambda linear, args: inputs.update({name: args[0]})
 
-    hooks = [
-        linear.register_forward_pre_hook(watch(hessians[name], rotation_of(linear.in_features, recipe)))
-        for name, linear in linears.items()
-    ]
+    hooks = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
     try:
         for states, call in zip(hidden, calls):
+            inputs.clear()
             call(layer, states)
+            for name, x in inputs.items():
+                first_of.setdefault(name, next(other for other, y in inputs.items() if y is x))
+                if first_of[name] == name:
+                    hessian = hessians.setdefault(name, Hessian(x.shape[-1]))
+                    hessian.add(rotation_of(x.shape[-1], recipe).to(x.device)(x.float()))
     finally:
         for hook in hooks:
             hook.remove()
-    return hessians
+    factors = {name: hessian.factor() for name, hessian in hessians.items()}
+    never = {name: Hessian(linear.in_features).factor() for name, linear in linears.items() if name not in first_of}
+    return never | {name: factors[first] for name, first in first_of.items()}
 
 
 def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
@@ -141,13 +154,13 @@ def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
     return random_rotation(inputs, recipe.seed + inputs)
 
 
-def _quantised(linear: nn.Linear, bits: int, recipe: Recipe, hessian: Hessian | None) -> BlockLinear:
+def _quantised(linear: nn.Linear, bits: int, recipe: Recipe, factor: Tensor | None) -> BlockLinear:
     bias = None if linear.bias is None else linear.bias.detach()
     weight = linear.weight.detach()
-    if hessian is None:
+    if factor is None:
         return BlockLinear(nearest(weight, bits, recipe.group), bias)
     rotation = rotation_of(linear.in_features, recipe).to(weight.device)
-    blocks = gptq(rotation(weight.float()), hessian.total, bits, recipe.group)
+    blocks = gptq(rotation(weight.float()), factor.to(weight.device), bits, recipe.group)
     return BlockLinear(blocks, bias, rotation=rotation)
 
 
@@ -166,6 +179,6 @@ def _quantise_head(model: "PreTrainedModel", recipe: Recipe, texts: list[list[in
                 model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
         finally:
             hook.remove()
-    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe, hessian))
+    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe, hessian and hessian.factor()))
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
