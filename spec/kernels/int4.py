@@ -1,5 +1,7 @@
-"""torch's int4 kernel for CUDA, which reads codes of 4 bits and multiplies in bfloat16. Its weights have the form
-(code - 8) * scale + zero, so that `Blocks` fit but for the rounding of scales and zeros to bfloat16. Not run on a GPU yet: the arrangement is tested with torch's kernel for the CPU, which takes the same one.
+"""torch's int4 kernel for CUDA, which reads codes of 4 bits and multiplies in bfloat16.
+
+Its weights have the form (code - 8) * scale + zero, so that `Blocks` fit but for the rounding of scales and zeros to
+bfloat16. Not run on a GPU yet: the arrangement is tested with torch's kernel for the CPU, which takes the same one.
 Knows nothing of layers.
 """
 

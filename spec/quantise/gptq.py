@@ -37,7 +37,8 @@ class Hessian:
 def gptq(weight: Tensor, factor: Tensor, bits: int, group: int) -> Blocks:
     """`weight` (N, K) in blocks, rounded for inputs whose `Hessian` has this `factor` (K, K).
 
-    K is a multiple of `group`. A group's grid is fitted to its weights as they are when its turn comes (the paper's own rule)."""
+    K is a multiple of `group`. A group's grid is fitted to its weights as they are when its turn comes (the paper's own
+    rule)."""
     left = weight.float().clone()  # what is still to round, errors of earlier columns spread over it
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     grids = []

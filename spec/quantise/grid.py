@@ -1,6 +1,7 @@
 """The numbers that a group of weights can have: 2**bits equally spaced ones, and rounding to the nearest of them.
 
-In 4 bits a group has a scale and an offset, as its numbers seldom lie around 0 evenly; 8 bits are enough without. Knows nothing of Hessians.
+In 4 bits a group has a scale and an offset, as its numbers seldom lie around 0 evenly; 8 bits are enough without. Knows
+nothing of Hessians.
 """
 
 from dataclasses import dataclass
