@@ -30,12 +30,12 @@ def test_texts_are_taken_as_they_are(original, tokenizer, file):
 
 def test_of_a_conversation_the_answer_counts(original, tokenizer, file):
     def conversation(start):
-        answer = {"role": "assistant", "content": WORDS}
+        answer = {"role": "assistant", "content": WORDS[1:]}
         return {"messages": [{"role": "user", "content": WORDS[start : start + 7]}, answer]}
 
     # The template ends with an "A" that asks for an answer, which is no beginning of the whole: all of it counts.
     read = read_texts(original, tokenizer, file(*map(conversation, range(3))), 2)
-    assert [text.begin for text in read.held_out] == [1] and len(read.held_out[0].tokens) == 7 + len(WORDS) + 1
+    assert [text.begin for text in read.held_out] == [1] and len(read.held_out[0].tokens) == 7 + len(WORDS)
     template = tokenizer.chat_template
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     try:
