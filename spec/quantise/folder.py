@@ -132,8 +132,7 @@ def load_quantised(
     folder = Path(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        about = getattr(config, SECTION, None)
-        _check_section(folder, about)
+        layers = _listed(folder, getattr(config, SECTION, None))
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
         model.generation_config = GenerationConfig.from_pretrained(folder)
@@ -144,7 +143,7 @@ def load_quantised(
     except (OSError, KeyError, SafetensorError, RuntimeError) as error:
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"quantised model {folder} cannot be loaded ({detail}); {REMEDY}") from error
-    _put_blocks(folder, model, about["layers"], tensors)
+    _put_blocks(folder, model, layers, tensors)
     _put_rest(folder, model, tensors)
     model = model.to(device or "cpu")
     if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(model.device):
@@ -155,8 +154,8 @@ def load_quantised(
 REMEDY = "copy it again or make it anew by paceline quantise"
 
 
-def _check_section(folder: Path, about: Any) -> None:
-    """Raise ValueError unless `about` is a section that this version understands."""
+def _listed(folder: Path, about: Any) -> dict[str, dict]:
+    """The layers in a section `about`, and their forms. Raises ValueError for what this version does not understand."""
     if not isinstance(about, dict) or not isinstance(about.get("layers"), dict):
         raise ValueError(f"{folder}/config.json has no section {SECTION!r} with layers; {REMEDY}")
     if about.get("format") != FORMAT:
@@ -166,6 +165,7 @@ def _check_section(folder: Path, about: Any) -> None:
     for name, layer in about["layers"].items():
         if not _is_form(layer):
             raise ValueError(f"{folder}/config.json: layer {name} has the form {layer!r}, which is none; {REMEDY}")
+    return about["layers"]
 
 
 def _is_form(layer: Any) -> bool:

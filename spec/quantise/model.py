@@ -63,7 +63,9 @@ def quantise_model(
     for number, layer in enumerate(layers):
         factors = _factors(layer, recipe, hidden, calls[number]) if calibrated else {}
         for name, linear in _suitable(layer, recipe).items():
-            layer.set_submodule(name, _quantised(linear, recipe.bits, recipe, factors.get(name)))
+            rotation = rotation_of(linear.in_features, recipe) if calibrated else None
+            made = _quantised(linear, recipe.bits, recipe.group, factors.get(name), rotation)
+            layer.set_submodule(name, made)
         hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
         progress(number + 1, len(layers))
     _quantise_head(model, recipe, texts)
@@ -154,31 +156,36 @@ def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
     return random_rotation(inputs, recipe.seed + inputs)
 
 
-def _quantised(linear: nn.Linear, bits: int, recipe: Recipe, factor: Tensor | None) -> BlockLinear:
-    bias = None if linear.bias is None else linear.bias.detach()
-    weight = linear.weight.detach()
-    if factor is None:
-        return BlockLinear(nearest(weight, bits, recipe.group), bias)
-    rotation = rotation_of(linear.in_features, recipe).to(weight.device)
-    blocks = gptq(rotation(weight.float()), factor.to(weight.device), bits, recipe.group)
-    return BlockLinear(blocks, bias, rotation=rotation)
+def _quantised(
+    linear: nn.Linear, bits: int, group: int, factor: Tensor | None, rotation: Rotation | None
+) -> BlockLinear:
+    """A linear layer in blocks: by GPTQ where there is a factor, of rotated weights where there is a rotation."""
+    weight = linear.weight.detach().float()
+    if rotation is not None:
+        rotation = rotation.to(weight.device)
+        weight = rotation(weight)
+    blocks = nearest(weight, bits, group) if factor is None else gptq(weight, factor.to(weight.device), bits, group)
+    return BlockLinear(blocks, None if linear.bias is None else linear.bias.detach(), rotation=rotation)
 
 
 def _quantise_head(model: "PreTrainedModel", recipe: Recipe, texts: list[list[int]]) -> None:
-    """In 8 bits the LM head is rounded to the nearest codes, which costs nothing that can be measured; in 4 bits it is
-    treated like the other layers. Of a head that is tied to the embeddings these stay as they are."""
+    """Of 8 bits the LM head is rounded to the nearest codes, which costs nothing that can be measured; of 4 bits by
+    GPTQ. It is not rotated, so that drafters may use its rows. Embeddings that it is tied to stay as they are."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.in_features % recipe.group or recipe.head_bits == 16:
         return
-    hessian = None
-    if recipe.method == "gptq" and recipe.head_bits < 8:
-        hessian, rotation = Hessian(head.in_features), rotation_of(head.in_features, recipe).to(head.weight.device)
-        hook = head.register_forward_pre_hook(lambda linear, args: hessian.add(rotation(args[0].float())))
-        try:
-            for text in texts:
-                model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
-        finally:
-            hook.remove()
-    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe, hessian and hessian.factor()))
+    factor = _head_factor(model, head, texts) if recipe.method == "gptq" and recipe.head_bits < 8 else None
+    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe.group, factor, None))
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
+
+
+def _head_factor(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int]]) -> Tensor:
+    hessian = Hessian(head.in_features)
+    hook = head.register_forward_pre_hook(lambda linear, args: hessian.add(args[0]))
+    try:
+        for text in texts:
+            model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return hessian.factor()
