@@ -133,8 +133,11 @@ def load_quantised(
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         layers = _listed(folder, getattr(config, SECTION, None))
+        if isinstance(dtype, str):
+            emulated = config.dtype == torch.bfloat16 and emulates_bfloat16(torch.empty(0, device=device).device)
+            dtype = torch.float32 if emulated else config.dtype
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype, trust_remote_code=trust_remote_code)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.generation_config = GenerationConfig.from_pretrained(folder)
         options = {"trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options) if with_tokenizer else None
@@ -145,10 +148,9 @@ def load_quantised(
         raise ValueError(f"quantised model {folder} cannot be loaded ({detail}); {REMEDY}") from error
     _put_blocks(folder, model, layers, tensors)
     _put_rest(folder, model, tensors)
-    model = model.to(device or "cpu")
-    if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(model.device):
-        dtype = torch.float32
-    return (model if dtype == "auto" else model.to(dtype)).eval(), tokenizer
+    for parameter in model.parameters():  # not the buffers: frequencies of rotary embeddings stay in float32
+        parameter.data = parameter.data.to(dtype)
+    return model.to(device or "cpu").eval(), tokenizer
 
 
 REMEDY = "copy it again or make it anew by paceline quantise"

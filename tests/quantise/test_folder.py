@@ -38,6 +38,7 @@ def test_dtype_and_tokenizer_are_chosen_as_for_other_targets(folder):
     assert model.dtype == torch.bfloat16 and tokenizer is None
     assert model.model.layers[0].self_attn.q_proj.blocks.scales.dtype == torch.float16
     assert model.model.layers[0].self_attn.q_proj.bias.dtype == torch.bfloat16
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     assert model(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
