@@ -115,7 +115,7 @@ def _recorded(
     hooks = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
     try:
         for text in texts:
-            model(input_ids=torch.tensor([text], device=model.device), use_cache=False, logits_to_keep=1)
+            model.base_model(input_ids=torch.tensor([text], device=model.device), use_cache=False)  # without the head
     finally:
         for hook in hooks:
             hook.remove()
