@@ -40,6 +40,15 @@ def test_products_are_those_of_the_plain_weight():
     torch.testing.assert_close(layer.dequantised(), weight, atol=0.03, rtol=0.0)
 
 
+def test_blocks_and_rotation_move_with_the_layer_and_keep_their_dtype():
+    rotation = random_rotation(64, 0)
+    layer = BlockLinear(nearest(torch.randn(8, 64), 4, 32), torch.randn(8), rotation=rotation).to(torch.bfloat16)
+    assert layer.bias.dtype == torch.bfloat16 and layer.blocks.scales.dtype == torch.float16
+    assert layer.rotation is rotation
+    layer.to("meta")
+    assert layer.blocks.codes.is_meta and layer.blocks.offsets.is_meta and layer.rotation.signs.is_meta
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [32, 512])
 def test_a_row_has_the_same_bits_whatever_is_beside_it(dtype, block):
