@@ -65,6 +65,12 @@ GROUPS = {
             "paceline push runs/smollm2-135m-hydra/best someone/my-drafter --private",
         ),
     },
+    "Quantise a target": {
+        "quantise": Command(
+            "..quantise.command", "make a smaller target of 4 or 8 bits, and measure what that costs", options.quantise,
+            "paceline quantise smollm2-135m -o smollm2-4bit --calibrate prompts.jsonl",
+        ),
+    },
     "What there is": {
         "models": Command(
             ".commands", "list the models that have a short name, and where they are", options.nothing,

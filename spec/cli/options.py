@@ -160,6 +160,23 @@ def push(parser: Parser) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
+def quantise(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, short name or hub id")
+    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="to make, a target for --model")
+    parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="of a weight (default 4)")
+    groups = "weights that share a scale: 32, 64 or 128 (default 64)"
+    parser.add_argument("--group", type=int, choices=[32, 64, 128], default=64, metavar="N", help=groups)
+    heads = "of the LM head: 4, 8 or 16 (default 8)"
+    parser.add_argument("--head-bits", type=int, choices=[4, 8, 16], default=8, metavar="N", help=heads)
+    texts = "JSONL with prompt or turns, which the model answers, or with messages or text, taken as they are"
+    parser.add_argument("--calibrate", metavar="FILE", help=texts)
+    several = "to calibrate on, and half as many to measure on (default 24)"
+    parser.add_argument("--texts", type=_positive, default=24, metavar="N", help=several)
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
+    _device_options(parser)
+    parser.set_defaults(dtype="float32")
+
+
 def nothing(parser: Parser) -> None:
     """A command without options."""
 

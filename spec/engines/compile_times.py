@@ -1,7 +1,7 @@
 """What compiling steps has cost and gained on this machine, kept in the cache folder, to foretell the next time.
 
-Seconds are kept by the models of a step (their configurations, dtypes and kinds of weights), its batch and capacity, and
-the version of torch; the tree matters less. Knows nothing of how steps are compiled.
+Seconds are kept by the models of a step (their configurations, dtypes and kinds of weights), its batch and capacity,
+and the version of torch; the tree matters less. Knows nothing of how steps are compiled.
 """
 
 import hashlib

@@ -1,61 +1,103 @@
 """A linear layer whose weight is in blocks of 4 or 8 bits.
 
-On a CPU with our kernels (linears.cpp) the weight is kept in their packed form alone; elsewhere it is dequantised once,
-for torch's kernels. Knows nothing of files and models.
+On a CPU with our kernels (linears.cpp) the weight is kept in their packed form alone; on CUDA devices blocks of 4 bits
+use torch's int4 kernel; elsewhere the weight is dequantised, for torch's usual kernels. Knows nothing of files and
+models.
 """
+
+from collections.abc import Callable
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import native
+from . import int4, native
 from .blocks import Blocks
 from .panels import pack_blocks, unpack_blocks
+from .rotation import Rotation
 
 
 class BlockLinear(nn.Module):
     """`nn.Linear` whose weight is in blocks. With `int8_activations` the inputs of each group are rounded to 8 bits,
-    which is faster and changes the results a little. `dtype` is that of the inputs."""
+    which is faster and changes the results a little. With a `rotation` the blocks hold the weight for rotated inputs,
+    and inputs are rotated first."""
+
+    packed: Tensor
 
     def __init__(
         self,
         blocks: Blocks,
         bias: Tensor | None = None,
         int8_activations: bool = False,
-        dtype: torch.dtype = torch.float32,
+        rotation: Rotation | None = None,
     ):
         super().__init__()
         self.out_features, self.in_features = blocks.codes.shape
-        self.int8_activations = int8_activations
-        self.bits, self.group = blocks.bits, blocks.group
-        self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
-        here = blocks.codes.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16)
-        self.packs = here and native.prepare()
-        if self.packs:
-            packed, form = pack_blocks(blocks, self.bias, native.panel_width())
-            self.form = form.with_int8(int8_activations)
+        self.bits, self.group, self.int8_activations = blocks.bits, blocks.group, int8_activations
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self._place(blocks, rotation)
+
+    def _place(self, blocks: Blocks, rotation: Rotation | None) -> None:
+        """Keep `blocks` in the form for the device that they are on."""
+        self.rotation, self.device = rotation, blocks.codes.device
+        self.unpacked: Blocks | None = blocks
+        self.int4 = int4.pack(blocks) if int4.takes(blocks) else None
+        self.dense: Tensor | None = None
+        if self.device.type == "cpu" and native.prepare():
+            packed, form = pack_blocks(blocks, None, native.panel_width())
+            self.form, self.unpacked = form.with_int8(self.int8_activations), None
             self.ints, self.outputs = self.form.ints(), [self.out_features]
             self.register_buffer("packed", packed)
         else:
-            self.register_buffer("weight", blocks.dequantised().to(dtype))
+            self._buffers.pop("packed", None)
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """What moves parameters to a device moves blocks with them; their dtype stays."""
+        before = self.device
+        after = fn(torch.empty(0, device=before)).device
+        blocks = self.blocks if after != before else None
+        super()._apply(fn, recurse)
+        if blocks is not None:
+            self._place(blocks.to(after), self.rotation and self.rotation.to(after))
+        return self
+
+    @property
+    def blocks(self) -> Blocks:
+        """The weight (N, K) in blocks, for rotated inputs where there is a rotation."""
+        return self._some_blocks(self.packed, self.out_features) if self.unpacked is None else self.unpacked
+
+    def _some_blocks(self, panels: Tensor, outputs: int) -> Blocks:
+        return unpack_blocks(panels, self.form, self.in_features, outputs, native.panel_width())
 
     def dequantised(self, rows: Tensor | None = None) -> Tensor:
-        """The weight (N, K) in float32, or `rows` (n,) of it."""
-        if not self.packs:
-            return self.weight.float() if rows is None else self.weight[rows].float()
-        width = native.panel_width()
-        panels, outputs = self.packed, self.out_features
-        if rows is not None:
-            chosen, place = torch.unique(rows // width, return_inverse=True)
-            panels, rows, outputs = panels[chosen], place * width + rows % width, len(chosen) * width
-        weight = unpack_blocks(panels, self.form, self.in_features, outputs, width).dequantised()
-        return weight if rows is None else weight[rows]
+        """The weight (N, K), or `rows` (n,) of it, in float32, for inputs as they come: rotated back where there is a
+        rotation."""
+        if rows is None:
+            weight = self.blocks.dequantised()
+        elif self.unpacked is not None:
+            weight = self.unpacked.dequantised()[rows]
+        else:
+            width = native.panel_width()
+            panels, place = torch.unique(rows // width, return_inverse=True)
+            weight = self._some_blocks(self.packed[panels], len(panels) * width).dequantised()
+            weight = weight[place * width + rows % width]
+        return weight if self.rotation is None else self.rotation.inverse(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.packs:
-            return F.linear(x, self.weight, self.bias)
-        return torch.ops.paceline.linears(x, [self.packed], self.outputs, self.ints)[0]
+        if self.rotation is not None:
+            x = self.rotation(x)
+        if self.int4 is not None:
+            out = self.int4.linear(x)
+        elif self.unpacked is None and x.dtype in (torch.float32, torch.bfloat16):
+            out = torch.ops.paceline.linears(x, [self.packed], self.outputs, self.ints)[0]
+        else:
+            if self.dense is None or self.dense.dtype != x.dtype:
+                self.dense = self.blocks.dequantised().to(x.dtype)
+            out = F.linear(x, self.dense)
+        return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:
         kind = ", int8 activations" if self.int8_activations else ""
+        kind += ", rotated" if self.rotation is not None else ""
         return f"{self.in_features}, {self.out_features}, {self.bits} bits in groups of {self.group}{kind}"

@@ -44,3 +44,7 @@ class Blocks:
         if self.offsets is not None:
             weight = weight + self.offsets.float()[..., None]
         return weight.flatten(1)
+
+    def to(self, device: torch.device) -> "Blocks":
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return Blocks(self.codes.to(device), self.scales.to(device), offsets, self.zero, self.bits)

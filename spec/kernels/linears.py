@@ -138,7 +138,7 @@ def is_packed_forward(value: object) -> bool:
 
 def _packed_forward(layer: nn.Linear, x: Tensor) -> Tensor:
     kept: PackedWeight = getattr(layer, _KEPT)
-    here = torch.compiler.is_dynamo_compiling() or getattr(_inside, "depth", 0)
+    here = torch.compiler.is_dynamo_compiling() or getattr(_inside, "depth", 0) > 0
     if not here or kept.packed is None or kept.backend is None or x.dtype != layer.weight.dtype:
         return F.linear(x, layer.weight, layer.bias)
     return kept.backend.linear(x, kept.packed, len(layer.weight))

@@ -6,6 +6,7 @@ layers share an input is read off the graph, so that no layer's name matters. Kn
 
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import fx
@@ -18,12 +19,12 @@ class MergeLinears(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         known: dict[tuple, list[fx.Node]] = {}
         for node in graph.find_nodes(op="call_function", target=torch.ops.paceline.linears.default):
-            x, _, _, format = node.args
+            x, _, _, format = _arguments(node)
             known.setdefault((x, *format), []).append(node)
         order = {node: index for index, node in enumerate(graph.nodes)}
         for nodes in known.values():
             first, *others = nodes
-            early = [node for node in others if all(order[part] < order[first] for part in node.args[1])]
+            early = [node for node in others if all(order[part] < order[first] for part in _arguments(node)[1])]
             if early:
                 _merge(graph, [first, *early])
 
@@ -31,19 +32,23 @@ class MergeLinears(CustomGraphPass):
         return get_hash_for_files((__file__,))
 
 
+def _arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Of a call of our operator: x, packed, outputs, format."""
+    return node.args
+
+
 def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     """Put one call in the place of the first of `nodes`, whose weights are all there by then."""
-    x, _, _, format = nodes[0].args
-    packed, outputs = _all(node.args[1] for node in nodes), _all(node.args[2] for node in nodes)
+    x, _, _, format = _arguments(nodes[0])
+    packed, outputs = _all(_arguments(node)[1] for node in nodes), _all(_arguments(node)[2] for node in nodes)
     with graph.inserting_before(nodes[0]):
-        merged = graph.call_function(nodes[0].target, (x, packed, outputs, format))
+        merged = graph.call_function(torch.ops.paceline.linears.default, (x, packed, outputs, format))
     merged.meta["val"] = _all(node.meta["val"] for node in nodes)
-    start = 0
+    results = [(node, index) for node in nodes for index in range(len(_arguments(node)[1]))]
     for node in nodes:
         for user in list(node.users):
             assert user.target is operator.getitem
-            user.args = (merged, start + user.args[1])
-        start += len(node.args[1])
+            user.args = (merged, results.index((node, user.args[1])))
         graph.erase_node(node)
 
 

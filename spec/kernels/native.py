@@ -25,7 +25,7 @@ from ..files import cache_folder
 from .cpu import LEVELS, level
 from .panels import Format
 
-_NAMES = ("vectors.h", "tile.h", "products.h", "attention.cpp", "linears.cpp", "operators.cpp")
+_NAMES = ("vectors.h", "tile.h", "products.h", "attention.cpp", "linears.cpp", "rotation.cpp", "operators.cpp")
 SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
 MAX_WIDTH = 512  # as in attention.cpp
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w"]
@@ -104,6 +104,7 @@ def panel_width() -> int:
 
 _library = torch.library.Library("paceline", "FRAGMENT")
 _library.define("linears(Tensor x, Tensor[] packed, int[] outputs, int[] format) -> Tensor[]")
+_library.define("rotate(Tensor x, Tensor signs, int block, float scale) -> Tensor")
 _library.define("slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, float scale) -> Tensor")
 
 
@@ -123,6 +124,11 @@ def _(x: Tensor, packed: list[Tensor], outputs: list[int], format: list[int]) ->
         assert x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and weight.dtype != torch.float32)
         assert weight.is_contiguous()
     return [x.new_empty(*x.shape[:-1], count) for count in outputs]
+
+
+@torch.library.register_fake("paceline::rotate", lib=_library)
+def _(x: Tensor, signs: Tensor, block: int, scale: float) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
 def can_attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:

@@ -16,6 +16,9 @@ extern "C" void multiply_layers(const void* x, int bfloat16, int64_t rows, int64
                         const void* const* panels, const int64_t* outputs, void* const* out, const int64_t* format,
                         int threads);
 
+extern "C" void rotate_rows(const void* x, int bfloat16, const int8_t* signs, int64_t block, float scale, int64_t rows,
+                            int64_t inputs, void* out, int threads);
+
 namespace {
 
 // A new contiguous tensor like `other` but for its sizes.
@@ -55,6 +58,16 @@ std::vector<Tensor> linears(Tensor x, std::vector<Tensor> packed, std::vector<in
     return out;
 }
 
+Tensor rotate(Tensor x, Tensor signs, int64_t block, double scale) {
+    if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+    std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
+    Tensor out = empty(x, sizes);
+    const int64_t inputs = sizes.back();
+    rotate_rows(x.const_data_ptr(), x.scalar_type() == ScalarType::BFloat16, (const int8_t*)signs.const_data_ptr(), block,
+                scale, inputs ? x.numel() / inputs : 0, inputs, out.mutable_data_ptr(), torch::stable::get_num_threads());
+    return out;
+}
+
 Tensor slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, double scale) {
     const int64_t batch = query.size(0), heads = query.size(1), nodes = query.size(2), width = value.size(3);
     Tensor out = empty(query, {batch, nodes, heads, width});
@@ -72,5 +85,6 @@ Tensor slot_attention(Tensor query, Tensor key, Tensor value, Tensor mask, doubl
 
 STABLE_TORCH_LIBRARY_IMPL(paceline, CPU, library) {
     library.impl("linears", TORCH_BOX(&linears));
+    library.impl("rotate", TORCH_BOX(&rotate));
     library.impl("slot_attention", TORCH_BOX(&slot_attention));
 }

@@ -136,10 +136,8 @@ def _kept(file: GgufFile, reader: "_Reader", weights: Weights) -> dict[str, Stor
 
 
 def _block_linear(blocks: Blocks, layer: Any, weights: Weights, device: torch.device) -> BlockLinear:
-    offsets = None if blocks.offsets is None else blocks.offsets.to(device)
-    moved = Blocks(blocks.codes.to(device), blocks.scales.to(device), offsets, blocks.zero, blocks.bits)
     bias = None if layer.bias is None else layer.bias.detach().to(device)
-    return BlockLinear(moved, bias, weights.int8_activations, layer.weight.dtype).eval()
+    return BlockLinear(blocks.to(device), bias, weights.int8_activations).eval()
 
 
 def _told(kept: dict[str, StoredTensor], dense: dict[str, int], dtype: torch.dtype) -> str:

@@ -47,6 +47,7 @@ def load_target(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from ..kernels.cpu import emulates_bfloat16
+    from ..quantise.folder import is_quantised, load_quantised
     from .weights import Weights
 
     wanted = Weights(str(weights))
@@ -67,8 +68,13 @@ def load_target(
         if str(name_or_path) in NAMED:
             model.config._name_or_path = model.name_or_path = NAMED[str(name_or_path)].hub_id
         return model, tokenizer
+    if is_quantised(where):
+        return load_quantised(where, wanted, dtype, placed, with_tokenizer, trust_remote_code)
     if wanted.bits:
-        return _load_block_folder(where, wanted, dtype, placed, with_tokenizer)
+        raise ValueError(
+            f"weights={weights!r}: {where} holds no weights in blocks; name a GGUF file, make a folder by paceline "
+            "quantise, or load it with weights='16'"
+        )
     options = {"trust_remote_code": trust_remote_code}
     try:
         with _wait(str(name_or_path), where), quietly():
@@ -127,15 +133,6 @@ def opened(path: str | Path) -> "Iterator[GgufFile]":
             f"GGUF file {path} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
             "its architecture from GGUF"
         ) from error
-
-
-def _load_block_folder(
-    where: str, weights: "Weights", dtype: "str | torch.dtype", device: "torch.device", with_tokenizer: bool
-) -> tuple["PreTrainedModel", Any]:
-    """The model and tokenizer of a folder whose weights are in blocks."""
-    raise ValueError(
-        f"weights={weights.name!r}: {where} holds no weights in blocks; name a GGUF file, or load it with weights='16'"
-    )
 
 
 def _wait(name: str, where: str) -> AbstractContextManager[None]:

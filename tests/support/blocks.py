@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from paceline.spec.kernels.block_linear import BlockLinear
 from paceline.spec.kernels.blocks import Blocks
+from paceline.spec.quantise.model import Recipe
 from torch import nn
 
 SCALES = {  # of each type: the places of its half-precision numbers in a block
@@ -17,6 +18,13 @@ SPREAD = {  # of each type: the scale that gives weights of a standard deviation
     "Q2_K": 0.004, "Q3_K": 0.0015, "Q4_0": 0.013, "Q4_1": 0.005, "Q4_K": 0.0003, "Q5_0": 0.006, "Q5_1": 0.003,
     "Q5_K": 0.0001, "Q6_K": 4e-5, "Q8_0": 0.0008, "IQ4_NL": 0.001,
 }  # fmt: skip
+
+RECIPE = Recipe(bits=4, group=32)  # by which tiny models are quantised
+
+
+def some_texts(vocab=61, count=6, length=40):
+    torch.manual_seed(5)
+    return torch.randint(1, vocab, (count, length)).tolist()
 
 
 def random_blocks(kind, rows, columns, seed=0, scale=0.01):
@@ -119,7 +127,7 @@ def in_blocks(model, bits=4, int8_activations=False):
     for number, (path, layer) in enumerate(linears.items()):
         bias = None if layer.bias is None else layer.bias.detach().clone()
         blocks = rounded(layer.weight, bits, offsets=number % 2 == 0)
-        model.set_submodule(path, BlockLinear(blocks, bias, int8_activations, layer.weight.dtype).eval())
+        model.set_submodule(path, BlockLinear(blocks, bias, int8_activations).eval())
     if tied:
         embeddings.weight = nn.Parameter(model.get_output_embeddings().dequantised())
     return model.eval()

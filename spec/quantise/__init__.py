@@ -1,0 +1,1 @@
+"""Quantising a target with calibration, and the folder that holds the result."""
