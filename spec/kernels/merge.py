@@ -44,7 +44,7 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node]) -> None:
     with graph.inserting_before(nodes[0]):
         merged = graph.call_function(torch.ops.paceline.linears.default, (x, packed, outputs, format))
     merged.meta["val"] = _all(node.meta["val"] for node in nodes)
-    results = [(node, index) for node in nodes for index in range(len(_arguments(node)[1]))]
+    results: list[tuple[fx.Node, Any]] = [(node, index) for node in nodes for index in range(len(_arguments(node)[1]))]
     for node in nodes:
         for user in list(node.users):
             assert user.target is operator.getitem
