@@ -24,6 +24,7 @@ def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
         dynamic=False,
         options={
             "guard_filter_fn": torch.compiler.skip_all_guards_unsafe,
+            "size_asserts": False,  # a few hundred checks a step
             # Round where eager code does, however kernels are fused, so that all tree sizes give the same numbers.
             "emulate_precision_casts": True,
             "post_grad_custom_pre_pass": MergeLinears(),

@@ -9,7 +9,6 @@
 // numbers of plain decoding. Needs GCC 12 or Clang. Called by operators.cpp; knows nothing of torch.
 
 #include <cmath>
-#include <memory>
 #include <vector>
 
 #include "tile.h"
@@ -152,69 +151,92 @@ void sum_values(const Number* value, int64_t step, int64_t reach, const float* w
     });
 }
 
-template <typename Number>
-void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
-            Number* out, const Sizes& s, int threads) {
-    const int64_t share = s.heads / s.groups, queries = share * s.nodes;
-    const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK;
-    const int64_t line = chunks * CHUNK + 16;  // rows 4096 bytes apart would push each other out of the L1 cache
-    const int64_t panels = (s.value_width + PANEL - 1) / PANEL;
-    std::vector<int64_t> reach(s.batch, 0);  // slots that any query of the row sees
+// How far any query of a row sees, for each row.
+std::vector<int64_t> reaches(const uint8_t* mask, const Sizes& s) {
+    std::vector<int64_t> reach(s.batch, 0);
     for (int64_t b = 0; b < s.batch; b++)
         for (int64_t i = 0; i < s.nodes; i++) {
             const uint8_t* seen = mask + b * s.mask[0] + i * s.mask[1];
-            for (int64_t t = s.slots; t > reach[b]; t--)
+            int64_t t = s.slots;
+            for (uint64_t many; t >= 8 && t - 8 >= reach[b]; t -= 8) {
+                std::memcpy(&many, seen + t - 8, 8);
+                if (many) break;
+            }
+            for (; t > reach[b]; t--)
                 if (seen[t - 1]) reach[b] = t;
         }
-    const int64_t all = s.batch * s.heads * s.nodes;
-    std::unique_ptr<float[]> scaled(new float[all * s.width]);  // (B, groups, queries, width)
-    std::unique_ptr<float[]> scores(new float[all * line]);     // (B, groups, queries, line)
-    std::vector<float> totals(all);
+    return reach;
+}
+
+// The weighted sums of values of `count` queries of a group, from query `from` on; `scores` become weights.
+template <typename Number>
+void sum_all_values(const Number* value, const uint8_t* mask, const Sizes& s, int64_t b, int64_t g, int64_t from,
+                    int64_t count, int64_t reach, float* scores, int64_t line, Number* out) {
+    const int64_t share = s.heads / s.groups;
+    float totals[MOST], sums[MOST * PANEL];
+    for (int64_t j = 0; j < count; j++)
+        totals[j] = weigh(scores + j * line, mask + b * s.mask[0] + (from + j) % s.nodes * s.mask[1], reach);
+    for (int64_t first = 0; first < s.value_width; first += PANEL) {
+        const int64_t width = std::min<int64_t>(PANEL, s.value_width - first);
+        const Number* start = value + b * s.value[0] + g * s.value[1] + first;
+        if (width == PANEL) {
+            sum_values(start, s.value[2], reach, scores, count, line, sums);
+        } else {
+            std::vector<float> narrow(reach * PANEL);
+            for (int64_t t = 0; t < reach; t++)
+                for (int64_t d = 0; d < width; d++) narrow[t * PANEL + d] = number(start[t * s.value[2] + d]);
+            sum_values(narrow.data(), PANEL, reach, scores, count, line, sums);
+        }
+        for (int64_t j = 0; j < count; j++) {  // out is (B, n, H, Dv)
+            const int64_t h = g * share + (from + j) / s.nodes, i = (from + j) % s.nodes;
+            Number* to = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;
+            for (int64_t d = first; d < first + width; d++)
+                put(to + d, totals[j] == 0 ? 0.0f : sums[j * PANEL + d - first] / totals[j]);
+        }
+    }
+}
+
+// The queries of a group, scaled, in float32: (H/Hkv * n, width).
+template <typename Number>
+void scale_queries(const Number* query, const Sizes& s, int64_t b, int64_t g, float scale, float* scaled) {
+    const int64_t share = s.heads / s.groups;
+    for (int64_t j = 0; j < share * s.nodes; j++) {
+        const Number* from = query + b * s.query[0] + (g * share + j / s.nodes) * s.query[1] + j % s.nodes * s.query[2];
+        for (int64_t d = 0; d < s.width; d++) scaled[j * s.width + d] = number(from[d]) * scale;
+    }
+}
+
+// First the scores, chunk by chunk of slots, then what each tile of queries sums; between the two, threads wait.
+template <typename Number>
+void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
+            Number* out, const Sizes& s, int threads) {
+    const int64_t queries = s.heads / s.groups * s.nodes;
+    const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK, cuts = (queries + MOST - 1) / MOST;
+    const int64_t line = chunks * CHUNK + 16;  // rows 4096 bytes apart would push each other out of the L1 cache
+    const std::vector<int64_t> reach = reaches(mask, s);
+    static thread_local std::vector<float> kept;  // (B, groups, queries, line): taking memory anew costs more than a product
+    if (int64_t(kept.size()) < s.batch * s.groups * queries * line) kept.resize(s.batch * s.groups * queries * line);
+    float* scores = kept.data();
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> block(CHUNK * s.width), sums(queries * PANEL), narrow;
-#pragma omp for
-        for (int64_t index = 0; index < all; index++) {
-            const int64_t b = index / s.nodes / s.heads, h = index / s.nodes % s.heads, i = index % s.nodes;
-            const Number* from = query + b * s.query[0] + h * s.query[1] + i * s.query[2];
-            for (int64_t d = 0; d < s.width; d++) scaled[index * s.width + d] = number(from[d]) * scale;
-        }
+        static thread_local std::vector<float> block, scaled;
+        block.resize(std::max<size_t>(block.size(), CHUNK * s.width));
+        scaled.resize(std::max<size_t>(scaled.size(), queries * s.width));
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * chunks * s.groups; task++) {
             const int64_t g = task % s.groups, c = task / s.groups % chunks, b = task / s.groups / chunks;
             const int64_t start = c * CHUNK, count = std::min(CHUNK, reach[b] - start);
-            const int64_t before = (b * s.groups + g) * queries;
-            if (count > 0)
-                score(scaled.get() + before * s.width, queries,
-                      key + b * s.key[0] + g * s.key[1] + start * s.key[2], s, count, block.data(),
-                      scores.get() + before * line + start, line);
+            if (count <= 0) continue;
+            scale_queries(query, s, b, g, scale, scaled.data());
+            score(scaled.data(), queries, key + b * s.key[0] + g * s.key[1] + start * s.key[2], s, count, block.data(),
+                  scores + (b * s.groups + g) * queries * line + start, line);
         }
-#pragma omp for
-        for (int64_t index = 0; index < all; index++) {
-            const int64_t b = index / queries / s.groups, i = index % s.nodes;
-            totals[index] = weigh(scores.get() + index * line, mask + b * s.mask[0] + i * s.mask[1], reach[b]);
-        }
-#pragma omp for schedule(dynamic)
-        for (int64_t task = 0; task < s.batch * s.groups * panels; task++) {
-            const int64_t first = task % panels * PANEL, g = task / panels % s.groups, b = task / panels / s.groups;
-            const int64_t before = (b * s.groups + g) * queries, width = std::min<int64_t>(PANEL, s.value_width - first);
-            const Number* from = value + b * s.value[0] + g * s.value[1] + first;
-            const float* weights = scores.get() + before * line;
-            if (width == PANEL) {
-                sum_values(from, s.value[2], reach[b], weights, queries, line, sums.data());
-            } else {
-                narrow.assign(reach[b] * PANEL, 0.0f);
-                for (int64_t t = 0; t < reach[b]; t++)
-                    for (int64_t d = 0; d < width; d++) narrow[t * PANEL + d] = number(from[t * s.value[2] + d]);
-                sum_values(narrow.data(), PANEL, reach[b], weights, queries, line, sums.data());
-            }
-            for (int64_t j = 0; j < queries; j++) {  // out is (B, n, H, Dv)
-                const int64_t h = g * share + j / s.nodes, i = j % s.nodes;
-                Number* to = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;
-                const float total = totals[before + j];
-                for (int64_t d = first; d < first + width; d++)
-                    put(to + d, total == 0 ? 0.0f : sums[j * PANEL + d - first] / total);
-            }
+#pragma omp for schedule(static, 1)
+        for (int64_t task = 0; task < s.batch * s.groups * cuts; task++) {
+            const int64_t cut = task % cuts, g = task / cuts % s.groups, b = task / cuts / s.groups;
+            const int64_t from = queries * cut / cuts, to = queries * (cut + 1) / cuts;
+            sum_all_values(value, mask, s, b, g, from, to - from, reach[b],
+                           scores + ((b * s.groups + g) * queries + from) * line, line, out);
         }
     }
 }
