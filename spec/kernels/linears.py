@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from . import native
 from .cpu import SWITCH
-from .panels import Format, pack_dense
+from .panels import pack_dense
 
 _KEPT = "packed_weight"  # the attribute of a layer that holds its packed copy
 _SHARE = 0.5  # of the free memory that copies may take
@@ -32,7 +32,7 @@ class Packed(NamedTuple):
     """A weight in a backend's layout."""
 
     tensor: Tensor
-    format: Format | None = None
+    format: list[int] | None = None
 
 
 class Backend(Protocol):
@@ -55,11 +55,12 @@ class Panels:
         return weight.dtype in (torch.float32, torch.bfloat16) and native.prepare()
 
     def pack(self, weight: Tensor, bias: Tensor | None = None) -> Packed:
-        return Packed(*pack_dense(weight, bias, native.panel_width()))
+        packed, form = pack_dense(weight, bias, native.panel_width())
+        return Packed(packed, form.ints())
 
     def linear(self, x: Tensor, packed: Packed, outputs: int) -> Tensor:
         assert packed.format is not None
-        return torch.ops.paceline.linears(x, [packed.tensor], [outputs], packed.format.ints())[0]
+        return torch.ops.paceline.linears(x, [packed.tensor], [outputs], packed.format)[0]
 
 
 BACKENDS: list[Backend] = [Panels()]

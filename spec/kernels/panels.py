@@ -5,7 +5,7 @@ packed as they are: float32, bfloat16 (float32 whose numbers all are bfloat16 to
 nothing of layers and products.
 """
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ class Format:
     int8: int = 0  # 1: the rows are rounded to 8 bits
 
     def ints(self) -> list[int]:
-        return list(astuple(self))
+        return [self.bits, self.group, self.scale_bytes, self.has_offsets, self.zero, self.int8]
 
     def panel_bytes(self, inputs: int, outputs: int) -> int:
         """Bytes of a panel of `outputs` outputs."""
