@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..console import waiting
 from ..files import cache_folder
-from .cpu import LEVELS, level
+from .cpu import LEVELS, SWITCH, level
 from .panels import Format
 
 _NAMES = ("vectors.h", "tile.h", "products.h", "attention.cpp", "linears.cpp", "rotation.cpp", "operators.cpp")
@@ -47,7 +47,9 @@ def _library_file() -> ctypes.CDLL | None:
     """The compiled library; None where it cannot be made, with a line on stderr unless there simply is no compiler."""
     march = LEVELS[level()]
     compilers = [path for name in (os.environ.get("CXX", "g++"), "clang++") if (path := shutil.which(name))]
-    reason = None
+    reason = None if compilers or not march else "there is no C++ compiler"
+    if not march and SWITCH not in os.environ:
+        reason = f"they are not written for {platform.machine()} processors of this kind"
     for compiler in compilers if march else ():
         try:
             return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
@@ -56,7 +58,7 @@ def _library_file() -> ctypes.CDLL | None:
     if reason:
         lines = reason.strip().splitlines()
         said = next((line for line in lines if "error" in line), lines[0])
-        print(f"our own attention and linear layers are not used, torch's kernels are ({said})", file=sys.stderr)
+        print(f"our own kernels are not used, torch's are ({said})", file=sys.stderr)
     return None
 
 
