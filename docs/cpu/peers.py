@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 WAYS = {
     "openvino": ("openvino", "plain"),
@@ -90,7 +91,7 @@ def bandwidth():
 
 def texts(path, count, tokenizer):
     """The prompts of a file, spread evenly over it, in the model's chat template."""
-    lines = [json.loads(line) for line in open(path, encoding="utf-8")]
+    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
     for line in lines[:: max(1, len(lines) // count)][:count]:
         prompt = line["turns"][0] if "turns" in line else line["prompt"]
         messages = [{"role": "user", "content": prompt}]
