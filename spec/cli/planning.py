@@ -15,6 +15,7 @@ from ..bench.runfile import read_run
 from ..console import table
 from ..engines.executors import choose
 from ..plan import step_times
+from ..plan.curves import Curves, measure
 from ..plan.replay import Replay, follow, plan_by_replay, plan_side_by_side
 from ..plan.store import plan_path
 from ..plan.trees import Acceptance, Plan, Rates, choose_tree
@@ -57,7 +58,7 @@ def plan(args: Namespace) -> None:
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
     acceptance = measured_acceptance(args, model) if args.run else None
     prompts = [] if args.run else [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
-    measured = step_times.measure(model, parts, executor, sampling=drawing)
+    measured = measure(model, parts, executor, drawing)
     if acceptance is not None:
         rates = [acceptance.rates()]
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
@@ -74,6 +75,10 @@ def plan(args: Namespace) -> None:
     _show([part.name for part in parts], rates, measured, planned)
     if len(parts) > 1:
         print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in zip(parts, alone)))
+    if len(planned.shape) > 1:
+        runner = step_times.open_idle(model, executor, drafter, planned.shape, sampling=drawing)
+        seconds = step_times.alone(model, runner)
+        print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
@@ -108,18 +113,19 @@ def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance
 def profile(args: Namespace) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
     model, _, drafter = load(args)
-    drafter = step_times.Blank() if drafter is None else drafter
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    parts = parts_of(drafter)
-    measured = step_times.measure(model, parts, executor)
+    parts = () if drafter is None else parts_of(drafter)
+    measured = measure(model, parts, executor)
     _show_target(measured)
     for part, costs in zip(parts, measured.drafts):
         _show_draft(part.name, measured, costs)
-    shape = drafter.default_shape if len(parts) > 1 else TreeShape.chain(15)
+    shape = TreeShape.chain(15) if drafter is None else drafter.default_shape
+    drafter = step_times.Blank() if drafter is None else drafter
     step, forward = step_times.step_and_forward_cost(model, drafter, executor, shape)
+    foretold = measured.step(shape)
     print(
-        f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
-        f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
+        f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms ({foretold * 1e3:.1f} ms by these tables), the "
+        f"target forward in it {forward * 1e3:.1f} ms: {1 - forward / step:.1%} is spent elsewhere (drafting included)"
     )
     recording = step_times.recording_cost(shape.max_depth)
     print(
@@ -154,19 +160,19 @@ def first_turns(
     return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
 
 
-def _show_target(measured: step_times.Curves) -> None:
+def _show_target(measured: Curves) -> None:
     plain = measured.target[1]
     rows = [[str(n), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for n, seconds in measured.target.items()]
     print(table(["nodes", "step ms", "of plain"], rows))
 
 
-def _show_draft(name: str, measured: step_times.Curves, costs: dict[int, float]) -> None:
+def _show_draft(name: str, measured: Curves, costs: dict[int, float]) -> None:
     plain = measured.target[1]
     rows = [[str(depth), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for depth, seconds in costs.items()]
     print(f"\n{name}\n" + table(["draft levels", "ms", "of plain"], rows))
 
 
-def _show(names: list[str], rates: list[Rates], measured: step_times.Curves, planned: Plan) -> None:
+def _show(names: list[str], rates: list[Rates], measured: Curves, planned: Plan) -> None:
     _show_target(measured)
     for name, part_rates, costs in zip(names, rates, measured.drafts):
         _show_draft(name, measured, costs)

@@ -209,7 +209,7 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert texts[0] == texts[1] == texts[2]
     assert cli.main(["profile", *pair]) == 0
     printed = capsys.readouterr().out
-    assert "an eager step of 16 nodes" in printed and "writing the trace of a row takes" in printed
+    assert "an eager step of 5 nodes" in printed and "writing the trace of a row takes" in printed
     for rule in ("match", "residual"):  # p and the cost of a step belong to a rule and a temperature
         assert cli.main([*command, "--temperature", "0.8", "--verify", rule]) == 0
         assert cli.main([*decode, "auto", "--temperature", "0.8", "--verify", rule]) == 0

@@ -1,0 +1,76 @@
+"""Step-time curves: from few points, of how many engines at a time, and what a step is foretold to take."""
+
+import gc
+import weakref
+
+import paceline
+import pytest
+from paceline.spec.plan import curves
+from paceline.spec.plan.curves import Curves, measure, moved, scaled
+from paceline.spec.tree import TreeShape
+
+from support.models import noisy_copy, tiny_llama
+
+
+def test_between_compiled_points_the_eager_curve_gives_the_form():
+    eager = {1: 2.0, 5: 3.0, 9: 3.0, 16: 6.0, 32: 8.0}
+    assert moved(eager, {1: 1.0, 9: 2.0, 32: 7.0}) == pytest.approx({1: 1.0, 5: 2.0, 9: 2.0, 16: 5.0, 32: 7.0})
+    growing = moved(eager, {1: 1.0, 9: 1.0, 32: 8.0})  # compiling saves 1, 2 and 0: at 5 it saves 1.5
+    assert growing == pytest.approx({1: 1.0, 5: 1.5, 9: 1.5, 16: 6 - 2 * 16 / 23, 32: 8.0})
+
+
+def test_drafting_is_in_proportion_to_its_eager_seconds():
+    assert scaled({0: 0.0, 1: 2.0, 4: 6.0}, 4, 3.0) == {0: 0.0, 1: 1.0, 4: 3.0}
+    assert scaled({0: 0.0, 1: 0.0, 4: 0.0}, 4, 2.0) == {0: 0.0, 1: 0.5, 4: 2.0}
+
+
+def test_a_step_is_foretold_from_its_nodes_and_the_levels_of_each_drafter():
+    measured = Curves({1: 1.0, 9: 9.0}, ({0: 0.0, 4: 40.0}, {0: 0.0, 8: 800.0}))
+    two = TreeShape.parse("2x1").beside(TreeShape.chain(3))
+    assert len(two) == 8 and measured.step(two) == 8 + 20 + 300
+    alone = Curves(measured.target, measured.drafts[:1])
+    assert alone.step(TreeShape.chain(6)) == 7 + 40, "beyond the deepest level that was timed nothing is added"
+    assert Curves(measured.target, ()).step(TreeShape.chain(2)) == 3
+
+
+def test_engines_are_timed_alone_twice_and_dropped(monkeypatch):
+    living: "weakref.WeakSet" = weakref.WeakSet()
+    blocks, most = [], []
+
+    def alone(model, runner):
+        again = runner in living
+        living.add(runner)
+        gc.collect()
+        most.append(len(living))
+        blocks.append(id(runner))
+        return 1.0 if again else 2.0
+
+    monkeypatch.setattr(curves, "alone", alone)
+    model = tiny_llama()
+    drafters = [paceline.load_drafter(noisy_copy(model), model), paceline.load_drafter("ngram", model)]
+    measured = measure(model, drafters, "eager")
+    assert list(measured.target) == [1, 2, 5, 9, 16, 32] and [list(curve) for curve in measured.drafts] == [
+        [0, 1, 4, 8],
+        [0, 1, 8],
+    ]
+    assert len(blocks) == 2 * 11 and max(most) <= 2, "no more than two engines at a time"
+    assert set(measured.target.values()) == {1.0}, "the smaller of both blocks counts"
+
+
+def test_few_steps_are_compiled(monkeypatch):
+    made = []
+
+    def open_idle(model, executor, drafter, shape, sampling=None):
+        made.append((executor, len(shape)))
+        return executor, len(shape)
+
+    def alone(model, runner):
+        executor, nodes = runner
+        return nodes * (0.5 if executor == "compiled" else 1.0)
+
+    monkeypatch.setattr(curves, "open_idle", open_idle)
+    monkeypatch.setattr(curves, "alone", alone)
+    model = tiny_llama()
+    measured = measure(model, [paceline.load_drafter("ngram", model)], "compiled")
+    assert [nodes for executor, nodes in made if executor == "compiled"] == [1, 9, 32, 9]
+    assert measured.target == pytest.approx({size: size / 2 for size in (1, 2, 5, 9, 16, 32)})
