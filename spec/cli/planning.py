@@ -6,6 +6,7 @@ A plan is kept in the cache for (target, drafter, device, dtype, executor, rule,
 
 import sys
 from argparse import Namespace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,25 +57,25 @@ def plan(args: Namespace) -> None:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
     if len(parts) > 1 and drawing.coupling == "own":
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
-    acceptance = measured_acceptance(args, model) if args.run else None
-    prompts = [] if args.run else [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
-    measured = measure(model, parts, executor, drawing)
-    if acceptance is not None:
-        rates = [acceptance.rates()]
+    if args.run:
+        rates = [measured_acceptance(args, model).rates()]
+        measured = measure(model, parts, executor, drawing)
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
+        _show([part.name for part in parts], rates, measured, planned)
     else:
-        how = args.verify, args.temperature, args.max_new_tokens
-        replays = [calibrate(model, part, prompts, *how) for part in parts]
-        alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
-        if len(parts) == 1:
-            planned = alone[0]
-            rates = [replays[0].rates(planned.shape)]
-        else:
-            planned = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
-            rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
-    _show([part.name for part in parts], rates, measured, planned)
-    if len(parts) > 1:
-        print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in zip(parts, alone)))
+        prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
+        dense = () if args.draft_weights == "16" else parts_of(_in_16_bits(args, model))
+        both = measure(model, [*parts, *dense], executor, drawing)
+        measured, for_dense = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
+        how = prompts, args.verify, args.temperature, args.max_new_tokens
+        found = calibrated(model, parts, measured, *how)
+        planned = found.plan
+        _show([part.name for part in parts], found.rates, measured, planned)
+        if len(parts) > 1:
+            alone = zip(parts, found.alone)
+            print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in alone))
+        if dense:
+            _show_weights(drafter, (found, measured), (calibrated(model, dense, for_dense, *how), for_dense))
     if len(planned.shape) > 1:
         runner = step_times.open_idle(model, executor, drafter, planned.shape, sampling=drawing)
         seconds = step_times.alone(model, runner)
@@ -85,6 +86,45 @@ def plan(args: Namespace) -> None:
     if args.output:
         planned.save(args.output)
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What a calibration found: the replay and the best plan of each drafter alone, and the best plan of all."""
+
+    replays: list[Replay]
+    alone: list[Plan]
+    plan: Plan
+
+    @property
+    def rates(self) -> list[Rates]:
+        """p of each drafter: where the plan's steps begin, and of drafters side by side at all positions."""
+        shape = self.plan.shape if len(self.replays) == 1 else TreeShape.chain(0)
+        return [replay.rates(shape) for replay in self.replays]
+
+
+def calibrated(
+    model: "PreTrainedModel",
+    parts: tuple[Drafter, ...],
+    measured: Curves,
+    prompts: list[dict],
+    rule: str,
+    temperature: float,
+    new_tokens: int,
+) -> Calibrated:
+    """The plans for drafters `parts`, from the replay of each on `prompts`."""
+    replays = [calibrate(model, part, prompts, rule, temperature, new_tokens) for part in parts]
+    alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
+    best = alone[0]
+    if len(parts) > 1:
+        best = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
+    return Calibrated(replays, alone, best)
+
+
+def _in_16_bits(args: Namespace, model: "PreTrainedModel") -> Drafter:
+    from ... import load_drafter
+
+    return load_drafter(args.drafter, model)
 
 
 def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance:
@@ -187,3 +227,18 @@ def _show(names: list[str], rates: list[Rates], measured: Curves, planned: Plan)
         f"\n{len(shape)} nodes, depth {shape.max_depth}: {planned.tokens_per_step:.2f} tokens per step expected, "
         f"{planned.speedup:.2f} times plain decoding\nparents {list(shape.parents)}"
     )
+
+
+def _show_weights(drafter: Drafter, own: tuple[Calibrated, Curves], dense: tuple[Calibrated, Curves]) -> None:
+    """What the weights of the first drafter, which has some, cost in acceptance and save in time, on the same texts."""
+    rows = []
+    for name, (found, measured) in ((drafter.name, own), ("with weights in 16 bits", dense)):
+        level = max(measured.drafts[0])
+        first = found.replays[0].rates(TreeShape.chain(0))
+        rows.append(
+            [
+                name, f"{first[0][0]:.3f}" if first else "-", f"{found.plan.tokens_per_step:.2f}",
+                f"{measured.drafts[0][level] / level * 1e3:.2f}", f"{found.plan.speedup:.2f}",
+            ]
+        )  # fmt: skip
+    print("\n" + table(["drafter", "p of its first guess", "tokens per step", "ms a level", "of plain"], rows))

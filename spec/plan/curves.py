@@ -38,6 +38,10 @@ class Curves:
     target: Curve
     drafts: tuple[Curve, ...]
 
+    def of(self, first: int, end: int) -> "Curves":
+        """Those of the drafters from number `first` to before `end`."""
+        return Curves(self.target, self.drafts[first:end])
+
     def step(self, shape: TreeShape) -> float:
         """Foretold seconds of a step with the tree `shape`; of two drafters the second drafts the root's last branch,
         which is a chain."""

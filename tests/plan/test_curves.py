@@ -34,7 +34,7 @@ def test_a_step_is_foretold_from_its_nodes_and_the_levels_of_each_drafter():
 
 
 def test_engines_are_timed_alone_twice_and_dropped(monkeypatch):
-    living: "weakref.WeakSet" = weakref.WeakSet()
+    living: weakref.WeakSet = weakref.WeakSet()
     blocks, most = [], []
 
     def alone(model, runner):
