@@ -17,7 +17,7 @@ from ..spec.plan.step_times import alone, open_idle
 from ..spec.proposal import Drafter
 from ..spec.quantise.folder import is_quantised
 from ..spec.target.load import NAMED, load_target
-from ..spec.target.weights import CHOICES, Weights, weights_form
+from ..spec.target.weights import CHOICES, Weights, block_layers, weights_form
 from ..spec.tree import TreeShape
 from .draft_model import ModelDrafter
 
@@ -61,8 +61,13 @@ def own_blocks(source: str | Path, target: "PreTrainedModel", weights: str) -> D
     """The draft model of a GGUF file or quantised folder, in its own blocks; None for a source without blocks."""
     if not (str(source) in NAMED or str(source).lower().endswith(".gguf") or is_quantised(source)):
         return None
-    model, _ = load_target(source, target.dtype, target.device, with_tokenizer=False, weights=weights)
+    model, _ = load_target(
+        source, target.dtype, target.device, with_tokenizer=False, weights=weights.removesuffix("-int8")
+    )
     drafter = ModelDrafter(model, f"{Path(str(source)).name} in {weights}")
+    if Weights(weights).int8_activations:  # after the model's self-test, which looks for errors larger than theirs
+        for layer in block_layers(model).values():
+            layer.round_activations()
     drafter.check_vocabulary(target)
     return drafter
 
