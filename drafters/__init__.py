@@ -111,4 +111,5 @@ def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str) 
     from .kept import state_of
 
     make = partial(made, load, source, folder, target)
-    return quickest(make, state_of(str(source), target), target) if weights == "auto" else make(weights)
+    described = str(source), state_of(str(source), target)
+    return quickest(make, described, target) if weights == "auto" else make(weights)

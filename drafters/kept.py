@@ -39,6 +39,7 @@ def state_of(name: str, target: "PreTrainedModel") -> tuple:
     """All that the drafter `name` depends on: the target's device, dtype and vocabulary, each file's size and time."""
     parts = [name] if Path(name).exists() else name.split("+")
     files = [file for part in parts for folder in _folders(part) for file in sorted(folder.rglob("*"))]
+    files += [Path(name)] if Path(name).is_file() else []
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     form = str(target.device), target.dtype, target.config.get_text_config().vocab_size
     return *form, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)

@@ -6,22 +6,20 @@ A plan is kept in the cache for (target, drafter, device, dtype, executor, rule,
 
 import sys
 from argparse import Namespace
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from ..bench.runfile import read_run
 from ..console import table
 from ..engines.executors import choose
 from ..plan import step_times
+from ..plan.calibration import Calibrated, calibrated
 from ..plan.curves import Curves, measure
-from ..plan.replay import Replay, follow, plan_by_replay, plan_side_by_side
 from ..plan.store import plan_path
 from ..plan.trees import Acceptance, Plan, Rates, choose_tree
 from ..prompts import read_bench_prompts
-from ..proposal import Drafter, parts_of
+from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..provenance import target_fingerprint
 from ..rows import Stopwatch
 from ..tree import TreeShape
@@ -30,18 +28,6 @@ from .commands import check_drawing, encode, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def calibrate(
-    model: "PreTrainedModel", drafter: Drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int
-) -> Replay:
-    """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
-
-    Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
-    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=None if len(prompts) > 1 else True)
-    return Replay(
-        [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
-    )
 
 
 def plan(args: Namespace) -> None:
@@ -53,6 +39,10 @@ def plan(args: Namespace) -> None:
     drawing = draft_sampling(args.verify, args.temperature > 0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     parts = parts_of(drafter)
+    if args.run and args.draft_weights != "16":
+        raise ValueError(
+            f"--from tells how drafts in 16 bits are accepted; plan --draft-weights {args.draft_weights} by --calibrate"
+        )
     if args.run and len(parts) > 1:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
     if len(parts) > 1 and drawing.coupling == "own":
@@ -63,23 +53,10 @@ def plan(args: Namespace) -> None:
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
         _show([part.name for part in parts], rates, measured, planned)
     else:
-        prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
-        dense = () if args.draft_weights == "16" else parts_of(_in_16_bits(args, model))
-        both = measure(model, [*parts, *dense], executor, drawing)
-        measured, for_dense = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
-        how = prompts, args.verify, args.temperature, args.max_new_tokens
-        found = calibrated(model, parts, measured, *how)
-        planned = found.plan
-        _show([part.name for part in parts], found.rates, measured, planned)
-        if len(parts) > 1:
-            alone = zip(parts, found.alone)
-            print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in alone))
-        if dense:
-            _show_weights(drafter, (found, measured), (calibrated(model, dense, for_dense, *how), for_dense))
-    if len(planned.shape) > 1:
-        runner = step_times.open_idle(model, executor, drafter, planned.shape, sampling=drawing)
-        seconds = step_times.alone(model, runner)
-        print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
+        planned = _plan_by_replay(args, model, tokenizer, drafter, executor, drawing)
+    drafting = drafter if len(planned.shape) > 1 else NoDrafter()
+    seconds = step_times.alone(model, step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing))
+    print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
@@ -88,43 +65,32 @@ def plan(args: Namespace) -> None:
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
 
 
-@dataclass(frozen=True)
-class Calibrated:
-    """What a calibration found: the replay and the best plan of each drafter alone, and the best plan of all."""
-
-    replays: list[Replay]
-    alone: list[Plan]
-    plan: Plan
-
-    @property
-    def rates(self) -> list[Rates]:
-        """p of each drafter: where the plan's steps begin, and of drafters side by side at all positions."""
-        shape = self.plan.shape if len(self.replays) == 1 else TreeShape.chain(0)
-        return [replay.rates(shape) for replay in self.replays]
-
-
-def calibrated(
+def _plan_by_replay(
+    args: Namespace,
     model: "PreTrainedModel",
-    parts: tuple[Drafter, ...],
-    measured: Curves,
-    prompts: list[dict],
-    rule: str,
-    temperature: float,
-    new_tokens: int,
-) -> Calibrated:
-    """The plans for drafters `parts`, from the replay of each on `prompts`."""
-    replays = [calibrate(model, part, prompts, rule, temperature, new_tokens) for part in parts]
-    alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
-    best = alone[0]
-    if len(parts) > 1:
-        best = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
-    return Calibrated(replays, alone, best)
-
-
-def _in_16_bits(args: Namespace, model: "PreTrainedModel") -> Drafter:
+    tokenizer: "PreTrainedTokenizerBase",
+    drafter: Drafter,
+    executor: str,
+    drawing: DraftSampling,
+) -> Plan:
+    """The plan for `drafter` by replay of the prompts, printed; beside it, of one in 4 bits, that of 16 bits."""
     from ... import load_drafter
 
-    return load_drafter(args.drafter, model)
+    prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
+    parts = parts_of(drafter)
+    dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
+    others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
+    both = measure(model, [*parts, *others], executor, drawing)
+    measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
+    how = prompts, args.verify, args.temperature, args.max_new_tokens
+    found = calibrated(model, parts, measured, *how)
+    _show([part.name for part in parts], found.rates, measured, found.plan)
+    if len(parts) > 1:
+        alone = zip(parts, found.alone)
+        print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in alone))
+    if others:
+        _show_weights(drafter, (found, measured), (calibrated(model, others, of_others, *how), of_others))
+    return found.plan
 
 
 def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance:
