@@ -74,7 +74,7 @@ def measure(
 def moved(eager: Mapping[int, float], few: Mapping[int, float]) -> Curve:
     """The curve through the points `few`, which between them differs from `eager` by evenly growing seconds."""
     saved = {size: eager[size] - seconds for size, seconds in few.items()}
-    return _rising({size: seconds - interpolate(saved, size) for size, seconds in eager.items()})
+    return rising({size: seconds - interpolate(saved, size) for size, seconds in eager.items()})
 
 
 def scaled(eager: Mapping[int, float], level: int, seconds: float) -> Curve:
@@ -98,12 +98,12 @@ def _measured(
     levels: Sequence[Sequence[int]],
 ) -> Curves:
     seconds = _seconds(model, _points(drafters, opened, sizes, levels))
-    target = _rising({size: seconds[size] for size in sizes})
+    target = rising({size: seconds[size] for size in sizes})
     drafts = [
         {level: max(seconds[index, level] - interpolate(target, level + 1), 0.0) for level in each}
         for index, each in enumerate(levels)
     ]
-    return Curves(target, tuple(_rising({0: 0.0, **costs}) for costs in drafts))
+    return Curves(target, tuple(rising({0: 0.0, **costs}) for costs in drafts))
 
 
 def _points(
@@ -136,6 +136,7 @@ def _seconds(model: PreTrainedModel, points: Iterable[tuple[Key, Callable[[], Ex
     return seconds
 
 
-def _rising(curve: Mapping[int, float]) -> Curve:
-    """`curve` where no larger step costs less than a smaller one, which happens by noise only."""
-    return dict(zip(curve, itertools.accumulate(curve.values(), max)))
+def rising(curve: Mapping[int, float]) -> Curve:
+    """`curve` where no smaller step costs more than a larger one, which happens only where the smaller was disturbed."""
+    points = sorted(curve, reverse=True)
+    return dict(sorted(zip(points, itertools.accumulate((curve[point] for point in points), min))))
