@@ -137,6 +137,6 @@ def _seconds(model: PreTrainedModel, points: Iterable[tuple[Key, Callable[[], Ex
 
 
 def rising(curve: Mapping[int, float]) -> Curve:
-    """`curve` where no smaller step costs more than a larger one, which happens only where the smaller was disturbed."""
+    """`curve` where no smaller step costs more than a larger one, which only happens where it was disturbed."""
     points = sorted(curve, reverse=True)
     return dict(sorted(zip(points, itertools.accumulate((curve[point] for point in points), min))))
