@@ -112,13 +112,14 @@ def _points(
     sizes: Sequence[int],
     levels: Sequence[Sequence[int]],
 ) -> Iterable[tuple[int | tuple[int, int], Callable[[], Executor]]]:
-    """How to make the engine of each point: of n nodes, or of drafter i and d levels."""
-    for size in sizes:
-        blank = Blank() if size > 1 else NoDrafter()
-        yield size, functools.partial(opened, blank, TreeShape.chain(size - 1))
+    """How to make the engine of each point: of n nodes, or of drafter i and d levels. What is compared with one another,
+    steps of as many nodes with and without drafting, is timed one after the other."""
+    points: list[tuple[int, int | tuple[int, int], Drafter]] = []
+    points += [(size, size, Blank() if size > 1 else NoDrafter()) for size in sizes]
     for index, each in enumerate(levels):
-        for level in each:
-            yield (index, level), functools.partial(opened, drafters[index], TreeShape.chain(level))
+        points += [(level + 1, (index, level), drafters[index]) for level in each]
+    for nodes, key, drafter in sorted(points, key=lambda point: point[0]):
+        yield key, functools.partial(opened, drafter, TreeShape.chain(nodes - 1))
 
 
 def _seconds(model: PreTrainedModel, points: Iterable[tuple[Key, Callable[[], Executor]]]) -> dict[Key, float]:
