@@ -112,8 +112,8 @@ def _points(
     sizes: Sequence[int],
     levels: Sequence[Sequence[int]],
 ) -> Iterable[tuple[int | tuple[int, int], Callable[[], Executor]]]:
-    """How to make the engine of each point: of n nodes, or of drafter i and d levels. What is compared with one another,
-    steps of as many nodes with and without drafting, is timed one after the other."""
+    """How to make the engine of each point: of n nodes, or of drafter i and d levels. Steps of as many nodes with
+    and without drafting, which are compared, are timed one after the other."""
     points: list[tuple[int, int | tuple[int, int], Drafter]] = []
     points += [(size, size, Blank() if size > 1 else NoDrafter()) for size in sizes]
     for index, each in enumerate(levels):

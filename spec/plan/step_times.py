@@ -71,7 +71,7 @@ def in_turns(
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
-def alone(model: PreTrainedModel, runner: Executor, repeats: int = 15, warm_up: int = 2, limit: float = 1.5) -> float:
+def alone(model: PreTrainedModel, runner: Executor, repeats: int = 9, warm_up: int = 2, limit: float = 1.5) -> float:
     """Median seconds of a step of `runner`, in a block of `warm_up` steps that do not count and up to `repeats`; of
     those, none but the first three begins after `limit` seconds."""
     seconds: list[float] = []
