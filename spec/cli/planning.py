@@ -49,7 +49,7 @@ def plan(args: Namespace) -> None:
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
     if args.run:
         rates = [measured_acceptance(args, model).rates()]
-        measured = measure(model, parts, executor, drawing)
+        measured = measure(model, [drafter], executor, drawing)
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
         _show([part.name for part in parts], rates, measured, planned)
     else:
@@ -80,7 +80,7 @@ def _plan_by_replay(
     parts = parts_of(drafter)
     dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
     others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
-    both = measure(model, [*parts, *others], executor, drawing)
+    both = measure(model, [drafter, dense] if others else [drafter], executor, drawing)
     measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
     how = prompts, args.verify, args.temperature, args.max_new_tokens
     found = calibrated(model, parts, measured, *how)
@@ -121,7 +121,7 @@ def profile(args: Namespace) -> None:
     model, _, drafter = load(args)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     parts = () if drafter is None else parts_of(drafter)
-    measured = measure(model, parts, executor)
+    measured = measure(model, [] if drafter is None else [drafter], executor)
     _show_target(measured)
     for part, costs in zip(parts, measured.drafts):
         _show_draft(part.name, measured, costs)

@@ -11,14 +11,13 @@ acceptance.
 
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
 
 from transformers import PreTrainedModel
 
 from ..engines.executors import Executor
-from ..proposal import Drafter, DraftSampling, NoDrafter
+from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..tree import TreeShape
 from .step_times import Blank, alone, open_idle
 from .trees import interpolate
@@ -27,7 +26,9 @@ SIZES = (1, 2, 5, 9, 16, 32)  # nodes; with those of chains of 1, 4 and 8 tokens
 COMPILED_SIZES = (1, 9, 32)
 DEEPEST = 8  # levels of a planned tree
 
-Key = TypeVar("Key", bound=Hashable)
+Key = int | tuple[int, int]  # of n nodes without drafting, or of drafter i and d levels
+Point = tuple[Key, Drafter, TreeShape]
+Opened = Callable[[Drafter, TreeShape], Executor]
 Curve = dict[int, float]
 
 
@@ -43,31 +44,64 @@ class Curves:
         return Curves(self.target, self.drafts[first:end])
 
     def step(self, shape: TreeShape) -> float:
-        """Foretold seconds of a step with the tree `shape`; of two drafters the second drafts the root's last branch,
-        which is a chain."""
+        """Foretold seconds of a step with the tree `shape`."""
+        return interpolate(self.target, len(shape)) + sum(self.drafting(shape))
+
+    def drafting(self, shape: TreeShape) -> list[float]:
+        """Foretold seconds of each drafter in a step with `shape`."""
+        return [interpolate(curve, depth) for curve, depth in zip(self.drafts, self.depths(shape))]
+
+    def depths(self, shape: TreeShape) -> list[int]:
+        """How deep each drafter drafts in `shape`, but no deeper than it was timed: of two, the second drafts the last
+        branch of the root, which is a chain."""
         depths = [shape.max_depth]
         if len(self.drafts) == 2:
             branch = [shape.children[0][-1]]
             while shape.children[branch[-1]]:
                 branch.append(shape.children[branch[-1]][0])
             depths = [max(shape.depths[node] for node in range(len(shape)) if node not in branch), len(branch)]
-        drafting = (interpolate(curve, min(depth, max(curve))) for curve, depth in zip(self.drafts, depths))
-        return interpolate(self.target, len(shape)) + sum(drafting)
+        return [min(depth, max(curve)) for depth, curve in zip(depths, self.drafts)]
 
 
 def measure(
     model: PreTrainedModel, drafters: Sequence[Drafter], executor: str, sampling: DraftSampling | None = None
 ) -> Curves:
-    """The curves of a target and some drafters with one executor."""
-    opened = functools.partial(open_idle, model, sampling=sampling)
-    if "compiled" not in executor or model.device.type != "cpu":
-        return _measured(model, drafters, functools.partial(opened, executor), SIZES, [_levels(d) for d in drafters])
-    eager = _measured(model, drafters, functools.partial(opened, "eager"), SIZES, [_levels(d) for d in drafters])
-    deepest = [(min(drafter.traits.deepest, DEEPEST),) for drafter in drafters]
-    few = _seconds(model, _points(drafters, functools.partial(opened, executor), COMPILED_SIZES, deepest))
-    target = moved(eager.target, {size: few[size] for size in COMPILED_SIZES})
-    beyond = [max(few[i, level] - interpolate(target, level + 1), 0.0) for i, (level,) in enumerate(deepest)]
-    drafts = (scaled(curve, level, cost) for curve, (level,), cost in zip(eager.drafts, deepest, beyond))
+    """The curves of a target and of all parts of some drafters with one executor."""
+    few = "compiled" in executor and model.device.type == "cpu"
+    opened = functools.partial(open_idle, model, "eager" if few else executor, sampling=sampling)
+    parts = [part for drafter in drafters for part in parts_of(drafter)]
+    levels = [_levels(part) for part in parts]
+    points = _targets(SIZES)
+    for index, part in enumerate(parts):
+        points += [((index, level), part, TreeShape.chain(level)) for level in levels[index]]
+    seconds = _seconds(model, opened, points)
+    target = rising({size: seconds[size] for size in SIZES})
+    drafts = [
+        {level: max(seconds[index, level] - interpolate(target, level + 1), 0.0) for level in each}
+        for index, each in enumerate(levels)
+    ]
+    curves = Curves(target, tuple(rising({0: 0.0, **costs}) for costs in drafts))
+    if not few:
+        return curves
+    return _compiled(model, drafters, curves, functools.partial(open_idle, model, executor, sampling=sampling))
+
+
+def _compiled(model: PreTrainedModel, drafters: Sequence[Drafter], eager: Curves, opened: Opened) -> Curves:
+    """The curves of compiled steps, from those of eager ones and few that are compiled: of each drafter one, with its
+    default tree."""
+    points = _targets(COMPILED_SIZES)
+    points += [((index, 0), drafter, drafter.default_shape) for index, drafter in enumerate(drafters)]
+    seconds = _seconds(model, opened, points)
+    target = moved(eager.target, {size: seconds[size] for size in COMPILED_SIZES})
+    drafts: list[Curve] = []
+    for index, drafter in enumerate(drafters):
+        shape, first = drafter.default_shape, len(drafts)
+        own = eager.of(first, first + len(parts_of(drafter)))
+        cost = max(seconds[index, 0] - interpolate(target, len(shape)), 0.0)
+        known = own.drafting(shape)
+        for curve, depth, share in zip(own.drafts, own.depths(shape), known):
+            part = share / sum(known) if sum(known) > 0 else 1 / len(known)
+            drafts.append(scaled(curve, depth, cost * part))
     return Curves(target, tuple(drafts))
 
 
@@ -90,44 +124,17 @@ def _levels(drafter: Drafter) -> tuple[int, ...]:
     return 1, 4, DEEPEST
 
 
-def _measured(
-    model: PreTrainedModel,
-    drafters: Sequence[Drafter],
-    opened: Callable[[Drafter, TreeShape], Executor],
-    sizes: Sequence[int],
-    levels: Sequence[Sequence[int]],
-) -> Curves:
-    seconds = _seconds(model, _points(drafters, opened, sizes, levels))
-    target = rising({size: seconds[size] for size in sizes})
-    drafts = [
-        {level: max(seconds[index, level] - interpolate(target, level + 1), 0.0) for level in each}
-        for index, each in enumerate(levels)
-    ]
-    return Curves(target, tuple(rising({0: 0.0, **costs}) for costs in drafts))
+def _targets(sizes: Sequence[int]) -> list[Point]:
+    return [(size, Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1)) for size in sizes]
 
 
-def _points(
-    drafters: Sequence[Drafter],
-    opened: Callable[[Drafter, TreeShape], Executor],
-    sizes: Sequence[int],
-    levels: Sequence[Sequence[int]],
-) -> Iterable[tuple[int | tuple[int, int], Callable[[], Executor]]]:
-    """How to make the engine of each point: of n nodes, or of drafter i and d levels. Steps of as many nodes with
-    and without drafting, which are compared, are timed one after the other."""
-    points: list[tuple[int, int | tuple[int, int], Drafter]] = []
-    points += [(size, size, Blank() if size > 1 else NoDrafter()) for size in sizes]
-    for index, each in enumerate(levels):
-        points += [(level + 1, (index, level), drafters[index]) for level in each]
-    for nodes, key, drafter in sorted(points, key=lambda point: point[0]):
-        yield key, functools.partial(opened, drafter, TreeShape.chain(nodes - 1))
-
-
-def _seconds(model: PreTrainedModel, points: Iterable[tuple[Key, Callable[[], Executor]]]) -> dict[Key, float]:
-    """Seconds of a step at each point. An engine is timed when it is made, and again after the next one was."""
+def _seconds(model: PreTrainedModel, opened: Opened, points: Sequence[Point]) -> dict[Key, float]:
+    """Seconds of a step at each point. An engine is timed when it is made, and again after the next one was. Those of
+    equal size, which are compared, follow one another."""
     seconds: dict[Key, float] = {}
     before: tuple[Key, Executor] | None = None
-    for key, make in points:
-        runner = make()
+    for key, drafter, shape in sorted(points, key=lambda point: len(point[2])):
+        runner = opened(drafter, shape)
         seconds[key] = alone(model, runner)
         if before is not None:
             seconds[before[0]] = min(seconds[before[0]], alone(model, before[1]))

@@ -5,11 +5,13 @@ import weakref
 
 import paceline
 import pytest
+from paceline.drafters.beside import Beside
+from paceline.drafters.medusa import MedusaDrafter
 from paceline.spec.plan import curves
 from paceline.spec.plan.curves import Curves, measure, moved, rising, scaled
 from paceline.spec.tree import TreeShape
 
-from support.models import noisy_copy, tiny_llama
+from support.models import fitted_heads, noisy_copy, tiny_llama
 
 
 def test_between_compiled_points_the_eager_curve_gives_the_form():
@@ -62,19 +64,30 @@ def test_engines_are_timed_alone_twice_and_dropped(monkeypatch):
 
 
 def test_few_steps_are_compiled(monkeypatch):
+    """Compiled steps take half of the time of eager ones, and a drafter takes a node's time for each level."""
     made = []
 
     def open_idle(model, executor, drafter, shape, sampling=None):
         made.append((executor, len(shape)))
-        return executor, len(shape)
+        return executor, len(shape) + (shape.max_depth if drafter.name in NAMES else 0)
 
     def alone(model, runner):
-        executor, nodes = runner
-        return nodes * (0.5 if executor == "compiled" else 1.0)
+        executor, cost = runner
+        return cost * (0.5 if executor == "compiled" else 1.0)
 
     monkeypatch.setattr(curves, "open_idle", open_idle)
     monkeypatch.setattr(curves, "alone", alone)
     model = tiny_llama()
-    measured = measure(model, [paceline.load_drafter("ngram", model)], "compiled")
-    assert [nodes for executor, nodes in made if executor == "compiled"] == [1, 9, 9, 32]
+    lookup = paceline.load_drafter("ngram", model)
+    heads = MedusaDrafter(fitted_heads(model, "hydra"), "heads")
+    NAMES = {lookup.name, heads.name, "heads+ngram"}
+    both = Beside(heads, lookup)
+    measured = measure(model, [lookup, both], "compiled")
+    nodes = sorted(nodes for executor, nodes in made if executor == "compiled")
+    assert nodes == sorted([1, 9, 32, len(lookup.default_shape), len(both.default_shape)])
     assert measured.target == pytest.approx({size: size / 2 for size in (1, 2, 5, 9, 16, 32)})
+    own, first, second = measured.drafts
+    assert own[1] == pytest.approx(0.5) and own[8] == pytest.approx(4), "in proportion, beyond the default tree too"
+    cost = sum(measured.of(1, 3).drafting(both.default_shape))
+    assert cost == pytest.approx(both.default_shape.max_depth / 2), "what both take together is divided among them"
+    assert first[3] / first[1] == pytest.approx(3) and second[8] / second[1] == pytest.approx(8)
