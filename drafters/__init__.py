@@ -3,6 +3,7 @@
 A drafter implements the protocol in `paceline.spec.proposal` and knows nothing of verification.
 """
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +15,47 @@ if TYPE_CHECKING:
     from ..spec.proposal import Drafter
 
 
-def load_drafter(name_or_path: "str | Path | Drafter | PreTrainedModel", target: "PreTrainedModel") -> "Drafter":
+def load_drafter(
+    name_or_path: "str | Path | Drafter | PreTrainedModel", target: "PreTrainedModel", weights: str = "16"
+) -> "Drafter":
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
     target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
     those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: trained
     heads, or a causal LM with the target's vocabulary, loaded in the target's dtype onto its device. A causal LM that
-    is already loaded may be passed instead of a name, and a drafter is returned as it is. Raises ValueError where the
-    drafter cannot be found or loaded, or does not fit the target.
+    is already loaded may be passed instead of a name, and a drafter is returned as it is.
+
+    `weights` are "16", dense ones; "q4" or "q4-int8", blocks of 4 bits: a GGUF file's or a quantised folder's own (or
+    "q8"), and other weights rounded to the nearest; or "auto", the quickest of these here. The text stays the target's.
+
+    Raises ValueError where the drafter cannot be found or loaded, or does not fit the target.
     """
     from ..spec.arguments import check_model
 
     target = check_model(target, "target")
+    weights = str(weights)
+    if weights != "16":
+        from .draft_weights import check_choice
+
+        check_choice(weights)
     if not isinstance(name_or_path, (str, Path)):
+        if weights not in ("16", "auto"):
+            raise ValueError(
+                f"weights={weights!r} is for a drafter that is loaded by name, and this one is loaded already"
+            )
         return _around(name_or_path, target)
     name = str(name_or_path)
     if name == "auto":
-        return _best(target)
+        return _best(target, weights)
     if name in KINDS and not KINDS[name].weights:
         return KINDS[name].drafter_class().load(name, None, target)
     first, plus, second = name.rpartition("+")
     if plus and not Path(name).exists():
         from .beside import Beside
 
-        return Beside(load_drafter(first, target), load_drafter(second, target))
-    return _trained(name_or_path, target)
+        return Beside(load_drafter(first, target, weights), load_drafter(second, target, weights))
+    return _trained(name_or_path, target, weights)
 
 
 def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
@@ -64,7 +80,7 @@ def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
     return drafter
 
 
-def _best(target: "PreTrainedModel") -> "Drafter":
+def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
     """The best drafter that ships for `target`, combined with prompt lookup where possible; ngram where none ships."""
     from .beside import Beside
     from .ngram import NgramDrafter
@@ -73,11 +89,11 @@ def _best(target: "PreTrainedModel") -> "Drafter":
     folder = best_shipped(target)
     if folder is None:
         return NgramDrafter()
-    drafter = _trained(folder, target)
+    drafter = _trained(folder, target, weights)
     return Beside(drafter, NgramDrafter()) if drafter.traits.follows_any_tree else drafter
 
 
-def _trained(name_or_path: str | Path, target: "PreTrainedModel") -> "Drafter":
+def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str) -> "Drafter":
     """Heads or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.target.load import NAMED
     from .folder import read_folder
@@ -87,5 +103,13 @@ def _trained(name_or_path: str | Path, target: "PreTrainedModel") -> "Drafter":
     folder = None if str(source) in NAMED else read_folder(source)
     if folder is not None:
         folder.check_target(target)
-    kind = KINDS[MODEL if folder is None else folder.kind]
-    return kind.drafter_class().load(source, folder, target)
+    kind = KINDS[MODEL if folder is None else folder.kind].drafter_class()
+    load = partial(kind.load, source, folder, target)
+    if weights == "16":
+        return load()
+    from .draft_weights import made, quickest
+    from .kept import state_of
+
+    make = partial(made, load, source, folder, target)
+    described = str(source), state_of(str(source), target)
+    return quickest(make, described, target) if weights == "auto" else make(weights)

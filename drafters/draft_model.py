@@ -5,6 +5,7 @@ of verification.
 """
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from transformers import PreTrainedModel
 from ..spec.plan.trees import Rates, default_tree
 from ..spec.proposal import DrafterTraits, DraftRequest, DraftSession
 from ..spec.target.selftest import attach
+from ..spec.target.weights import Weights
 from ..spec.tree import DynamicShape, TreeShape
+from .blocks import put_in_blocks
 from .complete import complete
 from .draft_session import StaticDraftSession
 from .dynamic_tree import DynamicDraftSession
@@ -74,6 +77,12 @@ class ModelDrafter:
             drafter = model.__dict__["_paceline_drafter"] = cls(model, name)
         attach(model)  # again, as the model may have changed
         return drafter
+
+    def put_in_blocks(self, weights: Weights) -> None:
+        """Round the linear layers of the model, which is the drafter's own, to blocks of few bits."""
+        put_in_blocks(self.model, weights)
+        self.name += f" in {weights.name}"
+        self.traits = replace(self.traits, causal_lm=self._whole_model())
 
     def _whole_model(self) -> PreTrainedModel:
         """The draft as an ordinary causal LM with logits of the whole vocabulary, on the same weights."""

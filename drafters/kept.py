@@ -25,7 +25,7 @@ def kept_drafter(which: Any, target: "PreTrainedModel") -> Drafter:
     """Like `load_drafter(which, target)`, but a name gives the cached drafter where nothing has changed since."""
     if not isinstance(which, (str, Path)):
         return load_drafter(which, target)
-    kept, name, state = _loaded.setdefault(target, {}), str(which), _state(str(which), target)
+    kept, name, state = _loaded.setdefault(target, {}), str(which), state_of(str(which), target)
     before, drafter = kept.pop(name, (None, None))
     if before != state:
         drafter = load_drafter(which, target)
@@ -35,10 +35,11 @@ def kept_drafter(which: Any, target: "PreTrainedModel") -> Drafter:
     return drafter
 
 
-def _state(name: str, target: "PreTrainedModel") -> tuple:
+def state_of(name: str, target: "PreTrainedModel") -> tuple:
     """All that the drafter `name` depends on: the target's device, dtype and vocabulary, each file's size and time."""
     parts = [name] if Path(name).exists() else name.split("+")
     files = [file for part in parts for folder in _folders(part) for file in sorted(folder.rglob("*"))]
+    files += [Path(name)] if Path(name).is_file() else []
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
     form = str(target.device), target.dtype, target.config.get_text_config().vocab_size
     return *form, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)

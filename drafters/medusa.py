@@ -13,50 +13,30 @@ Heads may know only a part of the vocabulary. Caps and scales that a target appl
 order, so the heads leave them out. Knows nothing of verification or training.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..spec.plan.trees import Rates, default_tree
-from ..spec.proposal import DrafterTraits, DraftRequest, Proposal, Unremembering
-from ..spec.state import DecodeState
-from ..spec.target.protocol import Span
+from ..spec.proposal import DrafterTraits, DraftRequest
 from ..spec.target.taps import HEAD, linear_head
-from ..spec.target.weights import head_rows, head_weight, linear_shape
+from ..spec.target.weights import Weights, head_rows, head_weight, linear_shape
+from .blocks import GROUP, in_blocks
 from .folder import DrafterFolder, target_identity, write_folder
+from .head_session import MedusaSession
+from .head_settings import HeadSettings
 from .known_tokens import check_vocabulary, places
-from .static_tree import StaticTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Mode = Literal["independent", "markov", "hydra"]
 Started = tuple[Tensor, ...]  # what `start` computes from a hidden state and `follow` reads
 # A rough guess at p[depth][rank], for the default tree where no acceptance has been measured.
 _PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
-
-
-@dataclass(frozen=True)
-class HeadSettings:
-    """The settings of heads, as in `config.json`. Raises ValueError for an unknown mode or sizes below 1."""
-
-    mode: Mode = "independent"
-    heads: int = 4
-    blocks: int = 1  # residual blocks of each head
-    rank: int = 128  # of the Markov bias
-    own_heads: bool = False  # a trained LM head for each head instead of the target's
-
-    def __post_init__(self):
-        if self.mode not in tuple(KINDS):
-            raise ValueError(f"mode={self.mode!r} is not a kind of heads; choose one of {', '.join(KINDS)}")
-        for name in ("heads", "blocks", "rank"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
 
 
 class MedusaHeads(nn.Module):
@@ -94,6 +74,7 @@ class MedusaHeads(nn.Module):
         bias = getattr(head, "bias", None)
         offset = torch.zeros(self.vocab_size, device=device) if bias is None else bias.detach()
         self.register_buffer("head_bias", offset[ids], persistent=False)
+        self.blocks = nn.ModuleDict()  # layers in blocks, by name, in the place of dense ones
         self._layer: tuple[nn.Linear, ...] = ()  # a tuple, so that torch does not register it as a submodule
 
     def start(self, hidden: Tensor) -> Started:  # (..., H) -> (..., K, V')
@@ -107,7 +88,10 @@ class MedusaHeads(nn.Module):
 
     def _first(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., K, H)
         """A h + b in the first block of every head."""
-        inner = F.linear(hidden, self.weight[0].flatten(0, 1), self.bias[0].flatten())
+        if "first" in self.blocks:
+            inner = self.blocks["first"](hidden)
+        else:
+            inner = F.linear(hidden, self.weight[0].flatten(0, 1), self.bias[0].flatten())
         return inner.unflatten(-1, (-1, self.hidden_size))
 
     def _logits(self, hidden: Tensor, first: Tensor, heads: slice) -> Tensor:  # (..., k, H) each -> (..., k, V')
@@ -117,18 +101,35 @@ class MedusaHeads(nn.Module):
             x = x + F.silu(torch.einsum("...kh,kgh->...kg", x, weight[heads]) + bias[heads])
         if self.settings.own_heads:
             return torch.einsum("...kh,kvh->...kv", x, self.head_weight[heads]) + self.head_bias
+        if "head" in self.blocks:
+            return self.blocks["head"](x)
         return self._layer[0](x) if self._layer else F.linear(x, self.head_weight, self.head_bias)
 
     def linears(self) -> list[nn.Linear]:
         """The LM head of the known tokens as an `nn.Linear` on the same memory, so that compiled steps can pack its
         weight. From now on the heads compute through it. Empty for heads with LM heads of their own."""
-        weight = None if self.settings.own_heads else self.head_weight
+        weight = None if self.settings.own_heads or "head" in self.blocks else self.head_weight
         if weight is None or (self._layer and self._layer[0].weight.data_ptr() == weight.data_ptr()):
             return list(self._layer)
         layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
         layer.weight, layer.bias = (nn.Parameter(tensor, requires_grad=False) for tensor in (weight, self.head_bias))
         self._layer = (layer,)
         return [layer]
+
+    def put_in_blocks(self, weights: Weights) -> None:
+        """From now on compute with layers in blocks of few bits, rounded from the dense ones, which are kept. An LM
+        head that lies on the target's memory, and heads of their own, stay dense."""
+        suitable = {name: layer for name, layer in self._dense().items() if layer[0].shape[1] % GROUP == 0}
+        self.blocks = nn.ModuleDict({name: in_blocks(*layer, weights) for name, layer in suitable.items()})
+
+    def _dense(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """Weight (N, K) and bias of the layers that blocks may take the place of."""
+        dense: dict[str, tuple[Tensor, Tensor | None]] = {
+            "first": (self.weight[0].flatten(0, 1), self.bias[0].flatten())
+        }
+        if self.trimmed and not self.settings.own_heads:
+            dense["head"] = self.head_weight, self.head_bias if self.head_bias.any() else None
+        return dense
 
     def _apply(self, *args: Any, **options: Any) -> Self:
         self._layer = ()  # it refers to the weights before this change
@@ -151,6 +152,7 @@ class MedusaHeads(nn.Module):
         tensors = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self.state_dict().items()
+            if not name.startswith("blocks.")
         }
         write_folder(folder, config, tensors)
 
@@ -213,8 +215,16 @@ class HydraHeads(MedusaHeads):
         hidden, first = started
         nearest_first = F.embedding(path.flip(-1), self.embeddings)  # (..., depth + 1, E)
         seen = F.rms_norm(nearest_first, nearest_first.shape[-1:]).to(self.dtype).flatten(-2)
-        first = first[..., depth, :] + seen @ self.path_weight[: depth + 1].flatten(0, 1)  # (..., H)
+        if (name := f"path {depth}") in self.blocks:
+            path_part = self.blocks[name](seen)
+        else:
+            path_part = seen @ self.path_weight[: depth + 1].flatten(0, 1)
+        first = first[..., depth, :] + path_part  # (..., H)
         return self._logits(hidden[..., None, :], first[..., None, :], slice(depth, depth + 1))[..., 0, :].float()
+
+    def _dense(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        paths = (self.path_weight[: depth + 1].flatten(0, 1).T for depth in range(self.settings.heads))
+        return super()._dense() | {f"path {depth}": (weight, None) for depth, weight in enumerate(paths)}
 
 
 KINDS: dict[str, type[MedusaHeads]] = {"independent": MedusaHeads, "markov": MarkovHeads, "hydra": HydraHeads}
@@ -239,6 +249,11 @@ class MedusaDrafter:
         assert folder is not None, "heads are found in folders only"
         return cls(MedusaHeads.load(folder, target), Path(str(source)).name, folder.rates())
 
+    def put_in_blocks(self, weights: Weights) -> None:
+        """Round the heads, which are the drafter's own, to blocks of few bits."""
+        self.heads.put_in_blocks(weights)
+        self.name += f" in {weights.name}"
+
     def open(self, request: DraftRequest) -> "MedusaSession":
         weight = self.heads.weight
         assert request.target is not None, "heads read the hidden states of a model"
@@ -250,45 +265,3 @@ class MedusaDrafter:
                 "this target"
             )
         return MedusaSession(self.heads, request)
-
-
-class MedusaSession(Unremembering):
-    """One run, whose only state is a hidden state per row. Nodes deeper than the number of heads stay empty."""
-
-    def __init__(self, heads: MedusaHeads, request: DraftRequest):
-        self.heads = heads
-        vocabulary = heads.vocabulary if heads.trimmed else None
-        self.static = StaticTree(request, vocabulary, depth=heads.settings.heads)
-        # (B, H): the target's last hidden state at the token before the root, zeros where there is none.
-        self.hidden = torch.zeros(request.batch, heads.hidden_size, dtype=heads.dtype, device=request.device)
-
-    @property
-    def packable(self) -> list[nn.Linear]:
-        return self.heads.linears()
-
-    def clear(self, rows: Tensor | None = None) -> None:
-        self.hidden[slice(None) if rows is None else rows] = 0
-
-    def read(self, span: Span, features: Tensor | None) -> None:
-        assert features is not None, "a drafter with taps is handed features"
-        last = (span.positions >= 0).sum(1)[:, None] - 1  # (R, 1): the column of a row's last token, -1 for none
-        states = features.gather(1, last.clamp(min=0)[..., None].expand(-1, 1, features.shape[2]))[:, 0]
-        self.hidden[span.index] = torch.where(last >= 0, states, self.hidden[span.index])
-
-    def propose(self, state: DecodeState) -> Proposal:
-        started = self.heads.start(self.hidden[:, None])  # of (B, 1, H)
-
-        def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
-            path = tokens[:, self.static.tree.paths[0, inner, : depth + 1]]  # (B, n, depth + 1)
-            return self.heads.follow(started, depth, path)
-
-        return self.static.fill(state, logits_of)
-
-    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
-        assert features is not None, "a drafter with taps is handed features"
-        last = path.gather(1, (count - 1).clamp(min=0)[:, None])  # (B, 1): the node that gave the new root
-        states = features.gather(1, last[..., None].expand(-1, 1, features.shape[2]))[:, 0]
-        self.hidden.copy_(torch.where(count[:, None] > 0, states, self.hidden))
-
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        self.hidden.copy_(other.hidden[rows])

@@ -17,10 +17,11 @@ from tqdm import tqdm
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
 from ..spec.cli.commands import check_drawing, load
-from ..spec.cli.planning import calibrate, first_turns
+from ..spec.cli.planning import first_turns
 from ..spec.console import table
 from ..spec.engines.executors import choose
 from ..spec.files import write_json
+from ..spec.plan.calibration import calibrate
 from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
 from ..spec.refill import Text, decode_texts

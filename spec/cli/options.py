@@ -201,6 +201,8 @@ def _model_options(parser: Parser, drafter: bool = True, tree: bool = True) -> N
             "(default %(default)s)"
         )
         group.add_argument("--drafter", default="auto", metavar="NAME", help=named)
+        coarse = "of the drafter: 16, q4 or q4-int8 (rounded to 4 bits), or auto, the quickest here (default 16)"
+        group.add_argument("--draft-weights", default="16", metavar="FORM", help=coarse)
     if tree:
         shapes = (
             "of guesses: chain:5, children per level like 4x2x1, both: 4x2x1+chain:5, FILE.json, auto "

@@ -9,17 +9,17 @@ from argparse import Namespace
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from ..bench.runfile import read_run
 from ..console import table
 from ..engines.executors import choose
 from ..plan import step_times
-from ..plan.replay import Replay, follow, plan_by_replay, plan_side_by_side
+from ..plan.calibration import Calibrated, calibrated
+from ..plan.curves import Curves, measure
 from ..plan.store import plan_path
 from ..plan.trees import Acceptance, Plan, Rates, choose_tree
 from ..prompts import read_bench_prompts
-from ..proposal import Drafter, parts_of
+from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..provenance import target_fingerprint
 from ..rows import Stopwatch
 from ..tree import TreeShape
@@ -28,18 +28,6 @@ from .commands import check_drawing, encode, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def calibrate(
-    model: "PreTrainedModel", drafter: Drafter, prompts: list[dict], rule: str, temperature: float, new_tokens: int
-) -> Replay:
-    """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
-
-    Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
-    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=None if len(prompts) > 1 else True)
-    return Replay(
-        [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
-    )
 
 
 def plan(args: Namespace) -> None:
@@ -51,35 +39,58 @@ def plan(args: Namespace) -> None:
     drawing = draft_sampling(args.verify, args.temperature > 0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     parts = parts_of(drafter)
+    if args.run and args.draft_weights != "16":
+        raise ValueError(
+            f"--from tells how drafts in 16 bits are accepted; plan --draft-weights {args.draft_weights} by --calibrate"
+        )
     if args.run and len(parts) > 1:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
     if len(parts) > 1 and drawing.coupling == "own":
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
-    acceptance = measured_acceptance(args, model) if args.run else None
-    prompts = [] if args.run else [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
-    measured = step_times.measure(model, parts, executor, sampling=drawing)
-    if acceptance is not None:
-        rates = [acceptance.rates()]
+    if args.run:
+        rates = [measured_acceptance(args, model).rates()]
+        measured = measure(model, [drafter], executor, drawing)
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
+        _show([part.name for part in parts], rates, measured, planned)
     else:
-        how = args.verify, args.temperature, args.max_new_tokens
-        replays = [calibrate(model, part, prompts, *how) for part in parts]
-        alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
-        if len(parts) == 1:
-            planned = alone[0]
-            rates = [replays[0].rates(planned.shape)]
-        else:
-            planned = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
-            rates = [replay.rates(TreeShape.chain(0)) for replay in replays]
-    _show([part.name for part in parts], rates, measured, planned)
-    if len(parts) > 1:
-        print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in zip(parts, alone)))
+        planned = _plan_by_replay(args, model, tokenizer, drafter, executor, drawing)
+    drafting = drafter if len(planned.shape) > 1 else NoDrafter()
+    seconds = step_times.alone(model, step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing))
+    print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
     path = plan_path(model, drafter, executor, args.verify, args.temperature)
     path.parent.mkdir(parents=True, exist_ok=True)
     planned.save(path)
     if args.output:
         planned.save(args.output)
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
+
+
+def _plan_by_replay(
+    args: Namespace,
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    drafter: Drafter,
+    executor: str,
+    drawing: DraftSampling,
+) -> Plan:
+    """The plan for `drafter` by replay of the prompts, printed; beside it, of one in 4 bits, that of 16 bits."""
+    from ... import load_drafter
+
+    prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
+    parts = parts_of(drafter)
+    dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
+    others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
+    both = measure(model, [drafter, dense] if others else [drafter], executor, drawing)
+    measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
+    how = prompts, args.verify, args.temperature, args.max_new_tokens
+    found = calibrated(model, parts, measured, *how)
+    _show([part.name for part in parts], found.rates, measured, found.plan)
+    if len(parts) > 1:
+        alone = zip(parts, found.alone)
+        print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in alone))
+    if others:
+        _show_weights(drafter, (found, measured), (calibrated(model, others, of_others, *how), of_others))
+    return found.plan
 
 
 def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance:
@@ -108,18 +119,19 @@ def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance
 def profile(args: Namespace) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
     model, _, drafter = load(args)
-    drafter = step_times.Blank() if drafter is None else drafter
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
-    parts = parts_of(drafter)
-    measured = step_times.measure(model, parts, executor)
+    parts = () if drafter is None else parts_of(drafter)
+    measured = measure(model, [] if drafter is None else [drafter], executor)
     _show_target(measured)
     for part, costs in zip(parts, measured.drafts):
         _show_draft(part.name, measured, costs)
-    shape = drafter.default_shape if len(parts) > 1 else TreeShape.chain(15)
+    shape = TreeShape.chain(15) if drafter is None else drafter.default_shape
+    drafter = step_times.Blank() if drafter is None else drafter
     step, forward = step_times.step_and_forward_cost(model, drafter, executor, shape)
+    foretold = measured.step(shape)
     print(
-        f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms, the target forward in it {forward * 1e3:.1f} ms: "
-        f"{1 - forward / step:.1%} is spent elsewhere (drafting included)"
+        f"\na step of {len(shape)} nodes takes {step * 1e3:.1f} ms ({foretold * 1e3:.1f} ms by these tables), the "
+        f"target forward in it {forward * 1e3:.1f} ms: {1 - forward / step:.1%} is spent elsewhere (drafting included)"
     )
     recording = step_times.recording_cost(shape.max_depth)
     print(
@@ -154,19 +166,19 @@ def first_turns(
     return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
 
 
-def _show_target(measured: step_times.Curves) -> None:
+def _show_target(measured: Curves) -> None:
     plain = measured.target[1]
     rows = [[str(n), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for n, seconds in measured.target.items()]
     print(table(["nodes", "step ms", "of plain"], rows))
 
 
-def _show_draft(name: str, measured: step_times.Curves, costs: dict[int, float]) -> None:
+def _show_draft(name: str, measured: Curves, costs: dict[int, float]) -> None:
     plain = measured.target[1]
     rows = [[str(depth), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for depth, seconds in costs.items()]
     print(f"\n{name}\n" + table(["draft levels", "ms", "of plain"], rows))
 
 
-def _show(names: list[str], rates: list[Rates], measured: step_times.Curves, planned: Plan) -> None:
+def _show(names: list[str], rates: list[Rates], measured: Curves, planned: Plan) -> None:
     _show_target(measured)
     for name, part_rates, costs in zip(names, rates, measured.drafts):
         _show_draft(name, measured, costs)
@@ -181,3 +193,18 @@ def _show(names: list[str], rates: list[Rates], measured: step_times.Curves, pla
         f"\n{len(shape)} nodes, depth {shape.max_depth}: {planned.tokens_per_step:.2f} tokens per step expected, "
         f"{planned.speedup:.2f} times plain decoding\nparents {list(shape.parents)}"
     )
+
+
+def _show_weights(drafter: Drafter, own: tuple[Calibrated, Curves], dense: tuple[Calibrated, Curves]) -> None:
+    """What the weights of the first drafter, which has some, cost in acceptance and save in time, on the same texts."""
+    rows = []
+    for name, (found, measured) in ((drafter.name, own), ("with weights in 16 bits", dense)):
+        level = max(measured.drafts[0])
+        first = found.replays[0].rates(TreeShape.chain(0))
+        rows.append(
+            [
+                name, f"{first[0][0]:.3f}" if first else "-", f"{found.plan.tokens_per_step:.2f}",
+                f"{measured.drafts[0][level] / level * 1e3:.2f}", f"{found.plan.speedup:.2f}",
+            ]
+        )  # fmt: skip
+    print("\n" + table(["drafter", "p of its first guess", "tokens per step", "ms a level", "of plain"], rows))

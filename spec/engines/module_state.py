@@ -66,9 +66,9 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
 
 def _fingerprint(module: nn.Module) -> str:
     versions = f"{addresses(module)} {list(map(version, _tensors(module)))}"
-    kept = _fingerprints.get(module)
-    if kept is not None and kept[0] == versions:
-        return kept[1]
+    known = _fingerprints.get(module)
+    if known is not None and known[0] == versions:
+        return known[1]
     config, settings = getattr(module, "config", None), getattr(module, "settings", "")
     described = "" if config is None else config.to_json_string()
     digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode(), digest_size=16)
@@ -77,6 +77,10 @@ def _fingerprint(module: nn.Module) -> str:
         digest.update(_bytes(tensor))
     for path, layer in block_layers(module).items():
         digest.update(f"{path} {layer} {getattr(layer, 'ints', 0)}".encode())
+        kept = layer.unpacked  # which is not in the state, as packed blocks are
+        parts = () if kept is None else (kept.codes, kept.scales, kept.offsets)
+        for tensor in parts:
+            digest.update(b"" if tensor is None else _bytes(tensor))
     _fingerprints[module] = versions, digest.hexdigest()
     return digest.hexdigest()
 

@@ -52,6 +52,13 @@ class BlockLinear(nn.Module):
         else:
             self._buffers.pop("packed", None)
 
+    def round_activations(self) -> None:
+        """From now on round the inputs to 8 bits."""
+        self.int8_activations = True
+        if self.unpacked is None:
+            self.form = self.form.with_int8(True)
+            self.ints = self.form.ints()
+
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         """What moves parameters to a device moves blocks with them; their dtype stays."""
         before = self.device

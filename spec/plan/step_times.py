@@ -1,16 +1,14 @@
-"""Step times on this device: seconds of verifying n nodes and of drafting d levels, measured.
+"""Step times on this device, measured.
 
 As all shapes are static, steps in which every row is done cost as much as real ones. So idle engines are timed, at the
-length of half their slots; they take turns, and medians are taken. Knows nothing of acceptance.
+length of half their slots. `alone` is for one engine, `in_turns` compares several. Knows nothing of acceptance.
 """
 
-import functools
-import itertools
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -28,18 +26,10 @@ from ..step import Engine, unpack_report
 from ..target.slots import SlotModel
 from ..trace import Trace
 from ..tree import DynamicShape, TokenTree, TreeShape
-from .trees import interpolate
 
+LEAST = 3  # steps that are timed, however long they take
 IDLE_CAPACITY = 512  # slots of an engine that is timed; half of them hold text
 Key = TypeVar("Key")
-
-
-@dataclass(frozen=True)
-class Curves:
-    """`target[n]`: seconds of a step with n nodes, without drafting. `drafts[i][d]`: of drafter i drafting d levels."""
-
-    target: dict[int, float]
-    drafts: tuple[dict[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +71,22 @@ def in_turns(
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
+def alone(model: PreTrainedModel, runner: Executor, repeats: int = 9, warm_up: int = 2, limit: float = 1.5) -> float:
+    """Median seconds of a step of `runner`, in a block of `warm_up` steps that do not count and up to `repeats`; of
+    those, none but the first three begins after `limit` seconds."""
+    seconds: list[float] = []
+    with torch.no_grad():
+        for _ in range(warm_up):
+            runner.run(lambda phase: None)
+        while len(seconds) < repeats and (len(seconds) < LEAST or sum(seconds) < limit):
+            wait_for(model)
+            started = time.perf_counter()
+            runner.run(lambda phase: None)
+            wait_for(model)
+            seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
 def open_idle(
     model: PreTrainedModel,
     executor: str,
@@ -108,39 +114,13 @@ def _forward_alone(engine: Engine) -> Step:
     return lambda engine, mark: engine.target.forward(proposal, base).logits
 
 
-def measure(
-    model: PreTrainedModel,
-    drafters: Sequence[Drafter],
-    executor: str,
-    sizes: Sequence[int] = (1, 4, 8, 16, 32),
-    depths: Sequence[int] = (1, 4, 8),
-    repeats: int = 15,
-    sampling: DraftSampling | None = None,
-) -> Curves:
-    """The curves of a target and some drafters with one executor; every point takes a step to compile or capture."""
-    opened = functools.partial(open_idle, model, executor, sampling=sampling)
-    runs: dict[int | tuple[int, int], Executor] = {}
-    for size in sizes:
-        runs[size] = opened(Blank() if size > 1 else NoDrafter(), TreeShape.chain(size - 1))
-    drafts = [(index, depth) for index in range(len(drafters)) for depth in depths]
-    for index, depth in drafts:
-        runs[index, depth] = opened(drafters[index], TreeShape.chain(depth))
-    seconds = in_turns(model, runs, repeats)
-    target = {size: seconds[size] for size in sizes}
-    for smaller, larger in itertools.pairwise(sizes):  # a larger step never costs less, except by noise
-        target[larger] = max(target[larger], target[smaller])
-    beyond = {key: max(seconds[key] - interpolate(target, key[1] + 1), 0.0) for key in drafts}
-    draft_curves = ({0: 0.0, **{depth: beyond[index, depth] for depth in depths}} for index in range(len(drafters)))
-    return Curves(target, tuple(draft_curves))
-
-
 def step_and_forward_cost(
-    model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape, repeats: int = 40
+    model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape
 ) -> tuple[float, float]:
-    """Median seconds of a whole step, drafting included, and of its target forward alone; the two take turns."""
-    runs = {only: open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)}
-    seconds = in_turns(model, runs, repeats)
-    return seconds[False], seconds[True]
+    """Seconds of a whole step, drafting included, and of its target forward alone."""
+    runs = [open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)]
+    step, forward = (min(seconds) for seconds in zip(*([alone(model, run) for run in runs] for _ in range(2))))
+    return step, forward
 
 
 def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:

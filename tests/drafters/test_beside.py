@@ -10,7 +10,7 @@ from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
-from paceline.spec.cli.planning import calibrate
+from paceline.spec.plan.calibration import calibrate
 from paceline.spec.plan.replay import Replay, aligned, plan_side_by_side, walk_together
 from paceline.spec.plan.trees import grow
 from paceline.spec.proposal import NO_TOKEN, DraftRequest, DraftSampling

@@ -207,7 +207,7 @@ def test_what_heads_cannot_do_is_refused_in_a_sentence(target, heads, ragged):
 
 def test_heads_can_be_calibrated_and_planned_for(target, heads):
     """With the planner's deep wide tree, whose nodes below the last head stay empty and count for nothing."""
-    from paceline.spec.cli.planning import calibrate
+    from paceline.spec.plan.calibration import calibrate
     from paceline.spec.plan.store import plan_path
     from paceline.spec.plan.trees import Acceptance
 

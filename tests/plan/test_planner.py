@@ -201,6 +201,7 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert cli.main([*command, "-o", str(tmp_path / "plan.json")]) == 0
     printed = capsys.readouterr().out
     assert "step ms" in printed and "p: depth" in printed and "tokens per step expected" in printed
+    assert "ms predicted" in printed and "ms measured" in printed
     assert Plan.load(tmp_path / "plan.json").plain_seconds > 0
     texts = []
     for tree in ("auto", str(tmp_path / "plan.json"), "chain:2"):
@@ -209,7 +210,19 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert texts[0] == texts[1] == texts[2]
     assert cli.main(["profile", *pair]) == 0
     printed = capsys.readouterr().out
-    assert "an eager step of 16 nodes" in printed and "writing the trace of a row takes" in printed
+    assert (
+        "an eager step of 5 nodes" in printed
+        and "ms by these tables" in printed
+        and "writing the trace of a row takes" in printed
+    )
+    coarse = ["--draft-weights", "q4"]
+    assert cli.main([*decode, "auto", *coarse]) == 2, "a plan belongs to the weights"
+    capsys.readouterr()
+    assert cli.main([*command, *coarse]) == 0
+    printed = capsys.readouterr().out
+    assert "p of its first guess" in printed and "draft in q4" in printed and "with weights in 16 bits" in printed
+    assert cli.main([*decode, "auto", *coarse]) == 0
+    assert capsys.readouterr().out.split('"tokens"')[0] == texts[0]
     for rule in ("match", "residual"):  # p and the cost of a step belong to a rule and a temperature
         assert cli.main([*command, "--temperature", "0.8", "--verify", rule]) == 0
         assert cli.main([*decode, "auto", "--temperature", "0.8", "--verify", rule]) == 0
@@ -219,6 +232,8 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert cli.main([*measure, "--methods", f"{draft}:tree=4x2x1", "--max-new-tokens", "20"]) == 0
     assert cli.main(["plan", *pair, "--from", run]) == 0
     assert "tokens per step expected" in capsys.readouterr().out
+    assert cli.main(["plan", *pair, "--from", run, *coarse]) == 2
+    assert "by --calibrate" in capsys.readouterr().err
     assert cli.main(["plan", *pair, "--from", run, "--temperature", "0.3"]) == 2
     assert "holds no measurement" in capsys.readouterr().err
     assert cli.main(["plan", "--model", draft, "--drafter", draft, "--from", run]) == 2
