@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.block_linear import BlockLinear
+from ..kernels.blocks import Blocks
 from ..kernels.rotation import Rotation, random_rotation
 from ..target.taps import layer_stacks
+from .descent import descend
 from .gptq import Hessian, gptq
 from .grid import nearest
 
@@ -61,10 +63,10 @@ def quantise_model(
     calibrated = recipe.method == "gptq"
     hidden, calls = _recorded(model, layers, texts) if calibrated else ([], [])
     for number, layer in enumerate(layers):
-        factors = _factors(layer, recipe, hidden, calls[number]) if calibrated else {}
+        hessians = _hessians(layer, recipe, hidden, calls[number]) if calibrated else {}
         for name, linear in _suitable(layer, recipe).items():
             rotation = rotation_of(linear.in_features, recipe) if calibrated else None
-            made = _quantised(linear, recipe.bits, recipe.group, factors.get(name), rotation)
+            made = _quantised(linear, recipe.bits, recipe.group, hessians.get(name), rotation)
             layer.set_submodule(name, made)
         hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
         progress(number + 1, len(layers))
@@ -122,8 +124,8 @@ def _recorded(
     return first, calls
 
 
-def _factors(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Tensor]:
-    """The factors of the Hessians of the rotated inputs, for each linear of a decoder layer; linears with the same
+def _hessians(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Hessian]:
+    """The Hessians of the rotated inputs, for each linear of a decoder layer; linears with the same
     input (queries, keys and values) share one."""
     linears = _suitable(layer, recipe)
     inputs: dict[str, Tensor] = {}
@@ -146,9 +148,8 @@ def _factors(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list
     finally:
         for hook in hooks:
             hook.remove()
-    factors = {name: hessian.factor() for name, hessian in hessians.items()}
-    never = {name: Hessian(linear.in_features).factor() for name, linear in linears.items() if name not in first_of}
-    return never | {name: factors[first] for name, first in first_of.items()}
+    never = {name: Hessian(linear.in_features) for name, linear in linears.items() if name not in first_of}
+    return never | {name: hessians[first] for name, first in first_of.items()}
 
 
 def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
@@ -157,30 +158,36 @@ def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
 
 
 def _quantised(
-    linear: nn.Linear, bits: int, group: int, factor: Tensor | None, rotation: Rotation | None
+    linear: nn.Linear, bits: int, group: int, hessian: Hessian | None, rotation: Rotation | None
 ) -> BlockLinear:
-    """A linear layer in blocks: by GPTQ where there is a factor, of rotated weights where there is a rotation."""
+    """A linear layer in blocks: calibrated where there is a Hessian, of rotated weights where there is a rotation."""
     weight = linear.weight.detach().float()
     if rotation is not None:
         rotation = rotation.to(weight.device)
         weight = rotation(weight)
-    blocks = nearest(weight, bits, group) if factor is None else gptq(weight, factor.to(weight.device), bits, group)
+    blocks = nearest(weight, bits, group) if hessian is None else _calibrated(weight, hessian, bits, group)
     return BlockLinear(blocks, None if linear.bias is None else linear.bias.detach(), rotation=rotation)
 
 
+def _calibrated(weight: Tensor, hessian: Hessian, bits: int, group: int) -> Blocks:
+    """A weight (N, K) in blocks by GPTQ and, of 4 bits, coordinate descent; with 8 there is next to nothing to gain."""
+    blocks = gptq(weight, hessian.factor().to(weight.device), bits, group)
+    return blocks if bits == 8 else descend(weight, blocks, hessian.damped().float().to(weight.device))
+
+
 def _quantise_head(model: "PreTrainedModel", recipe: Recipe, texts: list[list[int]]) -> None:
-    """Of 8 bits the LM head is rounded to the nearest codes, which costs nothing that can be measured; of 4 bits by
-    GPTQ. It is not rotated, so that drafters may use its rows. Embeddings that it is tied to stay as they are."""
+    """Of 8 bits the LM head is rounded to the nearest codes, at no cost that can be measured; of 4 bits it is
+    calibrated. It is not rotated, so that drafters may use its rows. Embeddings that it is tied to stay as they are."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.in_features % recipe.group or recipe.head_bits == 16:
         return
-    factor = _head_factor(model, head, texts) if recipe.method == "gptq" and recipe.head_bits < 8 else None
-    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe.group, factor, None))
+    hessian = _head_hessian(model, head, texts) if recipe.method == "gptq" and recipe.head_bits < 8 else None
+    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe.group, hessian, None))
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
 
 
-def _head_factor(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int]]) -> Tensor:
+def _head_hessian(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int]]) -> Hessian:
     hessian = Hessian(head.in_features)
     hook = head.register_forward_pre_hook(lambda linear, args: hessian.add(args[0]))
     try:
@@ -188,4 +195,4 @@ def _head_factor(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int
             model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
     finally:
         hook.remove()
-    return hessian.factor()
+    return hessian

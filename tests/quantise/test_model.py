@@ -7,6 +7,7 @@ import torch
 from paceline import generate
 from paceline.spec.kernels.block_linear import BlockLinear
 from paceline.spec.kernels.rotation import random_rotation
+from paceline.spec.quantise.descent import descend
 from paceline.spec.quantise.gptq import Hessian, gptq
 from paceline.spec.quantise.model import Recipe, quantise_model
 from torch import nn
@@ -38,7 +39,8 @@ def test_a_layer_is_calibrated_on_what_the_quantised_layers_before_it_make(origi
     linear.register_forward_pre_hook(lambda layer, args: hessian.add(rotation(args[0])))
     for text in some_texts():
         half(input_ids=torch.tensor([text]))
-    truth = gptq(rotation(linear.weight.detach()), hessian.factor(), 4, 32)
+    weight = rotation(linear.weight.detach())
+    truth = descend(weight, gptq(weight, hessian.factor(), 4, 32), hessian.damped().float())
     made = quantised.model.layers[1].mlp.down_proj
     assert (made.blocks.codes == truth.codes).float().mean() > 0.999
     assert torch.equal(made.rotation.signs, rotation.signs)
