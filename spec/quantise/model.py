@@ -63,11 +63,13 @@ def quantise_model(
     calibrated = recipe.method == "gptq"
     hidden, calls = _recorded(model, layers, texts) if calibrated else ([], [])
     for number, layer in enumerate(layers):
-        hessians = _hessians(layer, recipe, hidden, calls[number]) if calibrated else {}
-        for name, linear in _suitable(layer, recipe).items():
-            rotation = rotation_of(linear.in_features, recipe) if calibrated else None
-            made = _quantised(linear, recipe.bits, recipe.group, hessians.get(name), rotation)
-            layer.set_submodule(name, made)
+        linears = _suitable(layer, recipe)
+        alike = _hessians(layer, recipe, hidden, calls[number]) if calibrated else [([name], None) for name in linears]
+        for names, hessian in alike:
+            rotation = rotation_of(linears[names[0]].in_features, recipe) if calibrated else None
+            made = _quantised([linears[name] for name in names], recipe.bits, recipe.group, hessian, rotation)
+            for name, linear in zip(names, made):
+                layer.set_submodule(name, linear)
         hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
         progress(number + 1, len(layers))
     _quantise_head(model, recipe, texts)
@@ -124,9 +126,11 @@ def _recorded(
     return first, calls
 
 
-def _hessians(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Hessian]:
-    """The Hessians of the rotated inputs, for each linear of a decoder layer; linears with the same
-    input (queries, keys and values) share one."""
+def _hessians(
+    layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]
+) -> list[tuple[list[str], Hessian]]:
+    """The names of a decoder layer's linears with the Hessian of their rotated inputs; those with the same input, as
+    queries, keys and values have, come together."""
     linears = _suitable(layer, recipe)
     inputs: dict[str, Tensor] = {}
     first_of: dict[str, str] = {}  # the first linear with the same input
@@ -148,8 +152,8 @@ def _hessians(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: lis
     finally:
         for hook in hooks:
             hook.remove()
-    never = {name: Hessian(linear.in_features) for name, linear in linears.items() if name not in first_of}
-    return never | {name: hessians[first] for name, first in first_of.items()}
+    never = [([name], Hessian(linear.in_features)) for name, linear in linears.items() if name not in first_of]
+    return never + [([name for name in first_of if first_of[name] == first], hessians[first]) for first in hessians]
 
 
 def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
@@ -158,15 +162,18 @@ def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
 
 
 def _quantised(
-    linear: nn.Linear, bits: int, group: int, hessian: Hessian | None, rotation: Rotation | None
-) -> BlockLinear:
-    """A linear layer in blocks: calibrated where there is a Hessian, of rotated weights where there is a rotation."""
-    weight = linear.weight.detach().float()
+    linears: list[nn.Linear], bits: int, group: int, hessian: Hessian | None, rotation: Rotation | None
+) -> list[BlockLinear]:
+    """Linear layers with the same inputs in blocks: calibrated where there is a Hessian, of rotated weights where there
+    is a rotation."""
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])
     if rotation is not None:
         rotation = rotation.to(weight.device)
         weight = rotation(weight)
     blocks = nearest(weight, bits, group) if hessian is None else _calibrated(weight, hessian, bits, group)
-    return BlockLinear(blocks, None if linear.bias is None else linear.bias.detach(), rotation=rotation)
+    parts = blocks.split([linear.out_features for linear in linears])
+    biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
+    return [BlockLinear(part, bias, rotation=rotation) for part, bias in zip(parts, biases)]
 
 
 def _calibrated(weight: Tensor, hessian: Hessian, bits: int, group: int) -> Blocks:
@@ -182,7 +189,8 @@ def _quantise_head(model: "PreTrainedModel", recipe: Recipe, texts: list[list[in
     if type(head) is not nn.Linear or head.in_features % recipe.group or recipe.head_bits == 16:
         return
     hessian = _head_hessian(model, head, texts) if recipe.method == "gptq" and recipe.head_bits < 8 else None
-    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe.group, hessian, None))
+    [made] = _quantised([head], recipe.head_bits, recipe.group, hessian, None)
+    model.set_output_embeddings(made)
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
 
