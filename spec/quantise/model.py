@@ -106,23 +106,36 @@ def _recorded(
     """What the first layer gets for each text, (1, T, H), and how each layer is called: [layer][text]."""
     first: list[Tensor] = []
     calls: list[list[_Call]] = [[] for _ in layers]
+    rests: list[tuple | None] = [None] * len(layers)  # of a layer's outputs, where it makes several
 
-    def record(number: int) -> Callable:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    def stand_in(number: int, plain: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            """The layer itself for the first text; then it only passes its input on."""
+            hidden = args[0] if args else kwargs["hidden_states"]
             if number == 0:
-                first.append(args[0] if args else kwargs["hidden_states"])
+                first.append(hidden)
+            named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls[number].append(_Call(args[1:], named))
+            if len(calls[number]) > 1:
+                rest = rests[number]
+                return hidden if rest is None else (hidden, *rest)
+            made = plain(*args, **kwargs)
+            rests[number] = made[1:] if isinstance(made, tuple) else None
+            return made
 
-        return hook
+        return forward
 
-    hooks = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    own = [vars(layer).get("forward") for layer in layers]  # of a layer that was patched already
     try:
+        for number, layer in enumerate(layers):
+            layer.forward = stand_in(number, layer.forward)
         for text in texts:
             model.base_model(input_ids=torch.tensor([text], device=model.device), use_cache=False)  # without the head
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer, forward in zip(layers, own):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return first, calls
 
 
