@@ -170,8 +170,8 @@ def quantise(parser: Parser) -> None:
     parser.add_argument("--head-bits", type=int, choices=[4, 8, 16], default=8, metavar="N", help=heads)
     texts = "JSONL with prompt or turns, which the model answers, or with messages or text, taken as they are"
     parser.add_argument("--calibrate", metavar="FILE", help=texts)
-    several = "to calibrate on, and half as many to measure on (default 24)"
-    parser.add_argument("--texts", type=_positive, default=24, metavar="N", help=several)
+    several = "to calibrate on, and half as many to measure on (default 48)"
+    parser.add_argument("--texts", type=_positive, default=48, metavar="N", help=several)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
     _device_options(parser)
     parser.set_defaults(dtype="float32")

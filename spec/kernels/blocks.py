@@ -48,3 +48,10 @@ class Blocks:
     def to(self, device: torch.device) -> "Blocks":
         offsets = None if self.offsets is None else self.offsets.to(device)
         return Blocks(self.codes.to(device), self.scales.to(device), offsets, self.zero, self.bits)
+
+    def split(self, outputs: list[int]) -> list["Blocks"]:
+        """Weights of so many outputs each, in order."""
+        scales = self.scales.split(outputs)
+        offsets = [None] * len(outputs) if self.offsets is None else self.offsets.split(outputs)
+        parts = zip(self.codes.split(outputs), scales, offsets)
+        return [Blocks(codes, scale, offset, self.zero, self.bits) for codes, scale, offset in parts]

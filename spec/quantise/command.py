@@ -29,7 +29,7 @@ def quantise(args: Namespace) -> None:
     if args.calibrate is None:
         raise ValueError(
             "the weights are rounded for texts that the model is to write: give --calibrate FILE, a JSONL file of some "
-            f"two dozen prompts, each a line such as {EXAMPLE}, or of conversations or texts"
+            f"six dozen prompts, each a line such as {EXAMPLE}, or of conversations or texts"
         )
     if is_quantised(args.model):
         raise ValueError(f"{args.model} is quantised already; give the model that it was made of")

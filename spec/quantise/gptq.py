@@ -24,13 +24,17 @@ class Hessian:
         rows = x.detach().flatten(0, -2).float()  # (T, K)
         self.total = self.total.to(rows.device).addmm_(rows.T, rows)
 
-    def factor(self) -> Tensor:
-        """What `gptq` needs of it: the upper Cholesky factor (K, K) of the inverse of the damped Hessian, in float32;
-        computed in float64."""
+    def damped(self) -> Tensor:
+        """The Hessian (K, K) with the damping on its diagonal, in float64."""
         damped = self.total.double()
         level = float(damped.diagonal().mean())
         damped.diagonal().add_(DAMPING * level if level > 0 else 1.0)  # no inputs at all: plain rounding
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return damped
+
+    def factor(self) -> Tensor:
+        """What `gptq` needs of it: the upper Cholesky factor (K, K) of the inverse of the damped Hessian, in float32;
+        computed in float64."""
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(self.damped()))
         return torch.linalg.cholesky(inverse, upper=True).float()
 
 

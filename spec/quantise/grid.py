@@ -12,7 +12,7 @@ from torch import Tensor
 from ..kernels.blocks import Blocks
 
 # Shares of the range without clipping that are tried; after a rotation the largest weights are rare and worth clipping.
-_SHARES = tuple(1 - step / 40 for step in range(17))
+_SHARES = tuple(1 - step / 20 for step in range(9))
 
 CHUNK = 1 << 18  # weights that are rounded at a time
 

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.block_linear import BlockLinear
+from ..kernels.blocks import Blocks
 from ..kernels.rotation import Rotation, random_rotation
 from ..target.taps import layer_stacks
+from .descent import descend
 from .gptq import Hessian, gptq
 from .grid import nearest
 
@@ -61,11 +63,13 @@ def quantise_model(
     calibrated = recipe.method == "gptq"
     hidden, calls = _recorded(model, layers, texts) if calibrated else ([], [])
     for number, layer in enumerate(layers):
-        factors = _factors(layer, recipe, hidden, calls[number]) if calibrated else {}
-        for name, linear in _suitable(layer, recipe).items():
-            rotation = rotation_of(linear.in_features, recipe) if calibrated else None
-            made = _quantised(linear, recipe.bits, recipe.group, factors.get(name), rotation)
-            layer.set_submodule(name, made)
+        linears = _suitable(layer, recipe)
+        alike = _hessians(layer, recipe, hidden, calls[number]) if calibrated else [([name], None) for name in linears]
+        for names, hessian in alike:
+            rotation = rotation_of(linears[names[0]].in_features, recipe) if calibrated else None
+            made = _quantised([linears[name] for name in names], recipe.bits, recipe.group, hessian, rotation)
+            for name, linear in zip(names, made):
+                layer.set_submodule(name, linear)
         hidden = [call(layer, states) for call, states in zip(calls[number], hidden)] if calibrated else []
         progress(number + 1, len(layers))
     _quantise_head(model, recipe, texts)
@@ -102,29 +106,44 @@ def _recorded(
     """What the first layer gets for each text, (1, T, H), and how each layer is called: [layer][text]."""
     first: list[Tensor] = []
     calls: list[list[_Call]] = [[] for _ in layers]
+    rests: list[tuple | None] = [None] * len(layers)  # of a layer's outputs, where it makes several
 
-    def record(number: int) -> Callable:
-        def hook(layer: nn.Module, args: tuple, kwargs: dict) -> None:
-            named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    def stand_in(number: int, plain: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            """The layer itself for the first text; then it only passes its input on."""
+            hidden = args[0] if args else kwargs["hidden_states"]
             if number == 0:
-                first.append(args[0] if args else kwargs["hidden_states"])
+                first.append(hidden)
+            named = {name: value for name, value in kwargs.items() if name != "hidden_states"}
             calls[number].append(_Call(args[1:], named))
+            if len(calls[number]) > 1:
+                rest = rests[number]
+                return hidden if rest is None else (hidden, *rest)
+            made = plain(*args, **kwargs)
+            rests[number] = made[1:] if isinstance(made, tuple) else None
+            return made
 
-        return hook
+        return forward
 
-    hooks = [layer.register_forward_pre_hook(record(i), with_kwargs=True) for i, layer in enumerate(layers)]
+    own = [vars(layer).get("forward") for layer in layers]  # of a layer that was patched already
     try:
+        for number, layer in enumerate(layers):
+            layer.forward = stand_in(number, layer.forward)
         for text in texts:
             model.base_model(input_ids=torch.tensor([text], device=model.device), use_cache=False)  # without the head
     finally:
-        for hook in hooks:
-            hook.remove()
+        for layer, forward in zip(layers, own):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
     return first, calls
 
 
-def _factors(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]) -> dict[str, Tensor]:
-    """The factors of the Hessians of the rotated inputs, for each linear of a decoder layer; linears with the same
-    input (queries, keys and values) share one."""
+def _hessians(
+    layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list[_Call]
+) -> list[tuple[list[str], Hessian]]:
+    """The names of a decoder layer's linears with the Hessian of their rotated inputs; those with the same input, as
+    queries, keys and values have, come together."""
     linears = _suitable(layer, recipe)
     inputs: dict[str, Tensor] = {}
     first_of: dict[str, str] = {}  # the first linear with the same input
@@ -146,9 +165,8 @@ def _factors(layer: nn.Module, recipe: Recipe, hidden: list[Tensor], calls: list
     finally:
         for hook in hooks:
             hook.remove()
-    factors = {name: hessian.factor() for name, hessian in hessians.items()}
-    never = {name: Hessian(linear.in_features).factor() for name, linear in linears.items() if name not in first_of}
-    return never | {name: factors[first] for name, first in first_of.items()}
+    never = [([name], Hessian(linear.in_features)) for name, linear in linears.items() if name not in first_of]
+    return never + [([name for name in first_of if first_of[name] == first], hessians[first]) for first in hessians]
 
 
 def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
@@ -157,30 +175,40 @@ def rotation_of(inputs: int, recipe: Recipe) -> Rotation:
 
 
 def _quantised(
-    linear: nn.Linear, bits: int, group: int, factor: Tensor | None, rotation: Rotation | None
-) -> BlockLinear:
-    """A linear layer in blocks: by GPTQ where there is a factor, of rotated weights where there is a rotation."""
-    weight = linear.weight.detach().float()
+    linears: list[nn.Linear], bits: int, group: int, hessian: Hessian | None, rotation: Rotation | None
+) -> list[BlockLinear]:
+    """Linear layers with the same inputs in blocks: calibrated where there is a Hessian, of rotated weights where there
+    is a rotation."""
+    weight = torch.cat([linear.weight.detach().float() for linear in linears])
     if rotation is not None:
         rotation = rotation.to(weight.device)
         weight = rotation(weight)
-    blocks = nearest(weight, bits, group) if factor is None else gptq(weight, factor.to(weight.device), bits, group)
-    return BlockLinear(blocks, None if linear.bias is None else linear.bias.detach(), rotation=rotation)
+    blocks = nearest(weight, bits, group) if hessian is None else _calibrated(weight, hessian, bits, group)
+    parts = blocks.split([linear.out_features for linear in linears])
+    biases = [None if linear.bias is None else linear.bias.detach() for linear in linears]
+    return [BlockLinear(part, bias, rotation=rotation) for part, bias in zip(parts, biases)]
+
+
+def _calibrated(weight: Tensor, hessian: Hessian, bits: int, group: int) -> Blocks:
+    """A weight (N, K) in blocks by GPTQ and, of 4 bits, coordinate descent; with 8 there is next to nothing to gain."""
+    blocks = gptq(weight, hessian.factor().to(weight.device), bits, group)
+    return blocks if bits == 8 else descend(weight, blocks, hessian.damped().float().to(weight.device))
 
 
 def _quantise_head(model: "PreTrainedModel", recipe: Recipe, texts: list[list[int]]) -> None:
-    """Of 8 bits the LM head is rounded to the nearest codes, which costs nothing that can be measured; of 4 bits by
-    GPTQ. It is not rotated, so that drafters may use its rows. Embeddings that it is tied to stay as they are."""
+    """Of 8 bits the LM head is rounded to the nearest codes, at no cost that can be measured; of 4 bits it is
+    calibrated. It is not rotated, so that drafters may use its rows. Embeddings that it is tied to stay as they are."""
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear or head.in_features % recipe.group or recipe.head_bits == 16:
         return
-    factor = _head_factor(model, head, texts) if recipe.method == "gptq" and recipe.head_bits < 8 else None
-    model.set_output_embeddings(_quantised(head, recipe.head_bits, recipe.group, factor, None))
+    hessian = _head_hessian(model, head, texts) if recipe.method == "gptq" and recipe.head_bits < 8 else None
+    [made] = _quantised([head], recipe.head_bits, recipe.group, hessian, None)
+    model.set_output_embeddings(made)
     model.config.get_text_config().tie_word_embeddings = False
     model.config.tie_word_embeddings = False
 
 
-def _head_factor(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int]]) -> Tensor:
+def _head_hessian(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int]]) -> Hessian:
     hessian = Hessian(head.in_features)
     hook = head.register_forward_pre_hook(lambda linear, args: hessian.add(args[0]))
     try:
@@ -188,4 +216,4 @@ def _head_factor(model: "PreTrainedModel", head: nn.Linear, texts: list[list[int
             model(input_ids=torch.tensor([text], device=model.device), use_cache=False)
     finally:
         hook.remove()
-    return hessian.factor()
+    return hessian

@@ -7,6 +7,7 @@ import torch
 from paceline import generate
 from paceline.spec.kernels.block_linear import BlockLinear
 from paceline.spec.kernels.rotation import random_rotation
+from paceline.spec.quantise.descent import descend
 from paceline.spec.quantise.gptq import Hessian, gptq
 from paceline.spec.quantise.model import Recipe, quantise_model
 from torch import nn
@@ -38,10 +39,34 @@ def test_a_layer_is_calibrated_on_what_the_quantised_layers_before_it_make(origi
     linear.register_forward_pre_hook(lambda layer, args: hessian.add(rotation(args[0])))
     for text in some_texts():
         half(input_ids=torch.tensor([text]))
-    truth = gptq(rotation(linear.weight.detach()), hessian.factor(), 4, 32)
+    weight = rotation(linear.weight.detach())
+    truth = descend(weight, gptq(weight, hessian.factor(), 4, 32), hessian.damped().float())
     made = quantised.model.layers[1].mlp.down_proj
     assert (made.blocks.codes == truth.codes).float().mean() > 0.999
     assert torch.equal(made.rotation.signs, rotation.signs)
+
+
+@torch.no_grad()
+def test_layers_that_share_an_input_are_quantised_as_if_each_were_alone(original, quantised):
+    rotation, hessian = random_rotation(64, 64), Hessian(64)
+    mine, theirs = quantised.model.layers[0].self_attn, original.model.layers[0].self_attn
+    hook = theirs.q_proj.register_forward_pre_hook(lambda layer, args: hessian.add(rotation(args[0])))
+    for text in some_texts():
+        original(input_ids=torch.tensor([text]))
+    hook.remove()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        weight = rotation(getattr(theirs, name).weight.detach())
+        truth = descend(weight, gptq(weight, hessian.factor(), 4, 32), hessian.damped().float())
+        made = getattr(mine, name)
+        assert (made.blocks.codes == truth.codes).float().mean() > 0.999, name
+        assert torch.equal(made.bias, getattr(theirs, name).bias)
+
+
+def test_the_layers_work_as_before_once_their_calls_are_recorded(original):
+    model = copy.deepcopy(original)
+    quantise_model(model, Recipe(8, 32, head_bits=16), some_texts(count=2))
+    assert not any("forward" in vars(module) for module in model.modules())
+    assert len(model(input_ids=torch.tensor([[3, 4, 5]]), output_hidden_states=True).hidden_states) == 3
 
 
 def test_nearest_needs_no_texts_and_is_further_away(original, quantised):
