@@ -146,6 +146,7 @@ def train(parser: Parser) -> None:
 
 def evaluate(parser: Parser) -> None:
     parser.add_argument("drafter", metavar="DRAFTER", help="its folder; or ngram, a name or a model, with -o")
+    parser.set_defaults(draft_weights="16")  # what is judged are the weights as they were trained
     parser.add_argument("--prompts", required=True, metavar="FILE", help="to decode: JSONL with turns or prompt")
     parser.add_argument("--data", metavar="FOLDER", help="judge on the held-out rows of this prepared data")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="per prompt (default 128)")
