@@ -80,6 +80,12 @@ class SlotModel:
     def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
         self.cache.copy_rows(other.cache, rows)
 
+    def save_row(self, row: int, count: int) -> list:
+        return self.cache.save_row(row, count)
+
+    def load_row(self, row: int, saved: list, count: int) -> None:
+        self.cache.load_row(row, saved, count)
+
     def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
