@@ -9,6 +9,7 @@ import torch
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
+from paceline.spec.kernels import native
 from paceline.spec.target.slots import SlotModel
 
 from support.models import fitted_heads, noisy_copy, tiny_llama
@@ -50,6 +51,8 @@ class Streamed:
         self.slots = SlotModel(*arguments)
 
     def __getattr__(self, name):
+        if name == "save_row":
+            raise AttributeError(name)
         return getattr(self.slots, name)
 
 
@@ -120,6 +123,8 @@ def test_shortest_prompts(model, count):
 
 @pytest.mark.parametrize("change", ["weights", "weights through data", "a module"])
 def test_nothing_is_reused_once_the_model_has_changed(change):
+    if change == "weights through data" and not native.prepare():
+        pytest.skip("there are no packed copies to compare with")
     model, cache, text = tiny_llama(seed=3), paceline.PromptCache(), some_tokens(15, 1)
     continued(model, [text], reuse=cache)
     weight = model.model.layers[0].mlp.up_proj.weight
