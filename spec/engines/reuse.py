@@ -9,7 +9,7 @@ Knows nothing of how rows are laid out.
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -106,21 +106,21 @@ class KeptTexts:
             texts = cache.texts_of(model)
             texts[:] = [text for text in texts if text.target == self.target]
 
-    def find(self, tokens: Sequence[int]) -> Held | None:
+    def find(self, tokens: list[int]) -> Held | None:
         """What is kept of the longest beginning of `tokens`. Two tokens or more are left: one to read, from which heads
         take the last hidden state, and the root of the first tree."""
         with self.cache.lock:
             usable = [text for text in self.cache.texts_of(self.model) if self._fits(text, tokens)]
             best = max(usable, key=lambda text: _common(text.tokens, tokens), default=None)
-            shared = 0 if best is None else min(_common(best.tokens, tokens), len(tokens) - 2)
-            self.cache.tokens_reused += max(shared, 0)
-            self.cache.tokens_read += len(tokens) - 1 - max(shared, 0)
-            if best is None or shared < 1:
+            shared = 0 if best is None else max(0, min(_common(best.tokens, tokens), len(tokens) - 2))
+            self.cache.tokens_reused += shared
+            self.cache.tokens_read += len(tokens) - 1 - shared
+            if best is None or not shared:
                 return None
             best.used = self.cache.tick()
             return Held(shared, best.held.target, None if self.session is None else best.held.session)
 
-    def _fits(self, text: KeptText, tokens: Sequence[int]) -> bool:
+    def _fits(self, text: KeptText, tokens: list[int]) -> bool:
         same = text.target == self.target and self.session in (None, text.session)
         return same and _long(self.model, len(text.tokens)) == _long(self.model, len(tokens))
 
@@ -154,9 +154,13 @@ def _state(modules: Sequence[torch.nn.Module]) -> int:
     return hash(tuple((structure(module), numbers(module)) for module in modules))
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
+def _common(one: list[int], other: list[int]) -> int:
     """How many tokens two texts begin with in common."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other)))
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
+    return low
 
 
 def _long(model: "PreTrainedModel", length: int) -> bool:

@@ -1,13 +1,15 @@
-// Attention of a few query tokens over a long slot cache, on a CPU.
+// Attention of query tokens, those of a tree or a prompt, over a slot cache, on a CPU.
 //
 // Decoding attends with 1 to some dozens of queries to hundreds of slots, for which general kernels spend more on
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
-// group, and a row is read as far as one of its queries sees. Numbers are bfloat16 or float32, sums float32.
+// group, and a row is read as far as one of its queries sees. A prompt is taken some queries at a time. Numbers are
+// bfloat16 or float32, sums float32.
 //
 // What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots (of finite
 // numbers) between those that it sees: so a tree of drafts that is small enough to come here is verified with the very
 // numbers of plain decoding. Needs GCC 12 or Clang. Called by operators.cpp; knows nothing of torch.
 
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <vector>
@@ -18,6 +20,8 @@ namespace {
 
 constexpr int64_t CHUNK = 128;  // slots whose keys are laid out at a time
 constexpr int64_t AHEAD = 16;   // slots whose values are fetched ahead of their use
+constexpr int64_t MANY = 96;    // queries of a group of heads from which on a thread takes some queries from key to sum
+constexpr int64_t NEAR = 200000;  // scores of such queries that stay in the L2 cache
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
@@ -152,20 +156,85 @@ void sum_values(const Number* value, int64_t step, int64_t reach, const float* w
     });
 }
 
+// How many slots any of the queries from `first` to before `last` of row `b` sees.
+int64_t reach_of(const uint8_t* mask, const Sizes& s, int64_t b, int64_t first, int64_t last) {
+    int64_t reach = 0;
+    for (int64_t i = last - 1; i >= first; i--) {
+        const uint8_t* seen = mask + b * s.mask[0] + i * s.mask[1];
+        for (int64_t t = s.slots; t > reach; t--)
+            if (seen[t - 1]) reach = t;
+    }
+    return reach;
+}
+
+template <typename Number>
+void put_scaled(const Number* from, float scale, int64_t width, float* to) {
+    for (int64_t d = 0; d < width; d++) to[d] = number(from[d]) * scale;
+}
+
+// A panel of values up to `reach`, its lines `step` numbers apart: where it is narrow, a copy in `narrow`.
+template <typename Number>
+void sum_panel(const Number* from, int64_t step, int64_t width, int64_t reach, const float* weights, int64_t queries,
+               int64_t line, std::vector<float>& narrow, float* sums) {
+    if (width == PANEL) return sum_values(from, step, reach, weights, queries, line, sums);
+    narrow.assign(reach * PANEL, 0.0f);
+    for (int64_t t = 0; t < reach; t++)
+        for (int64_t d = 0; d < width; d++) narrow[t * PANEL + d] = number(from[t * step + d]);
+    sum_values(narrow.data(), PANEL, reach, weights, queries, line, sums);
+}
+
+// Prompts: each thread takes some queries of a group of heads, whose scores stay in its cache until they are used.
+template <typename Number>
+void attend_many(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
+                 Number* out, const Sizes& s, int threads) {
+    const int64_t share = s.heads / s.groups, line = (s.slots + CHUNK - 1) / CHUNK * CHUNK + 16;
+    const int64_t most = std::max<int64_t>(1, std::clamp<int64_t>(NEAR / line, MANY / 4, MANY) / share);
+    const int64_t blocks = (s.nodes + most - 1) / most, all = share * most;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> block(CHUNK * s.width), sums(all * PANEL), narrow, scaled(all * s.width), totals(all);
+        std::unique_ptr<float[]> scores(new float[all * line]);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < blocks * s.batch * s.groups; task++) {
+            const int64_t g = task % s.groups, b = task / s.groups % s.batch;
+            const int64_t first = (blocks - 1 - task / s.groups / s.batch) * most;  // the longest ones begin
+            const int64_t nodes = std::min(most, s.nodes - first), queries = share * nodes;
+            const int64_t reach = reach_of(mask, s, b, first, first + nodes);
+            for (int64_t j = 0; j < queries; j++) {
+                const int64_t h = g * share + j / nodes, i = first + j % nodes;
+                put_scaled(query + b * s.query[0] + h * s.query[1] + i * s.query[2], scale, s.width,
+                           scaled.data() + j * s.width);
+            }
+            for (int64_t start = 0; start < reach; start += CHUNK)
+                score(scaled.data(), queries, key + b * s.key[0] + g * s.key[1] + start * s.key[2], s,
+                      std::min(CHUNK, reach - start), block.data(), scores.get() + start, line);
+            for (int64_t j = 0; j < queries; j++)
+                totals[j] = weigh(scores.get() + j * line, mask + b * s.mask[0] + (first + j % nodes) * s.mask[1], reach);
+            for (int64_t d = 0; d < s.value_width; d += PANEL) {
+                const int64_t width = std::min<int64_t>(PANEL, s.value_width - d);
+                sum_panel(value + b * s.value[0] + g * s.value[1] + d, s.value[2], width, reach, scores.get(), queries,
+                          line, narrow, sums.data());
+                for (int64_t j = 0; j < queries; j++) {  // out is (B, n, H, Dv)
+                    const int64_t h = g * share + j / nodes, i = first + j % nodes;
+                    Number* to = out + ((b * s.nodes + i) * s.heads + h) * s.value_width + d;
+                    for (int64_t k = 0; k < width; k++)
+                        put(to + k, totals[j] == 0 ? 0.0f : sums[j * PANEL + k] / totals[j]);
+                }
+            }
+        }
+    }
+}
+
 template <typename Number>
 void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
             Number* out, const Sizes& s, int threads) {
     const int64_t share = s.heads / s.groups, queries = share * s.nodes;
+    if (queries > MANY) return attend_many(query, key, value, mask, scale, out, s, threads);
     const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK;
     const int64_t line = chunks * CHUNK + 16;  // rows 4096 bytes apart would push each other out of the L1 cache
     const int64_t panels = (s.value_width + PANEL - 1) / PANEL;
-    std::vector<int64_t> reach(s.batch, 0);  // slots that any query of the row sees
-    for (int64_t b = 0; b < s.batch; b++)
-        for (int64_t i = 0; i < s.nodes; i++) {
-            const uint8_t* seen = mask + b * s.mask[0] + i * s.mask[1];
-            for (int64_t t = s.slots; t > reach[b]; t--)
-                if (seen[t - 1]) reach[b] = t;
-        }
+    std::vector<int64_t> reach(s.batch);  // slots that any query of the row sees
+    for (int64_t b = 0; b < s.batch; b++) reach[b] = reach_of(mask, s, b, 0, s.nodes);
     const int64_t all = s.batch * s.heads * s.nodes;
     std::unique_ptr<float[]> scaled(new float[all * s.width]);  // (B, groups, queries, width)
     std::unique_ptr<float[]> scores(new float[all * line]);     // (B, groups, queries, line)
@@ -176,8 +245,8 @@ void attend(const Number* query, const Number* key, const Number* value, const u
 #pragma omp for
         for (int64_t index = 0; index < all; index++) {
             const int64_t b = index / s.nodes / s.heads, h = index / s.nodes % s.heads, i = index % s.nodes;
-            const Number* from = query + b * s.query[0] + h * s.query[1] + i * s.query[2];
-            for (int64_t d = 0; d < s.width; d++) scaled[index * s.width + d] = number(from[d]) * scale;
+            put_scaled(query + b * s.query[0] + h * s.query[1] + i * s.query[2], scale, s.width,
+                       scaled.get() + index * s.width);
         }
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * chunks * s.groups; task++) {
@@ -199,15 +268,7 @@ void attend(const Number* query, const Number* key, const Number* value, const u
             const int64_t first = task % panels * PANEL, g = task / panels % s.groups, b = task / panels / s.groups;
             const int64_t before = (b * s.groups + g) * queries, width = std::min<int64_t>(PANEL, s.value_width - first);
             const Number* from = value + b * s.value[0] + g * s.value[1] + first;
-            const float* weights = scores.get() + before * line;
-            if (width == PANEL) {
-                sum_values(from, s.value[2], reach[b], weights, queries, line, sums.data());
-            } else {
-                narrow.assign(reach[b] * PANEL, 0.0f);
-                for (int64_t t = 0; t < reach[b]; t++)
-                    for (int64_t d = 0; d < width; d++) narrow[t * PANEL + d] = number(from[t * s.value[2] + d]);
-                sum_values(narrow.data(), PANEL, reach[b], weights, queries, line, sums.data());
-            }
+            sum_panel(from, s.value[2], width, reach[b], scores.get() + before * line, queries, line, narrow, sums.data());
             for (int64_t j = 0; j < queries; j++) {  // out is (B, n, H, Dv)
                 const int64_t h = g * share + j / s.nodes, i = j % s.nodes;
                 Number* to = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;

@@ -21,7 +21,6 @@ from ..kernels import native
 from .masks import active_view
 
 LONGEST = 128  # query tokens that are packed; longer blocks are prompts, for which the stock kernel is as good
-FEW = 96  # queries of a group of heads that our kernel takes per call
 _stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # the function registered before ours
 
 
@@ -42,11 +41,9 @@ def packed_attention(
     biased = kwargs.get("position_bias") is not None
     if active_view() is None or attention_mask is None or biased:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if groups <= FEW and native.can_attend(query, key, value, attention_mask):
+    if native.can_attend(query, key, value, attention_mask):
         scale = width**-0.5 if scaling is None else scaling
-        blocks = zip(query.split(FEW // groups, dim=2), attention_mask.split(FEW // groups, dim=2))
-        parts = [torch.ops.paceline.slot_attention(queries, key, value, mask, scale) for queries, mask in blocks]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
+        return torch.ops.paceline.slot_attention(query, key, value, attention_mask, scale), None
     if groups == 1 or nodes > LONGEST:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     packed = query.reshape(batch, key.shape[1], groups * nodes, width)
