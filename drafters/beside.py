@@ -45,6 +45,7 @@ class Beside:
             vocab_size=next((each.vocab_size for each in traits if each.vocab_size is not None), None),
             taps=next(iter(taps), ()),
             follows_any_tree=True,
+            remembers=any(each.remembers for each in traits),
             parts=self.parts,
         )
         self.default_shape = first.default_shape.beside(TreeShape.chain(COPIED))

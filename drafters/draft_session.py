@@ -42,6 +42,12 @@ class ModelDraftSession:
     def copy_rows(self, other: Self, rows: Tensor) -> None:
         self.slots.copy_rows(other.slots, rows)
 
+    def save_row(self, row: int, count: int) -> list:
+        return self.slots.save_row(row, count)
+
+    def load_row(self, row: int, saved: list, count: int) -> None:
+        self.slots.load_row(row, saved, count)
+
     def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
         """Logits (B, 1, V') at the root. Forwards the last two committed tokens: the root and the token before it,
         which may have been a leaf of the last tree. In a row of a single token the first column is padding."""

@@ -238,7 +238,7 @@ class MedusaDrafter:
         self.name = name
         self.traits = DrafterTraits(
             heads.vocab_size, taps=(HEAD,), follows_any_tree=True, deepest=heads.settings.heads, modules=(heads,),
-            kind="medusa",
+            remembers=False, kind="medusa",
         )  # fmt: skip
         self.rates = rates or _PRIOR
         self.default_shape = default_tree(self.rates, self.traits.deepest, heads.weight.device.type == "cpu")

@@ -32,7 +32,7 @@ class NgramDrafter:
     matches: int = 8
 
     name: ClassVar[str] = "ngram"
-    traits: ClassVar[DrafterTraits] = DrafterTraits(follows_any_tree=True, kind="ngram")
+    traits: ClassVar[DrafterTraits] = DrafterTraits(follows_any_tree=True, remembers=False, kind="ngram")
     # Two continuations, the better one longer.
     default_shape: ClassVar[TreeShape] = TreeShape((-1, 0, 0, 1, 2, 3, 4, 5, 7, 8))
 

@@ -14,7 +14,7 @@ What cannot be done is refused in one sentence before any token is decoded.
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from .arguments import (
 )
 from .criteria import Lockstep, ScoreBook
 from .engines.executors import choose
+from .engines.reuse import PromptCache, check_reuse
 from .engines.runs import RunSpec, open_run
 from .loop import decode
 from .noise import stream_keys
@@ -81,6 +82,7 @@ def generate(
     seed: int | list[int] | None = None,
     executor: str = "auto",
     prefill_chunk: int = 512,
+    reuse: PromptCache | None = None,
     trace_file: str | Path | None = None,
     streamer: BaseStreamer | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -97,7 +99,8 @@ def generate(
     "residual" or "typical". `executor` is "eager", "compiled", "cuda_graph" (the better of "cuda_graph_eager" and
     "cuda_graph_compiled" on this GPU) or "auto": "cuda_graph" on CUDA; on a CPU "compiled" where the step is compiled
     already or a long call has gone on for half a minute, else "eager".
-    `prefill_chunk` bounds how many prompt tokens are read at a time. `seed` is an integer (row r draws from
+    `prefill_chunk` bounds how many prompt tokens are read at a time. `reuse` is a `PromptCache`: what an earlier call
+    with it has read and this one begins with is not read again. `seed` is an integer (row r draws from
     stream (seed, r)) or a list of one integer per row; without one, a sampled text draws its seed from torch's
     generator, so that `torch.manual_seed` rules it, and a greedy text draws nothing. `trace_file` is a JSONL file to
     append the trace to; `on_step` is called with each step's trace events. All other arguments are those of
@@ -119,6 +122,7 @@ def generate(
     input_ids = check_prompt(input_ids, model.config.get_text_config().vocab_size)
     if attention_mask is not None:
         check_mask(attention_mask, input_ids)
+    check_reuse(reuse)
     attach(model)
     drafting = _drafter(drafter, model)
     if trace_file is not None:
@@ -126,7 +130,9 @@ def generate(
     shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafting)
     if seed is None and setting(model, kwargs, "do_sample"):
         seed = int(torch.randint(2**53, (), device="cpu"))
-    call = _Call(drafting, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step)
+    call = _Call(
+        drafting, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step, reuse
+    )
     if streamer is not None:
         kwargs["streamer"] = streamer  # transformers hands it the prompt
     if tokenizer is not None and setting(model, kwargs, "stop_strings"):
@@ -161,6 +167,7 @@ class _Call:
     streamer: BaseStreamer | None
     tokenizer: PreTrainedTokenizerBase | None
     on_step: Callable[[list[Event]], None] | None
+    reuse: PromptCache | None = None
     stop_strings: str | list[str] | None = None
 
     def decode(
@@ -204,12 +211,17 @@ class _Call:
         requests = [Request(text, new_tokens, key, eos, sampler.row_sampling) for text, key in zip(texts, keys)]
         trace, books = Trace(), (scores, logits)
         with open_run(model, self.drafter, spec, sampler, new_tokens * len(prompt)) as executor:
+            kept = None if self.reuse is None else self.reuse.of(model, self.drafter, executor.engine)
+            if kept is not None:
+                requests = [replace(request, held=kept.find(request.tokens)) for request in requests]
             try:
                 rows = Rows(executor, self.prefill_chunk)
                 counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step)
             finally:
                 if self.trace_file is not None:
                     trace.append_to(self.trace_file)
+            if kept is not None:
+                kept.keep(executor.engine)
             if self.streamer is not None:
                 self.streamer.end()
             sequences = _assemble(prompt, pads, executor.engine.state.tokens, counts, pad).to(input_ids.device)

@@ -31,7 +31,7 @@ from .target.selftest import attach
 from .trace import Event
 from .verify import RULES
 
-SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file")
+SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file", "reuse")
 _KEYS = ("generate", "__getstate__", "_paceline_patch")  # the attributes that a patch sets on the model
 _CONFIG = set(GenerationConfig().to_dict())
 _KNOWN = _CONFIG | {
@@ -55,7 +55,7 @@ def patch(
     """Let `model.generate` decode with speculation until `unpatch(model)` or the end of a `with` block.
 
     `drafter` is a drafter, a smaller causal LM, or a name or folder, which is loaded now. `settings` are those of
-    `paceline.generate`: `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`; they hold for every call,
+    `paceline.generate`: `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`, `reuse`; they hold always,
     so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a cache
     handed in, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
     `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, but

@@ -106,6 +106,7 @@ class DrafterTraits:
     vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
     causal_lm: "PreTrainedModel | None" = None  # the draft as an ordinary causal LM with logits of the whole vocabulary
     parts: tuple["Drafter", ...] = ()  # the drafters of which this one is a combination
+    remembers: bool = True  # its sessions keep of a text what reading one more token would not give them
     kind: str = ""  # its name in the registry of kinds (`paceline_drafter`); "": in none
 
 
@@ -217,7 +218,7 @@ class NoDrafter:
 
     name = "none"
     default_shape = TreeShape.chain(0)
-    traits = DrafterTraits(follows_any_tree=True)
+    traits = DrafterTraits(follows_any_tree=True, remembers=False)
 
     def open(self, request: DraftRequest) -> "EmptySession":
         return EmptySession(TokenTree.of(self.default_shape, request.device))

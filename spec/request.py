@@ -4,6 +4,7 @@ These settings (seed, temperature, ends of text ...) are values in buffers: chan
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,15 @@ class RowSampling:
     min_p: float = 0.0
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Held:
+    """What target and drafter keep of the first `count` tokens of a text (reuse.py), which need not be read again."""
+
+    count: int
+    target: Any  # as its save_row gave it
+    session: Any  # None where the drafter's sessions remember nothing
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """Continue `tokens` by at most `new_tokens`, or up to one of the token ids `ends`, drawing from stream `key`."""
@@ -25,3 +35,4 @@ class Request:
     key: tuple[int, int]  # see noise.stream_key
     ends: tuple[int, ...] = ()
     sampling: RowSampling = RowSampling()
+    held: Held | None = None

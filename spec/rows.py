@@ -127,7 +127,8 @@ class Rows:
         index = self._index(list(requests))
         self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
         with self.executor.packing:
-            self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index)
+            held = {row: request.held for row, request in requests.items() if request.held is not None}
+            self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index, held)
 
     def step(self) -> Arrival:
         """Advance all rows and return the oldest step not read yet, which is `executor.lag` steps behind."""

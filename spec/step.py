@@ -6,16 +6,17 @@ over persistent buffers with static shapes, which reads nothing on the host and 
 be compiled or captured as it is (unless a logits processor looks at the history).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .proposal import DraftSession, Proposal
+from .request import Held
 from .sampling import Sampler
 from .state import DecodeState
-from .target.protocol import Target, spans
+from .target.protocol import Resumable, Target, spans
 from .trace import Event
 from .verify import Verdict, verify
 
@@ -41,13 +42,31 @@ class Engine:
     rule: str
     keep_scores: bool = False
 
-    def read(self, chunk: int, rows: Tensor | None = None) -> None:
-        """Prefill: clear all rows, or `rows` (R,), and read their texts in the state, except the last token of each,
-        `chunk` tokens at a time."""
+    def read(self, chunk: int, rows: Tensor | None = None, held: Mapping[int, Held] | None = None) -> None:
+        """Prefill: clear all rows, or `rows` (R,), and read their texts in the state, except the last token of each
+        and what is `held` [row], `chunk` tokens at a time."""
         self.target.clear(rows)
         self.session.clear(rows)
-        for span in spans(self.state.tokens, self.state.lengths, chunk, rows):
+        counts = torch.zeros_like(self.state.lengths)
+        for row, part in (held or {}).items():
+            self._resume(row, part)
+            counts[row] = part.count
+        for span in spans(self.state.tokens, self.state.lengths, chunk, rows, counts):
             self.session.read(span, self.target.read(span))
+
+    def _resume(self, row: int, held: Held) -> None:
+        for part, saved in ((self.target, held.target), (self.session, held.session)):
+            if saved is not None:
+                assert isinstance(part, Resumable), "nothing is held of others"
+                part.load_row(row, saved, held.count)
+
+    def hold(self, row: int, session: bool) -> Held:
+        """A copy of what is known of a row's text, but for its last two tokens: a draft model may not have seen the
+        last but one. With `session` the drafter's part, too."""
+        assert isinstance(self.target, Resumable), "others are refused"
+        count = max(int(self.state.lengths[row]) - 2, 0)
+        part = self.session.save_row(row, count) if session and isinstance(self.session, Resumable) else None
+        return Held(count, self.target.save_row(row, count), part)
 
     def copy_rows(self, other: "Engine", rows: Tensor) -> None:
         """Copy `rows` (B,) of `other`, an engine of the same capacity for the same drafter, into this engine's rows."""

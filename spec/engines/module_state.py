@@ -57,6 +57,15 @@ def addresses(module: nn.Module) -> int:
     return hash(tuple(map(_address, _tensors(module))))
 
 
+def numbers(module: nn.Module) -> int:
+    """A hash that changes with the weights: of the addresses and version counters of all tensors and, where linear
+    layers have packed copies, of the checksums taken when these were last refreshed. Changes that torch's version
+    counters miss (through `.data`) are noticed in these layers only."""
+    packed = [vars(layer).get("packed_weight") for layer in module.modules()]
+    checksums = tuple(kept.identity for kept in packed if kept is not None)
+    return hash((addresses(module), tuple(map(version, _tensors(module))), checksums))
+
+
 def fingerprint(modules: Iterable[nn.Module]) -> str:
     """A digest of the weights of some modules, and of their types and settings; cached until a tensor changes.
 

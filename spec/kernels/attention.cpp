@@ -1,13 +1,15 @@
-// Attention of a few query tokens over a long slot cache, on a CPU.
+// Attention of query tokens, those of a tree or a prompt, over a slot cache, on a CPU.
 //
 // Decoding attends with 1 to some dozens of queries to hundreds of slots, for which general kernels spend more on
 // packing and on calls of matrix products than on arithmetic. Here every key is read once, for all queries of its
-// group, and a row is read as far as one of its queries sees. Numbers are bfloat16 or float32, sums float32.
+// group, and a row is read as far as one of its queries sees. A prompt is taken some queries at a time. Numbers are
+// bfloat16 or float32, sums float32.
 //
 // What a query gets is, bit by bit, the same whatever the other queries, their number and the masked slots (of finite
 // numbers) between those that it sees: so a tree of drafts that is small enough to come here is verified with the very
 // numbers of plain decoding. Needs GCC 12 or Clang. Called by operators.cpp; knows nothing of torch.
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -17,6 +19,8 @@ namespace {
 
 constexpr int64_t CHUNK = 128;  // slots whose keys are laid out at a time
 constexpr int64_t AHEAD = 16;   // slots whose values are fetched ahead of their use
+constexpr int64_t MANY = 96;    // queries of a group of heads from which on a thread takes some queries from key to sum
+constexpr int64_t NEAR = 200000;  // scores of such queries that stay in the L2 cache
 
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
@@ -151,58 +155,96 @@ void sum_values(const Number* value, int64_t step, int64_t reach, const float* w
     });
 }
 
-// How far any query of a row sees, for each row.
-std::vector<int64_t> reaches(const uint8_t* mask, const Sizes& s) {
-    std::vector<int64_t> reach(s.batch, 0);
-    for (int64_t b = 0; b < s.batch; b++)
-        for (int64_t i = 0; i < s.nodes; i++) {
-            const uint8_t* seen = mask + b * s.mask[0] + i * s.mask[1];
-            int64_t t = s.slots;
-            for (uint64_t many; t >= 8 && t - 8 >= reach[b]; t -= 8) {
-                std::memcpy(&many, seen + t - 8, 8);
-                if (many) break;
-            }
-            for (; t > reach[b]; t--)
-                if (seen[t - 1]) reach[b] = t;
+// Queries of a row's group of heads: the query j is of head j / nodes, node first + j % nodes.
+struct Queries {
+    int64_t b, g, first, nodes;
+
+    int64_t head(int64_t j, const Sizes& s) const { return g * (s.heads / s.groups) + j / nodes; }
+    int64_t node(int64_t j) const { return first + j % nodes; }
+};
+
+// How many slots any of the queries sees.
+int64_t reach_of(const uint8_t* mask, const Sizes& s, const Queries& q) {
+    int64_t reach = 0;
+    for (int64_t i = q.first + q.nodes - 1; i >= q.first; i--) {
+        const uint8_t* seen = mask + q.b * s.mask[0] + i * s.mask[1];
+        int64_t t = s.slots;
+        for (uint64_t eight; t >= 8 && t - 8 >= reach; t -= 8) {
+            std::memcpy(&eight, seen + t - 8, 8);
+            if (eight) break;
         }
+        for (; t > reach; t--)
+            if (seen[t - 1]) reach = t;
+    }
     return reach;
 }
 
-// The weighted sums of values of `count` queries of a group, from query `from` on; `scores` become weights.
+// The first `count` queries, scaled, in float32: (count, width).
 template <typename Number>
-void sum_all_values(const Number* value, const uint8_t* mask, const Sizes& s, int64_t b, int64_t g, int64_t from,
+void scale_queries(const Number* query, const Sizes& s, const Queries& q, int64_t count, float scale, float* scaled) {
+    for (int64_t j = 0; j < count; j++) {
+        const Number* from = query + q.b * s.query[0] + q.head(j, s) * s.query[1] + q.node(j) * s.query[2];
+        for (int64_t d = 0; d < s.width; d++) scaled[j * s.width + d] = number(from[d]) * scale;
+    }
+}
+
+// The weighted sums of values of `count` queries, from query `from` on, to `out` (B, n, H, Dv); `scores` become weights.
+template <typename Number>
+void sum_all_values(const Number* value, const uint8_t* mask, const Sizes& s, const Queries& q, int64_t from,
                     int64_t count, int64_t reach, float* scores, int64_t line, Number* out) {
-    const int64_t share = s.heads / s.groups;
-    float totals[MOST], sums[MOST * PANEL];
+    static thread_local std::vector<float> totals, sums, narrow;
+    totals.resize(count), sums.resize(count * PANEL);
     for (int64_t j = 0; j < count; j++)
-        totals[j] = weigh(scores + j * line, mask + b * s.mask[0] + (from + j) % s.nodes * s.mask[1], reach);
+        totals[j] = weigh(scores + j * line, mask + q.b * s.mask[0] + q.node(from + j) * s.mask[1], reach);
     for (int64_t first = 0; first < s.value_width; first += PANEL) {
         const int64_t width = std::min<int64_t>(PANEL, s.value_width - first);
-        const Number* start = value + b * s.value[0] + g * s.value[1] + first;
+        const Number* start = value + q.b * s.value[0] + q.g * s.value[1] + first;
         if (width == PANEL) {
-            sum_values(start, s.value[2], reach, scores, count, line, sums);
+            sum_values(start, s.value[2], reach, scores, count, line, sums.data());
         } else {
-            std::vector<float> narrow(reach * PANEL);
+            narrow.assign(reach * PANEL, 0.0f);
             for (int64_t t = 0; t < reach; t++)
                 for (int64_t d = 0; d < width; d++) narrow[t * PANEL + d] = number(start[t * s.value[2] + d]);
-            sum_values(narrow.data(), PANEL, reach, scores, count, line, sums);
+            sum_values(narrow.data(), PANEL, reach, scores, count, line, sums.data());
         }
-        for (int64_t j = 0; j < count; j++) {  // out is (B, n, H, Dv)
-            const int64_t h = g * share + (from + j) / s.nodes, i = (from + j) % s.nodes;
-            Number* to = out + ((b * s.nodes + i) * s.heads + h) * s.value_width;
+        for (int64_t j = 0; j < count; j++) {
+            Number* to = out + ((q.b * s.nodes + q.node(from + j)) * s.heads + q.head(from + j, s)) * s.value_width;
             for (int64_t d = first; d < first + width; d++)
                 put(to + d, totals[j] == 0 ? 0.0f : sums[j * PANEL + d - first] / totals[j]);
         }
     }
 }
 
-// The queries of a group, scaled, in float32: (H/Hkv * n, width).
+// Memory of a thread for at least `count` numbers: to take it anew costs more than a product.
+inline float* room(std::vector<float>& kept, int64_t count) {
+    if (int64_t(kept.size()) < count) kept.resize(count);
+    return kept.data();
+}
+
+// Prompts: each thread takes some queries of a group of heads, whose scores stay in its cache until they are used.
 template <typename Number>
-void scale_queries(const Number* query, const Sizes& s, int64_t b, int64_t g, float scale, float* scaled) {
-    const int64_t share = s.heads / s.groups;
-    for (int64_t j = 0; j < share * s.nodes; j++) {
-        const Number* from = query + b * s.query[0] + (g * share + j / s.nodes) * s.query[1] + j % s.nodes * s.query[2];
-        for (int64_t d = 0; d < s.width; d++) scaled[j * s.width + d] = number(from[d]) * scale;
+void attend_many(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
+                 Number* out, const Sizes& s, int threads) {
+    const int64_t share = s.heads / s.groups, line = (s.slots + CHUNK - 1) / CHUNK * CHUNK + 16;
+    const int64_t most = std::max<int64_t>(1, std::clamp<int64_t>(NEAR / line, MANY / 4, MANY) / share);
+    const int64_t blocks = (s.nodes + most - 1) / most, all = share * most;
+#pragma omp parallel num_threads(threads)
+    {
+        static thread_local std::vector<float> kept[3];
+        float *block = room(kept[0], CHUNK * s.width), *scaled = room(kept[1], all * s.width);
+        float* scores = room(kept[2], all * line);
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < blocks * s.batch * s.groups; task++) {
+            const int64_t g = task % s.groups, b = task / s.groups % s.batch;
+            const int64_t first = (blocks - 1 - task / s.groups / s.batch) * most;  // the longest ones begin
+            const Queries some{b, g, first, std::min(most, s.nodes - first)};
+            const int64_t queries = share * some.nodes, reach = reach_of(mask, s, some);
+            scale_queries(query, s, some, queries, scale, scaled);
+            for (int64_t start = 0; start < reach; start += CHUNK)
+                score(scaled, queries, key + b * s.key[0] + g * s.key[1] + start * s.key[2], s,
+                      std::min(CHUNK, reach - start), block, scores + start, line);
+            sum_all_values(value, mask, s, some, 0, queries, reach, scores, line, out);
+        }
     }
 }
 
@@ -211,31 +253,31 @@ template <typename Number>
 void attend(const Number* query, const Number* key, const Number* value, const uint8_t* mask, float scale,
             Number* out, const Sizes& s, int threads) {
     const int64_t queries = s.heads / s.groups * s.nodes;
+    if (queries > MANY) return attend_many(query, key, value, mask, scale, out, s, threads);
     const int64_t chunks = (s.slots + CHUNK - 1) / CHUNK, cuts = (queries + MOST - 1) / MOST;
     const int64_t line = chunks * CHUNK + 16;  // rows 4096 bytes apart would push each other out of the L1 cache
-    const std::vector<int64_t> reach = reaches(mask, s);
-    static thread_local std::vector<float> kept;  // (B, groups, queries, line): taking memory anew costs more than a product
-    if (int64_t(kept.size()) < s.batch * s.groups * queries * line) kept.resize(s.batch * s.groups * queries * line);
-    float* scores = kept.data();
+    std::vector<int64_t> reach(s.batch);
+    for (int64_t b = 0; b < s.batch; b++) reach[b] = reach_of(mask, s, {b, 0, 0, s.nodes});
+    static thread_local std::vector<float> shared;
+    float* scores = room(shared, s.batch * s.groups * queries * line);  // (B, groups, queries, line)
 #pragma omp parallel num_threads(threads)
     {
-        static thread_local std::vector<float> block, scaled;
-        block.resize(std::max<size_t>(block.size(), CHUNK * s.width));
-        scaled.resize(std::max<size_t>(scaled.size(), queries * s.width));
+        static thread_local std::vector<float> kept[2];
+        float *block = room(kept[0], CHUNK * s.width), *scaled = room(kept[1], queries * s.width);
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < s.batch * chunks * s.groups; task++) {
             const int64_t g = task % s.groups, c = task / s.groups % chunks, b = task / s.groups / chunks;
             const int64_t start = c * CHUNK, count = std::min(CHUNK, reach[b] - start);
             if (count <= 0) continue;
-            scale_queries(query, s, b, g, scale, scaled.data());
-            score(scaled.data(), queries, key + b * s.key[0] + g * s.key[1] + start * s.key[2], s, count, block.data(),
+            scale_queries(query, s, {b, g, 0, s.nodes}, queries, scale, scaled);
+            score(scaled, queries, key + b * s.key[0] + g * s.key[1] + start * s.key[2], s, count, block,
                   scores + (b * s.groups + g) * queries * line + start, line);
         }
 #pragma omp for schedule(static, 1)
         for (int64_t task = 0; task < s.batch * s.groups * cuts; task++) {
             const int64_t cut = task % cuts, g = task / cuts % s.groups, b = task / cuts / s.groups;
             const int64_t from = queries * cut / cuts, to = queries * (cut + 1) / cuts;
-            sum_all_values(value, mask, s, b, g, from, to - from, reach[b],
+            sum_all_values(value, mask, s, {b, g, 0, s.nodes}, from, to - from, reach[b],
                            scores + ((b * s.groups + g) * queries + from) * line, line, out);
         }
     }

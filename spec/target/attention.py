@@ -1,8 +1,10 @@
-"""Grouped-query attention for short query blocks over a long slot cache.
+"""Grouped-query attention over a long slot cache.
 
-Given a mask, transformers' sdpa repeats keys and values for every query head over the whole preallocated buffer. Here
-the query heads of a group are packed along the node axis instead, so that each key is read once: (B, H, n, D) becomes
-(B, Hkv, H/Hkv * n, D). On a CPU short query blocks use our own kernel, which also skips slots that are not in use.
+On a CPU our own kernel attends, to trees and to prompts. It skips slots that are not in use, and what a query gets does
+not depend on the other queries, so that a prompt is read to the same numbers in whatever chunks. Elsewhere, given a
+mask, transformers' sdpa would repeat keys and values for every query head over the whole preallocated buffer; for short
+blocks the query heads of a group are packed along the node axis instead, so that each key is read once: (B, H, n, D)
+becomes (B, Hkv, H/Hkv * n, D).
 `install` registers the function as "sdpa" in transformers' attention registry; outside of slot forwards it calls the
 function that was registered before.
 """
@@ -18,9 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..kernels import native
 from .masks import active_view
 
-LONGEST = 128  # query tokens; longer blocks are prompts, for which the stock kernel is as good
-OURS = 64  # query tokens up to which our own CPU kernel is used: any tree worth drafting there
-FEW = 64  # queries of a group of heads that our kernel takes per call
+LONGEST = 128  # query tokens that are packed; longer blocks are prompts, for which the stock kernel is as good
 _stock: Callable = ALL_ATTENTION_FUNCTIONS["sdpa"]  # the function registered before ours
 
 
@@ -39,14 +39,12 @@ def packed_attention(
     batch, heads, nodes, width = query.shape
     groups = heads // key.shape[1]
     biased = kwargs.get("position_bias") is not None
-    if active_view() is None or attention_mask is None or biased or nodes > LONGEST:
+    if active_view() is None or attention_mask is None or biased:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
-    if nodes <= OURS and groups <= FEW and native.can_attend(query, key, value, attention_mask):
+    if native.can_attend(query, key, value, attention_mask):
         scale = width**-0.5 if scaling is None else scaling
-        blocks = zip(query.split(FEW // groups, dim=2), attention_mask.split(FEW // groups, dim=2))
-        parts = [torch.ops.paceline.slot_attention(queries, key, value, mask, scale) for queries, mask in blocks]
-        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0], None
-    if groups == 1:
+        return torch.ops.paceline.slot_attention(query, key, value, attention_mask, scale), None
+    if groups == 1 or nodes > LONGEST:
         return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     packed = query.reshape(batch, key.shape[1], groups * nodes, width)
     mask = attention_mask.expand(-1, groups, -1, -1).reshape(batch, 1, groups * nodes, -1)

@@ -72,11 +72,13 @@ class SlotLayer(CacheLayerMixin):
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.heads = key_states.shape[1]
-        self.keys, self.values = (
-            states.new_zeros(self.cache.batch * self.cache.capacity, self.heads * states.shape[-1])
-            for states in (key_states, value_states)
-        )
+        heads = key_states.shape[1]
+        self.allocate(heads, *(states.new_empty(0, heads * states.shape[-1]) for states in (key_states, value_states)))
+
+    def allocate(self, heads: int, keys: Tensor, values: Tensor) -> None:
+        """Make buffers of slots like `keys` (n, H * D) and `values` (n, H * Dv)."""
+        self.heads, lines = heads, self.cache.batch * self.cache.capacity
+        self.keys, self.values = (like.new_zeros(lines, like.shape[1]) for like in (keys, values))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -148,6 +150,25 @@ class SlotCache(Cache):
             if source.is_initialized:
                 layer.keys, layer.values = (source.by_row(buffer)[rows].flatten(0, 1) for buffer in source.buffers)
                 layer.heads, layer.is_initialized = source.heads, True
+
+    def save_row(self, row: int, count: int) -> list[tuple[int, Tensor, Tensor] | None]:
+        """Of each layer the heads and copies of the first `count` slots of `row`, None where it has no slots."""
+        return [
+            (layer.heads, *(layer.by_row(buffer)[row, :count].clone() for buffer in layer.buffers))
+            if layer.is_initialized
+            else None
+            for layer in self.layers
+        ]
+
+    def load_row(self, row: int, saved: list[tuple[int, Tensor, Tensor] | None], count: int) -> None:
+        """Copy the first `count` slots that `save_row` gave, of a cache of any capacity, to `row`."""
+        for layer, kept in zip(self.layers, saved):
+            if kept is None:
+                continue
+            if not layer.is_initialized:
+                layer.allocate(*kept)
+            for buffer, lines in zip(layer.buffers, kept[1:]):
+                layer.by_row(buffer)[row, :count] = lines[:count]
 
     def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         """Move the first `count` (B,) nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.

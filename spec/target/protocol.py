@@ -7,7 +7,7 @@ position of the prompt and every node of the tree. Knows nothing of drafters and
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,16 +47,23 @@ class Span:
         return slice(None) if self.rows is None else self.rows
 
 
-def spans(tokens: Tensor, lengths: Tensor, chunk: int, rows: Tensor | None = None) -> Iterator[Span]:
+def spans(
+    tokens: Tensor, lengths: Tensor, chunk: int, rows: Tensor | None = None, held: Tensor | None = None
+) -> Iterator[Span]:
     """Split the texts `tokens` (B, T) of `lengths` (B,), or those of `rows` (R,), into spans of `chunk` positions, so
-    that memory does not grow with the prompt. The last token of each text, the root of the first tree, is left out."""
+    that memory does not grow with the prompt. The last token of each text, the root of the first tree, is left out, and
+    so are the first `held` (B,) tokens."""
+    held = torch.zeros_like(lengths) if held is None else held
     if rows is not None:
-        tokens, lengths = tokens[rows], lengths[rows]
-    width = int(lengths.max()) - 1
+        tokens, lengths, held = tokens[rows], lengths[rows], held[rows]
+    left = lengths - 1 - held
+    ends = [*zip(held.tolist(), left.tolist())]
+    width = max(count for _, count in ends)
     for start in range(0, width, chunk):
         columns = torch.arange(start, min(start + chunk, width), device=tokens.device)
-        positions = torch.where(columns < lengths[:, None] - 1, columns, -1)  # (R, n)
-        yield Span(rows, tokens[:, columns], positions, start + len(columns))
+        positions = torch.where(columns < left[:, None], held[:, None] + columns, -1)  # (R, n)
+        reach = max(first + min(count, start + len(columns)) for first, count in ends)
+        yield Span(rows, tokens.gather(1, positions.clamp(min=0)), positions, reach)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +72,17 @@ class Seen:
 
     logits: Tensor  # (B, N, V) float32
     features: Tensor | None  # (B, N, F), where there are taps
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A target, or a drafter's session, that can hand over the beginning of a row and go on from it in another run."""
+
+    def save_row(self, row: int, count: int) -> Any:
+        """Copies of what `row` holds of its first `count` tokens."""
+
+    def load_row(self, row: int, saved: Any, count: int) -> None:
+        """Hold the first `count` tokens of what `save_row` gave, in a row that is clear. At least one more is read."""
 
 
 class Target(Protocol):

@@ -18,7 +18,7 @@ from . import attention, masks
 from .cache import SlotCache
 from .masks import SlotView, showing
 from .protocol import Seen, Span, TargetTraits
-from .taps import HEAD, Tap, feature_sizes, joined, listening, put_taps
+from .taps import Tap, feature_sizes, joined, listening, put_idle_head, put_taps
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -47,7 +47,8 @@ class SlotModel:
         # Positions are clamped to the context: a drafted node may lie beyond it, but is never committed there.
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
-        put_taps(model, (*taps, HEAD) if taps else ())  # the head is left idle while a text is read
+        put_taps(model, taps)
+        self.can_idle = put_idle_head(model)  # the head has nothing to do while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
         self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
 
@@ -79,12 +80,20 @@ class SlotModel:
     def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
         self.cache.copy_rows(other.cache, rows)
 
+    def save_row(self, row: int, count: int) -> list:
+        return self.cache.save_row(row, count)
+
+    def load_row(self, row: int, saved: list, count: int) -> None:
+        self.cache.load_row(row, saved, count)
+
     def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
         taps = self.traits.taps
-        hearing: AbstractContextManager[dict[Tap, Tensor]] = listening(idle_head) if taps else nullcontext({})
+        hearing: AbstractContextManager[dict[Tap, Tensor]] = nullcontext({})
+        if taps or idle_head:
+            hearing = listening(idle_head)
         with showing(view), hearing as heard:
             out = self.model(
                 input_ids=tokens.clamp(min=0),
@@ -109,7 +118,7 @@ class SlotModel:
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
         whole = not logits and bool(self.traits.taps)
         where = torch.where(padding, self.capacity - 1, slots)
-        return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=whole)
+        return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=self.can_idle and not logits)
 
     def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Seen:
         """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots."""

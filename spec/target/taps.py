@@ -78,6 +78,15 @@ def put_taps(model: "PreTrainedModel", taps: Iterable[Tap]) -> None:
                 layer.register_forward_hook(partial(_tell_output, tap))
 
 
+def put_idle_head(model: "PreTrainedModel") -> bool:
+    """Let `listening` leave the LM head idle; False where it cannot."""
+    try:
+        put_taps(model, (HEAD,))
+    except ValueError:
+        return False
+    return True
+
+
 def is_tap(hook: object) -> bool:
     """Whether a module's hook is one of these taps, which do not change what the module computes."""
     return hook is _tell_input or (isinstance(hook, partial) and hook.func is _tell_output)

@@ -8,8 +8,10 @@ from hypothesis import strategies as st
 from paceline.spec.engines import runs
 from paceline.spec.kernels import native
 from paceline.spec.kernels.cpu import has_bfloat16
+from paceline.spec.kernels.linears import Packing
 from paceline.spec.target import attention
 from paceline.spec.target.masks import SlotView, showing
+from paceline.spec.target.protocol import spans
 from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
 from torch import nn
@@ -76,6 +78,7 @@ def test_short_blocks_never_reach_the_stock_attention(monkeypatch, nodes, stock_
         return stock(*args, **kwargs)
 
     monkeypatch.setattr(attention, "_stock", counting)
+    monkeypatch.setattr(native, "can_attend", lambda *tensors: False)
     slots = SlotModel(model, 1, capacity=256)
     tree = TokenTree.of(TreeShape.chain(nodes - 1), model.device)
     with torch.no_grad():
@@ -91,15 +94,32 @@ EMULATED = pytest.mark.skipif(not has_bfloat16(), reason="bfloat16 is emulated h
 
 
 @torch.no_grad()
-def test_a_short_block_is_attended_by_our_own_code_and_a_long_one_is_not(compiled_source, monkeypatch):
+def test_trees_and_prompts_are_attended_by_our_own_code(compiled_source, monkeypatch):
     model = tiny_llama().bfloat16()
     calls, real = [], native.can_attend
     monkeypatch.setattr(native, "can_attend", lambda *tensors: calls.append(real(*tensors)) or calls[-1])
     slots, tree = SlotModel(model, 1, 200), TokenTree.of(TreeShape.chain(4), torch.device("cpu"))
     slots.forward_nodes(torch.ones(1, 5, dtype=torch.long), torch.tensor([0]), tree)
     assert calls == [True] * model.config.num_hidden_layers
-    slots.forward_text(torch.ones(1, 100, dtype=torch.long), torch.arange(100)[None])
-    assert len(calls) == model.config.num_hidden_layers, "a prompt is read by the general kernel"
+    slots.forward_text(torch.ones(1, 190, dtype=torch.long), torch.arange(190)[None])
+    assert calls == [True] * 2 * model.config.num_hidden_layers
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=EMULATED), torch.float32])
+def test_chunks_of_a_prompt_do_not_matter(compiled_source, dtype):
+    """Bit by bit: the slots after reading in pieces, also longer ones than one call of the kernel takes."""
+    model = tiny_llama(hidden_size=64, intermediate_size=96).to(dtype)
+    tokens = torch.randint(1, 61, (2, 230), generator=torch.Generator().manual_seed(0))
+    held = []
+    for chunk in (230, 100, 7, 1):
+        slots = SlotModel(model, 2, 256)
+        with Packing([model]):
+            for span in spans(tokens, torch.tensor([230, 150]), chunk):
+                slots.read(span)
+        held.append([layer.by_row(buffer)[:, :149] for layer in slots.cache.layers for buffer in layer.buffers])
+    for other in held[1:]:
+        assert all(map(torch.equal, other, held[0]))
 
 
 @pytest.mark.parametrize("scaling", [None, 0.3])

@@ -30,7 +30,7 @@ DTYPES = st.sampled_from([torch.bfloat16, torch.float32])
     batch=st.integers(1, 3),
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 4),
-    nodes=st.sampled_from([1, 2, 7, 16]),
+    nodes=st.sampled_from([1, 2, 7, 16, 45]),
     slots=st.sampled_from([1, 15, 16, 17, 127, 128, 129, 300]),
     widths=st.tuples(st.sampled_from([4, 16, 20, 64, 80]), st.sampled_from([4, 64, 130])),
     seen=st.floats(0.0, 1.0),
@@ -63,7 +63,7 @@ def test_our_own_attention_is_the_formula(
 @given(
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 4),
-    others=st.integers(0, 15),
+    others=st.integers(0, 60),
     seen=st.sampled_from([1, 2, 16, 100, 128, 130, 200]),
     gaps=st.integers(0, 30),
     widths=st.sampled_from([(64, 64), (20, 40), (128, 130)]),
