@@ -227,8 +227,8 @@ class _Call:
             sequences = _assemble(prompt, pads, executor.engine.state.tokens, counts, pad).to(input_ids.device)
         if not detailed:
             return sequences
-        kept = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
-        return SpeculativeOutput(sequences=sequences, scores=kept[0], logits=kept[1], trace=trace)
+        written = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
+        return SpeculativeOutput(sequences=sequences, scores=written[0], logits=written[1], trace=trace)
 
     def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape:
         """The shape of the stored plan. Where that is not to speculate, drops the drafter."""
