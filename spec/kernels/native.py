@@ -98,6 +98,11 @@ def _compile(compiler: str, flags: list[str], library: Path) -> None:
     subprocess.run([*link, "-o", str(library)], check=True, capture_output=True)
 
 
+def ready() -> bool:
+    """Whether the operators are loaded; may be asked in code that is traced."""
+    return _loaded is not None
+
+
 def panel_width() -> int:
     """The outputs of a panel of packed weights."""
     assert _loaded is not None, "prepare() comes first"

@@ -31,7 +31,7 @@ class Rotation:
 
     def __call__(self, x: Tensor) -> Tensor:
         """H D x for x (..., K), computed in float32 and rounded once to the dtype of x: (..., K)."""
-        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and native.prepare():
+        if x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16) and native.ready():
             return torch.ops.paceline.rotate(x, self.signs, self.block, self.block**-0.5)
         return hadamard(x.float() * self.signs, self.block).to(x.dtype)
 

@@ -32,7 +32,7 @@ def linear_head(model: "PreTrainedModel") -> Linear:
     reads both). Raises ValueError where there is none."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not is_in_blocks(head) and (weight is None or weight.ndim != 2):
+    if not is_in_blocks(head) and not (isinstance(weight, Tensor) and weight.ndim == 2):
         raise ValueError(
             f"{type(model).__name__} has no linear LM head to take the last hidden state from; use a draft model or "
             "'ngram' as drafter"
