@@ -14,7 +14,8 @@ import torch
 
 from ..spec.proposal import Drafter
 from .draft_model import ModelDrafter
-from .medusa import HeadSettings, MedusaDrafter, MedusaHeads, Mode
+from .head_settings import HeadSettings, Mode
+from .medusa import MedusaDrafter, MedusaHeads
 from .ngram import NgramDrafter
 
 if TYPE_CHECKING:
