@@ -215,7 +215,7 @@ class HydraHeads(MedusaHeads):
         hidden, first = started
         nearest_first = F.embedding(path.flip(-1), self.embeddings)  # (..., depth + 1, E)
         seen = F.rms_norm(nearest_first, nearest_first.shape[-1:]).to(self.dtype).flatten(-2)
-        if (name := f"path {depth}") in self.blocks:
+        if (name := f"path_{depth}") in self.blocks:
             path_part = self.blocks[name](seen)
         else:
             path_part = seen @ self.path_weight[: depth + 1].flatten(0, 1)
@@ -224,7 +224,7 @@ class HydraHeads(MedusaHeads):
 
     def _dense(self) -> dict[str, tuple[Tensor, Tensor | None]]:
         paths = (self.path_weight[: depth + 1].flatten(0, 1).T for depth in range(self.settings.heads))
-        return super()._dense() | {f"path {depth}": (weight, None) for depth, weight in enumerate(paths)}
+        return super()._dense() | {f"path_{depth}": (weight, None) for depth, weight in enumerate(paths)}
 
 
 KINDS: dict[str, type[MedusaHeads]] = {"independent": MedusaHeads, "markov": MarkovHeads, "hydra": HydraHeads}

@@ -90,12 +90,13 @@ def _compiled(model: PreTrainedModel, drafters: Sequence[Drafter], eager: Curves
     """The curves of compiled steps, from those of eager ones and few that are compiled: of each drafter one, with its
     default tree."""
     points = _targets(COMPILED_SIZES)
-    points += [((index, 0), drafter, drafter.default_shape) for index, drafter in enumerate(drafters)]
+    shapes = [_usual(drafter) for drafter in drafters]
+    points += [((index, 0), drafter, shape) for index, (drafter, shape) in enumerate(zip(drafters, shapes))]
     seconds = _seconds(model, opened, points)
     target = moved(eager.target, {size: seconds[size] for size in COMPILED_SIZES})
     drafts: list[Curve] = []
     for index, drafter in enumerate(drafters):
-        shape, first = drafter.default_shape, len(drafts)
+        shape, first = shapes[index], len(drafts)
         own = eager.of(first, first + len(parts_of(drafter)))
         cost = max(seconds[index, 0] - interpolate(target, len(shape)), 0.0)
         known = own.drafting(shape)
@@ -122,6 +123,12 @@ def _levels(drafter: Drafter) -> tuple[int, ...]:
     if drafter.traits.follows_any_tree:
         return tuple(sorted({1, min(drafter.traits.deepest, DEEPEST)}))
     return 1, 4, DEEPEST
+
+
+def _usual(drafter: Drafter) -> TreeShape:
+    """The default tree of `drafter`, or a chain where that is the root alone or larger than what is timed."""
+    usual = 1 < len(drafter.default_shape) <= max(SIZES)
+    return drafter.default_shape if usual else TreeShape.chain(min(drafter.traits.deepest, DEEPEST))
 
 
 def _targets(sizes: Sequence[int]) -> list[Point]:

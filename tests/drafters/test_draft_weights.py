@@ -61,6 +61,19 @@ def test_the_text_is_that_of_plain_decoding(model, folders, kind, weights, sampl
     assert drafted.trace.summary()["num_accepted_draft_tokens"] > 0, "a test without accepted tokens proves little"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["draft model", "hydra"])
+def test_compiled_steps_give_the_same_text(model, folders, kind):
+    drafter = paceline.load_drafter(folders[kind], model, weights="q4-int8")
+    options = dict(do_sample=True, top_k=0, max_new_tokens=24, seed=5)
+    prompt = torch.tensor([[5, 9, 2, 7]])
+    plain = paceline.generate(model, prompt, drafter=None, **options)
+    out = paceline.generate(
+        model, prompt, drafter=drafter, tree="2x1x1", executor="compiled", return_dict_in_generate=True, **options
+    )
+    assert torch.equal(plain, out.sequences) and out.trace.summary()["num_accepted_draft_tokens"] > 0
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_are_rounded_to_the_nearest_codes_and_used(model, folders, kind):
     dense, coarse = (paceline.load_drafter(folders[kind], model, weights=weights) for weights in ("16", "q4"))
@@ -90,7 +103,7 @@ def test_an_lm_head_on_the_targets_memory_stays_dense(model, folders, tmp_path):
     whole = module_of(paceline.load_drafter(tmp_path / "whole", model, weights="q4"))
     assert list(whole.blocks) == ["first"] and whole.head_weight.data_ptr() == model.lm_head.weight.data_ptr()
     trimmed = module_of(paceline.load_drafter(folders["hydra"], model, weights="q4"))
-    assert list(trimmed.blocks) == ["first", "head", "path 0", "path 1", "path 2"]
+    assert list(trimmed.blocks) == ["first", "head", "path_0", "path_1", "path_2"]
 
 
 def test_heads_in_blocks_are_saved_dense(model, folders, tmp_path):

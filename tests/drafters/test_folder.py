@@ -7,7 +7,8 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.folder import target_fingerprint
-from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from paceline.drafters.head_settings import HeadSettings
+from paceline.drafters.medusa import MedusaDrafter, MedusaHeads
 from paceline.training.objectives.heads import MedusaObjective
 from safetensors.torch import load_file, save_file
 

@@ -6,7 +6,8 @@ import itertools
 import paceline
 import pytest
 import torch
-from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from paceline.drafters.head_settings import HeadSettings
+from paceline.drafters.medusa import MedusaDrafter, MedusaHeads
 from paceline.spec import noise
 from paceline.spec.kernels.cpu import is_x86
 from paceline.spec.kernels.linears import Packing

@@ -69,7 +69,7 @@ def test_few_steps_are_compiled(monkeypatch):
 
     def open_idle(model, executor, drafter, shape, sampling=None):
         made.append((executor, len(shape)))
-        return executor, len(shape) + (shape.max_depth if drafter.name in NAMES else 0)
+        return executor, len(shape) + (shape.max_depth if drafter.name in known else 0)
 
     def alone(model, runner):
         executor, cost = runner
@@ -80,7 +80,7 @@ def test_few_steps_are_compiled(monkeypatch):
     model = tiny_llama()
     lookup = paceline.load_drafter("ngram", model)
     heads = MedusaDrafter(fitted_heads(model, "hydra"), "heads")
-    NAMES = {lookup.name, heads.name, "heads+ngram"}
+    known = {lookup.name, heads.name, "heads+ngram"}
     both = Beside(heads, lookup)
     measured = measure(model, [lookup, both], "compiled")
     nodes = sorted(nodes for executor, nodes in made if executor == "compiled")
@@ -91,3 +91,13 @@ def test_few_steps_are_compiled(monkeypatch):
     cost = sum(measured.of(1, 3).drafting(both.default_shape))
     assert cost == pytest.approx(both.default_shape.max_depth / 2), "what both take together is divided among them"
     assert first[3] / first[1] == pytest.approx(3) and second[8] / second[1] == pytest.approx(8)
+
+
+def test_a_drafter_with_a_large_default_tree_is_timed_by_a_chain(monkeypatch):
+    monkeypatch.setattr(curves, "open_idle", lambda model, executor, drafter, shape, sampling=None: len(shape))
+    monkeypatch.setattr(curves, "alone", lambda model, nodes: float(nodes))
+    model = tiny_llama()
+    for shape in (TreeShape.chain(0), TreeShape.chain(40)):
+        lookup = paceline.load_drafter("ngram", model)
+        monkeypatch.setattr(type(lookup), "default_shape", shape)
+        assert measure(model, [lookup], "compiled").drafts == ({0: 0.0, 1: 0.0, 8: 0.0},)

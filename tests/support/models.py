@@ -55,7 +55,8 @@ def whole_rows(input_ids):
 
 def fitted_heads(model, mode, steps=40, known=None, seed=0, **settings):
     """Heads of three levels that have learned a little of the model's own text: right now and then."""
-    from paceline.drafters.medusa import HeadSettings, MedusaHeads
+    from paceline.drafters.head_settings import HeadSettings
+    from paceline.drafters.medusa import MedusaHeads
     from paceline.training.objectives.heads import MedusaObjective
     from paceline.training.objectives.known_tokens import frequent_tokens
 

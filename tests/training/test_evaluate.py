@@ -10,7 +10,8 @@ import pytest
 import torch
 from paceline.drafters import shipped
 from paceline.drafters.folder import target_identity
-from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from paceline.drafters.head_settings import HeadSettings
+from paceline.drafters.medusa import MedusaDrafter, MedusaHeads
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
 from paceline.spec.plan.trees import best_tree, expected_tokens

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from paceline.drafters.medusa import HeadSettings, MedusaHeads
+from paceline.drafters.head_settings import HeadSettings
+from paceline.drafters.medusa import MedusaHeads
 from paceline.spec.target.taps import HEAD
 from paceline.training.objectives import heads as heads_objective
 from paceline.training.objectives.heads import MedusaObjective

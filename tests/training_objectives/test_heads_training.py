@@ -3,7 +3,8 @@
 import paceline
 import pytest
 import torch
-from paceline.drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from paceline.drafters.head_settings import HeadSettings
+from paceline.drafters.medusa import MedusaDrafter, MedusaHeads
 from paceline.spec.target.taps import HEAD
 from paceline.spec.tree import TreeShape
 from paceline.training.objectives.heads import MedusaObjective

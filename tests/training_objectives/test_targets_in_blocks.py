@@ -3,7 +3,8 @@
 import pytest
 import torch
 from paceline.drafters.complete import complete
-from paceline.drafters.medusa import HeadSettings, MedusaHeads
+from paceline.drafters.head_settings import HeadSettings
+from paceline.drafters.medusa import MedusaHeads
 from paceline.training.objectives.draft_lm import DraftObjective
 from paceline.training.objectives.heads import MedusaObjective
 from paceline.training.objectives.target import OnlineTarget

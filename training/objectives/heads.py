@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...drafters.medusa import HeadSettings, MedusaDrafter, MedusaHeads
+from ...drafters.head_settings import HeadSettings
+from ...drafters.medusa import MedusaDrafter, MedusaHeads
 from ...spec.target.taps import HEAD
 from ...spec.target.weights import dense_rows, dense_weight
 from ..config import read
