@@ -77,18 +77,6 @@ def work(args):
         print(json.dumps(answer(json.loads(line))), flush=True)
 
 
-def bandwidth():
-    """GB/s of reading 256 MB."""
-    import torch
-
-    numbers, seconds = torch.ones(64 << 20), []
-    for _ in range(3):
-        begun = time.perf_counter()
-        numbers.sum()
-        seconds.append(time.perf_counter() - begun)
-    return numbers.nbytes / min(seconds) / 1e9
-
-
 def texts(path, count, tokenizer):
     """The prompts of a file, spread evenly over it, in the model's chat template."""
     lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
@@ -113,6 +101,7 @@ def main():
     if args.worker:
         return work(args)
     import paceline
+    from steps import bandwidth
 
     tokenizer = paceline.load_target(args.model)[1]
     ways = args.ways.split(",")

@@ -22,26 +22,16 @@ constexpr int64_t AHEAD = 16;   // slots whose values are fetched ahead of their
 constexpr int64_t MANY = 96;    // queries of a group of heads from which on a thread takes some queries from key to sum
 constexpr int64_t NEAR = 200000;  // scores of such queries that stay in the L2 cache
 
-typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
 
 inline float number(float x) { return x; }
 
-inline float number(Short x) {
-    uint32_t bits = uint32_t(x) << 16;
-    float value;
-    std::memcpy(&value, &bits, 4);
-    return value;
-}
+inline float number(Short x) { return from_bfloat16(x); }
 
 inline void put(float* to, float x) { *to = x; }
 
-inline void put(Short* to, float x) {  // rounded to the nearest, ties to even
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    *to = std::isnan(x) ? 0x7fc0 : Short((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+inline void put(Short* to, float x) { *to = to_bfloat16(x); }
 
 struct Sizes {  // as operators.cpp lays them out; strides in numbers
     int64_t batch, heads, groups, nodes, slots, width, value_width;  // groups: heads of keys and values
