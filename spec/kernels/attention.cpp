@@ -22,7 +22,6 @@ constexpr int64_t AHEAD = 16;   // slots whose values are fetched ahead of their
 constexpr int64_t MANY = 96;    // queries of a group of heads from which on a thread takes some queries from key to sum
 constexpr int64_t NEAR = 200000;  // scores of such queries that stay in the L2 cache
 
-typedef int8_t Bytes __attribute__((vector_size(LANES)));
 typedef double Doubles __attribute__((vector_size(8 * LANES)));
 
 inline float number(float x) { return x; }
@@ -110,7 +109,7 @@ inline Ints shown(const uint8_t* seen, int64_t start, int64_t count) {
         std::memcpy(&bytes, seen + start, LANES);
     else
         std::memcpy(&bytes, seen + start, count - start);
-    return __builtin_convertvector(bytes, Ints) != 0;
+    return widened(bytes) != 0;
 }
 
 // Scores to exponentials, 0 where nothing is seen; returns their sum. It does not depend on where among masked slots the

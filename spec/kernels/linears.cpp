@@ -7,7 +7,8 @@
 #include <algorithm>
 #include <vector>
 
-#include "products.h"
+#include "blocks.h"
+#include "rows.h"
 
 namespace {
 
@@ -28,11 +29,9 @@ struct Call {
     bool bfloat16;  // what `out` is
 };
 
-#ifdef __AVX512F__
-constexpr int64_t MOST = 12;  // rows of a tile
-#else
-constexpr int64_t MOST = 6;
-#endif
+// Rows of a tile: what the registers hold beside weights; some kinds sum each group by itself, too.
+template <typename Kind>
+constexpr int64_t MOST = (Kind::sums_groups ? 8 : 12) * LANES / 16;
 
 // The products of ROWS rows, of which `count` are wanted, with PANELS panels.
 template <int ROWS, int PANELS, typename Kind>
@@ -73,10 +72,10 @@ void tiles(const Call& call, const Layer& layer, int64_t from, int64_t count, in
     for (; first < last; first++) tile<ROWS, 1, Kind>(call, layer, from, count, first, expanded);
 }
 
-// Calls work(from, count) for tiles of as equal a size as can be of the rows from `block` on.
+// Calls work(from, count) for tiles of as equal a size as can be, at most `most`, of the rows from `block` on.
 template <typename Work>
-void in_tiles(int64_t block, int64_t rows, Work work) {
-    const int64_t cuts = (rows + MOST - 1) / MOST;
+void in_tiles(int64_t block, int64_t rows, int64_t most, Work work) {
+    const int64_t cuts = (rows + most - 1) / most;
     for (int64_t cut = 0; cut < cuts; cut++)
         work(block + rows * cut / cuts, rows * (cut + 1) / cuts - rows * cut / cuts);
 }
@@ -84,14 +83,15 @@ void in_tiles(int64_t block, int64_t rows, Work work) {
 template <typename Kind>
 void some_panels(const Call& call, const Layer& layer, int64_t first, int64_t last) {
     if constexpr (Kind::expands)
-        if (call.count > 2 * MOST) {
+        if (call.count > 24) {
             static thread_local std::vector<char> expanded;
             expanded.resize(Kind::expanded_bytes(call.inputs));
             for (; first < last; first++) {
                 Kind::expand(layer.panels + first * panel_bytes(call.format, call.inputs), call.inputs, call.format,
                              expanded.data());
-                in_tiles(0, call.count, [&](int64_t from, int64_t count) {  // all are large
-                    tiles<typename Kind::Expanded, MOST, MOST * 2 / 3>(call, layer, from, count, first, first + 1,
+                constexpr int64_t most = MOST<typename Kind::Expanded>;
+                in_tiles(0, call.count, most, [&](int64_t from, int64_t count) {  // all are large
+                    tiles<typename Kind::Expanded, most, most * 3 / 4>(call, layer, from, count, first, first + 1,
                                                                        expanded.data());
                 });
             }
@@ -99,13 +99,12 @@ void some_panels(const Call& call, const Layer& layer, int64_t first, int64_t la
         }
     for (int64_t block = 0; block < call.count; block += BLOCK)
         for (int64_t turn = first; turn < last; turn += TURN)
-            in_tiles(block, std::min(BLOCK, call.count - block), [&](int64_t from, int64_t count) {
+            in_tiles(block, std::min(BLOCK, call.count - block), MOST<Kind>, [&](int64_t from, int64_t count) {
                 const int64_t end = std::min(last, turn + TURN);
-#ifdef __AVX512F__
-                tiles<Kind, 12, 8, 6, 4, 2, 1>(call, layer, from, count, turn, end);
-#else
-                tiles<Kind, 6, 4, 2, 1>(call, layer, from, count, turn, end);
-#endif
+                if constexpr (MOST<Kind> == 12) return tiles<Kind, 12, 8, 6, 4, 2, 1>(call, layer, from, count, turn, end);
+                if constexpr (MOST<Kind> == 8) return tiles<Kind, 8, 6, 4, 2, 1>(call, layer, from, count, turn, end);
+                if constexpr (MOST<Kind> == 6) return tiles<Kind, 6, 4, 2, 1>(call, layer, from, count, turn, end);
+                if constexpr (MOST<Kind> == 4) return tiles<Kind, 4, 2, 1>(call, layer, from, count, turn, end);
             });
 }
 
@@ -134,107 +133,6 @@ void share(const Call& call, const std::vector<Layer>& layers, int part, int par
     if (f.bits == 16) return share<Dense16>(call, layers, part, parts);
     return (f.bits == 4 ? share<Blocks<4>> : share<Blocks<8>>)(call, layers, part, parts);
 }
-
-// What the rows of a call become, where they are not multiplied as they are.
-struct Prepared {
-    std::vector<float> numbers, scales, sums;
-    std::vector<uint16_t> halves;
-    std::vector<int8_t> bytes;
-    std::vector<int32_t> wholes;
-};
-
-float at(const void* x, bool bfloat16, int64_t index) {
-    return bfloat16 ? from_bfloat16(((const uint16_t*)x)[index]) : ((const float*)x)[index];
-}
-
-// The sums of the groups of a row, each in the order of the inputs.
-void sum_groups(const void* x, bool bfloat16, int64_t row, int64_t inputs, int64_t group, float* sums) {
-    for (int64_t g = 0; g < inputs / group; g++) {
-        float sum = 0;
-        for (int64_t k = 0; k < group; k++) sum += at(x, bfloat16, row * inputs + g * group + k);
-        sums[g] = sum;
-    }
-}
-
-// A row in 8 bits. A group with a number that is not finite gets a scale of NaN.
-void round_row(const float* x, int64_t inputs, int64_t group, int8_t* bytes, float* scales, float* sums,
-               int32_t* wholes) {
-    for (int64_t g = 0; g < inputs / group; g++, x += group, bytes += group) {
-        Vector highest = {}, nothing = {};
-        for (int64_t k = 0; k < group; k += LANES) {
-            const Vector numbers = load<Vector>(x + k), size = (Vector)((Bits)numbers & 0x7fffffffu);
-            highest = size > highest ? size : highest;
-            nothing += numbers * 0.0f;
-        }
-        float most = 0, nan = 0;
-        for (int i = 0; i < LANES; i++) most = std::max(most, highest[i]), nan += nothing[i];
-        const float scale = nan == 0 ? most / 127.0f : 0.0f, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-        int32_t whole = 0;
-        for (int64_t k = 0; k < group; k += LANES) {
-            const Ints rounded = nearest(nan == 0 ? load<Vector>(x + k) * inverse : Vector{});
-            for (int i = 0; i < LANES; i++) {
-                const int32_t byte = std::clamp(rounded[i], -127, 127);
-                const int order[4] = {0, 2, 1, 3};
-                bytes[k + i / 4 * 4 + order[i % 4]] = int8_t(byte);
-                whole += byte;
-            }
-        }
-        scales[g] = scale + nan, wholes[g] = whole, sums[g] = scales[g] * float(whole);
-    }
-}
-
-// Rows as the products take them. `pairs`: in bfloat16.
-class Preparation {
-public:
-    Preparation(const void* x, bool bfloat16, bool pairs, int64_t count, int64_t inputs, const Format& f, Prepared& made)
-        : x(x), bfloat16(bfloat16), pairs(pairs), inputs(inputs), f(f), made(made) {
-        const bool blocks = f.bits < 16;
-        groups = blocks ? inputs / f.group : 0;
-        line = f.bits == 16 ? inputs + inputs % 2 : inputs;
-        if (f.int8) made.bytes.resize(count * inputs), made.scales.resize(count * groups), made.wholes.resize(count * groups);
-        if (f.int8 || (pairs && f.has_offsets)) made.sums.resize(count * groups);
-        widened = bfloat16 && !pairs;
-        if (widened || (!bfloat16 && line != inputs)) made.numbers.resize(count * line);
-        if (pairs && line != inputs) made.halves.resize(count * line);
-    }
-
-    // Whether there is anything to do for a row.
-    bool needed() const { return !made.bytes.empty() || !made.sums.empty() || !made.numbers.empty() || !made.halves.empty(); }
-
-    void row(int64_t r) {
-        if (!made.numbers.empty()) {
-            float* to = made.numbers.data() + r * line;
-            to[line - 1] = 0;
-            for (int64_t k = 0; k < inputs; k++) to[k] = at(x, bfloat16, r * inputs + k);
-        }
-        if (!made.halves.empty()) {
-            uint16_t* to = made.halves.data() + r * line;
-            to[line - 1] = 0;
-            std::memcpy(to, (const uint16_t*)x + r * inputs, inputs * 2);
-        }
-        if (f.int8)
-            round_row(made.numbers.empty() ? (const float*)x + r * inputs : made.numbers.data() + r * line, inputs, f.group,
-                      made.bytes.data() + r * inputs, made.scales.data() + r * groups, made.sums.data() + r * groups,
-                      made.wholes.data() + r * groups);
-        else if (!made.sums.empty())
-            sum_groups(x, bfloat16, r, inputs, f.group, made.sums.data() + r * groups);
-    }
-
-    Rows rows() const {
-        const void* numbers = x;
-        if (!made.numbers.empty()) numbers = made.numbers.data();
-        if (!made.halves.empty()) numbers = made.halves.data();
-        if (f.int8) numbers = made.bytes.data();
-        return {numbers, line, f.int8 ? made.scales.data() : nullptr, made.sums.data(), made.wholes.data(), groups};
-    }
-
-private:
-    const void* x;
-    bool bfloat16, pairs, widened;
-    int64_t inputs, line, groups;
-    const Format& f;
-    Prepared& made;
-};
 
 }  // namespace
 

@@ -25,8 +25,7 @@ from ..files import cache_folder
 from .cpu import LEVELS, SWITCH, level
 from .panels import Format
 
-_NAMES = ("vectors.h", "tile.h", "products.h", "attention.cpp", "linears.cpp", "rotation.cpp", "operators.cpp")
-SOURCES = [Path(__file__).with_name(name) for name in _NAMES]
+SOURCES = sorted(path for suffix in ("*.h", "*.cpp") for path in Path(__file__).parent.glob(suffix))
 MAX_WIDTH = 512  # as in attention.cpp
 _FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-w"]
 _FLAGS += ["-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]

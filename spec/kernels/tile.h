@@ -17,21 +17,10 @@ namespace {
 constexpr int REGISTERS = LANES == 16 ? 24 : 12;  // vectors of sums
 constexpr int MOST = REGISTERS / 2;               // rows of a tile
 
-typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
-
 using Short = uint16_t;  // a bfloat16
 
-inline Vector vector(const float* from) {
-    Vector out;
-    std::memcpy(&out, from, sizeof(out));
-    return out;
-}
-
-inline Vector vector(const Short* from) {
-    Shorts out;
-    std::memcpy(&out, from, sizeof(out));
-    return (Vector)(__builtin_convertvector(out, Bits) << 16);
-}
+inline Vector vector(const float* from) { return load<Vector>(from); }
+inline Vector vector(const Short* from) { return widened(from); }
 
 // The two vectors of one term's panel.
 template <typename Number>

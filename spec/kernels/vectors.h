@@ -21,6 +21,7 @@ constexpr int PANEL = 2 * LANES;  // outputs that lie together in a packed weigh
 typedef float Vector __attribute__((vector_size(4 * LANES)));
 typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Bits __attribute__((vector_size(4 * LANES)));
+typedef int8_t Bytes __attribute__((vector_size(LANES)));
 
 template <typename To>
 inline To load(const void* from) {
@@ -39,6 +40,14 @@ inline Vector fma(Vector a, Vector b, Vector c) {  // a b + c, rounded once
 #endif
 }
 
+inline Vector widened(const uint16_t* from) {  // LANES numbers in bfloat16
+#ifdef __AVX512F__
+    return (Vector)((Bits)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)) << 16);
+#else
+    return (Vector)((Bits)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)from)) << 16);
+#endif
+}
+
 inline Vector from_halves(const void* from) {  // LANES numbers in float16
 #ifdef __AVX512F__
     return (Vector)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)from));
@@ -52,6 +61,25 @@ inline Ints nearest(Vector numbers) {  // whole numbers, ties to even
     return (Ints)_mm512_cvtps_epi32((__m512)numbers);
 #else
     return (Ints)_mm256_cvtps_epi32((__m256)numbers);
+#endif
+}
+
+inline Bytes narrowed(Ints numbers) {  // of 8 bits
+#ifdef __AVX512F__
+    return (Bytes)_mm512_cvtepi32_epi8((Whole)numbers);
+#else
+    const __m128i low = _mm256_castsi256_si128((Whole)numbers), high = _mm256_extracti128_si256((Whole)numbers, 1);
+    const __m128i shorts = _mm_packs_epi32(low, high);
+    const __m128i bytes = _mm_packs_epi16(shorts, shorts);
+    return load<Bytes>(&bytes);
+#endif
+}
+
+inline Ints widened(Bytes bytes) {
+#ifdef __AVX512F__
+    return (Ints)_mm512_cvtepi8_epi32((__m128i)bytes);
+#else
+    return (Ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)&bytes));
 #endif
 }
 
