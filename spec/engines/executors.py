@@ -95,7 +95,7 @@ class Compiled:
             with waiting(f"compiling the step, about {expected_compile(self.key, kinds):.0f} s"), self.packing:
                 engine.idle_step()  # allocates the caches, which must exist before the graph is traced
                 self.step = self._layers_once() or self._compiled()
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (torch._dynamo.exc.TorchDynamoException, OSError) as error:  # also a folder that cannot be written
             raise ValueError(_reason("compiled", error)) from error
         self.making_seconds = time.perf_counter() - started
         keep(self.key, compile=self.making_seconds, kinds=kinds)

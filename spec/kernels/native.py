@@ -51,7 +51,7 @@ def _library_file() -> ctypes.CDLL | None:
         reason = f"they are not written for {platform.machine()} processors of this kind"
     for compiler in compilers if march else ():
         try:
-            return ctypes.CDLL(str(_built(compiler, [*_FLAGS, *march])))
+            return _built(compiler, [*_FLAGS, *march])
         except (OSError, subprocess.CalledProcessError) as error:
             reason = reason or (getattr(error, "stderr", None) or str(error).encode()).decode(errors="replace")
     if reason:
@@ -61,25 +61,27 @@ def _library_file() -> ctypes.CDLL | None:
     return None
 
 
-def _built(compiler: str, flags: list[str]) -> Path:
-    """The library's file in the cache folder, compiled now if it is not there."""
-    key = [
-        *(source.read_text(encoding="utf-8") for source in SOURCES),
-        compiler,
-        platform.machine(),
-        torch.__version__,
-        *flags,
-    ]
-    folder = cache_folder() / "native"
-    file = folder / f"kernels-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:16]}.so"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as beside:
-            made = Path(beside) / file.name
-            with waiting("compiling our own kernels, once"):
-                _compile(compiler, flags, made)
+def _built(compiler: str, flags: list[str]) -> ctypes.CDLL:
+    """The library, compiled now if its file is not in the cache folder. Where that cannot be written, with a line on
+    stderr, the file lasts until it is loaded."""
+    sources = [source.read_text(encoding="utf-8") for source in SOURCES]
+    key = chr(0).join([*sources, compiler, platform.machine(), torch.__version__, *flags])
+    file = cache_folder() / "native" / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    if file.exists():
+        return ctypes.CDLL(str(file))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=file.parent)
+    except OSError as error:
+        said = f"our own kernels are compiled anew each time, because {file.parent} cannot be written ({error.strerror})"
+        print(f"{said}; set PACELINE_CACHE to another folder", file=sys.stderr)
+        folder, file = tempfile.TemporaryDirectory(), None
+    with folder as beside, waiting("compiling our own kernels, once"):
+        made = Path(beside) / "kernels.so"
+        _compile(compiler, flags, made)
+        if file is not None:
             os.replace(made, file)
-    return file
+        return ctypes.CDLL(str(file or made))
 
 
 def _compile(compiler: str, flags: list[str], library: Path) -> None:
