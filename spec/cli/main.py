@@ -26,6 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     if rest:  # argparse takes no more overrides once it has seen an option
         args.overrides += rest
     args.started = started  # importing torch is part of what a person waits for
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a character that a terminal lacks must not end a command
     with warnings.catch_warnings():
         if not args.debug:
             _hush()

@@ -114,7 +114,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
 
     from ...spec.target.load import resolve
 
-    where = resolve(str(name))
+    where = str(name) if Path(name).is_dir() else resolve(str(name))  # which asks folders for a model's config
     if Path(where).is_file():
         return _gguf_tokenizer(where)
     try:
