@@ -74,6 +74,11 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def left_padding(mask: torch.Tensor) -> torch.Tensor:
+    """How many columns of each row of a mask (B, P) are padding on the left, (B,)."""
+    return mask.bool().to(torch.int8).argmax(1)
+
+
 def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (B, P)."""
     width = max(map(len, rows))

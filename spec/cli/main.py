@@ -3,6 +3,7 @@
 A user's error ends in one line on stderr and exit code 2, Ctrl-C in exit code 130.
 """
 
+import io
 import os
 import sys
 import time
@@ -27,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         args.overrides += rest
     args.started = started  # importing torch is part of what a person waits for
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a character that a terminal lacks must not end a command
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that a terminal lacks must not end a command
     with warnings.catch_warnings():
         if not args.debug:
             _hush()

@@ -26,6 +26,7 @@ _IGNORED = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "generation_config", "_backward_hooks",
     "_is_full_backward_hook", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "rope_deltas",  # of the last prompt with images; slots are forwarded with explicit positions
     "packed_weight", "_layer", "generate", "__getstate__", "_paceline_patch", "_paceline_drafter",
 }  # fmt: skip
 _PLAIN = {bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device}

@@ -18,6 +18,8 @@ from .taps import Tap
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .given import GivenPrompt
+
 
 @dataclass(frozen=True, slots=True)
 class TargetTraits:
@@ -83,6 +85,14 @@ class Resumable(Protocol):
 
     def load_row(self, row: int, saved: Any, count: int) -> None:
         """Hold the first `count` tokens of what `save_row` gave, in a row that is clear. At least one more is read."""
+
+
+@runtime_checkable
+class TakesPrompts(Protocol):
+    """A target that can go on from prompts that the model's own forward has read."""
+
+    def take_over(self, prompt: "GivenPrompt") -> None:
+        """Hold the prompts of all rows, which are clear."""
 
 
 class Target(Protocol):

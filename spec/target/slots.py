@@ -16,6 +16,7 @@ from ..proposal import Proposal
 from ..tree import TokenTree
 from . import attention, masks
 from .cache import SlotCache
+from .given import GivenPrompt
 from .masks import SlotView, showing
 from .protocol import Seen, Span, TargetTraits
 from .taps import Tap, feature_sizes, joined, listening, put_idle_head, put_taps
@@ -47,6 +48,7 @@ class SlotModel:
         # Positions are clamped to the context: a drafted node may lie beyond it, but is never committed there.
         self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
         self.slot_index = torch.arange(capacity, device=model.device)
+        self.shift = torch.zeros(batch, dtype=torch.int64, device=model.device)  # (B,): of positions, see GivenPrompt
         put_taps(model, taps)
         self.can_idle = put_idle_head(model)  # the head has nothing to do while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
@@ -63,6 +65,11 @@ class SlotModel:
 
     def clear(self, rows: Tensor | None = None) -> None:
         self.cache.clear(rows)
+        self.shift[slice(None) if rows is None else rows] = 0
+
+    def take_over(self, prompt: GivenPrompt) -> None:
+        self.cache.load_columns(prompt.layers(), prompt.pads, prompt.width)
+        self.shift.copy_(prompt.shift)
 
     def read(self, span: Span) -> Tensor | None:
         self.cache.rows = span.rows
@@ -79,6 +86,7 @@ class SlotModel:
 
     def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
         self.cache.copy_rows(other.cache, rows)
+        self.shift.copy_(other.shift[rows])
 
     def save_row(self, row: int, count: int) -> list:
         return self.cache.save_row(row, count)
@@ -93,11 +101,12 @@ class SlotModel:
         taps = self.traits.taps
         hearing: AbstractContextManager[dict[Tap, Tensor]] = nullcontext({})
         if taps or idle_head:
-            hearing = listening(idle_head)
+            hearing = listening(0 if idle_head else None)
         with showing(view), hearing as heard:
+            shift = self.shift if self.cache.rows is None else self.shift[self.cache.rows]
             out = self.model(
-                input_ids=tokens.clamp(min=0),
-                position_ids=view.query_positions.clamp(0, self.last_position),
+                input_ids=tokens.clamp(0, self.traits.vocab_size - 1),  # others are of images
+                position_ids=(view.query_positions + shift[:, None]).clamp(0, self.last_position),
                 use_cache=True,
                 logits_to_keep=keep,
                 **{self.cache_argument: self.cache},

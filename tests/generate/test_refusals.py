@@ -4,7 +4,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from support.models import tiny_llama
 
@@ -27,8 +27,8 @@ REFUSALS = {
         dict(output_attentions=True, return_dict_in_generate=True),
         "attentions are not collected",
     ),
-    "a cache": (dict(cache=DynamicCache()), "slot cache"),
-    "a past": (dict(past_key_values=DynamicCache()), "slot cache"),
+    "another cache": (dict(cache=StaticCache(LlamaConfig(), 20)), "is a StaticCache"),
+    "an offloaded past": (dict(past_key_values=DynamicCache(offloading=True)), "is an offloaded DynamicCache"),
     "static cache": (dict(cache_implementation="static"), "slot cache"),
     "no cache": (dict(use_cache=False), "without a cache"),
 }
@@ -47,7 +47,6 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(target, ragged, case):
     ("ids", "mask", "words"),
     [
         (torch.zeros(1, 0, dtype=torch.long), None, "at least 1 token"),
-        (None, None, "at least 1 token"),
         (torch.tensor([1, 2]), None, "shape"),
         (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4), "must agree"),
         (torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]]), "left only"),
