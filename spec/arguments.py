@@ -3,10 +3,12 @@
 import copy
 import difflib
 import inspect
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from transformers import Cache, GenerationConfig, PreTrainedModel
@@ -14,8 +16,10 @@ from transformers import Cache, GenerationConfig, PreTrainedModel
 from .engines.executors import executor_names
 from .inputs.numbers import checked_numbers, plain
 from .inputs.prompt_batch import PromptBatch
+from .target import rope
 from .target.given import CACHES, cache_name, check_cache
 from .target.load import context_length
+from .tree import DynamicShape, TreeShape
 from .verify import check_rule
 
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
@@ -211,24 +215,52 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
 
 
-def check_length(model: PreTrainedModel, prompts: PromptBatch, new_tokens: int, tree_depth: int) -> None:
-    """Raise ValueError for texts longer than the context, or that cross a length at which its attention changes."""
-    config = model.config.get_text_config()
-    limit = context_length(model)
-    shortest, longest = prompts.shortest, prompts.longest
+class BeyondContext(UserWarning):
+    """A limit beyond the context of a model."""
+
+
+def check_length(model: PreTrainedModel, prompts: PromptBatch, new_tokens: int, shape: TreeShape | DynamicShape) -> int:
+    """How many of `new_tokens` a text may get: all, or as many as a table of positions has room for.
+
+    Warns where the limit is beyond the context. Raises ValueError for a prompt that fills such a table, for texts that
+    cross a length at which attention changes, and where there is no memory for a limit beyond the context."""
+    config, limit = model.config.get_text_config(), context_length(model)
+    longest = prompts.longest
     size = f"a prompt of {longest} tokens and {new_tokens} new ones"
-    if limit is not None and longest + new_tokens > limit:
-        raise ValueError(f"{size} exceed the model's context of {limit}; shorten the prompt or lower max_new_tokens")
     if getattr(config, "attn_temperature_tuning", False) and longest + new_tokens > config.floor_scale:
         raise ValueError(
             f"{size} exceed {config.floor_scale}, from where this model scales its queries by a count that a slot "
             "cache does not keep; shorten the prompt or lower max_new_tokens"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    dynamic = rope.get("rope_type") in ("longrope", "dynamic")
-    if dynamic and short and shortest <= short < longest + new_tokens + tree_depth:
+    if not rope.follows(model, longest, longest + new_tokens, shape.max_depth):
         raise ValueError(
-            f"{size} with a tree of depth {tree_depth} cross {short} positions, where this model's rotary embedding "
-            "changes for the whole text; stay on one side of it"
+            f"{size} (and a tree of depth {shape.max_depth}) go beyond {rope.changes_at(model)} positions, where this "
+            "model's rotary embeddings change for the whole text; stay below, or use model.generate"
+        )
+    if limit is None or longest + new_tokens <= limit:
+        return new_tokens
+    if rope.is_rotary(model):
+        _check_memory(model, len(prompts.ids) * (longest + new_tokens + shape.slots + 1), size)
+        warnings.warn(
+            f"{size} exceed the model's context of {limit}: what it was not trained for may read badly",
+            BeyondContext,
+            stacklevel=2,
+        )
+        return new_tokens
+    if longest >= limit:
+        raise ValueError(f"a prompt of {longest} tokens fills the model's context of {limit}; shorten the prompt")
+    warnings.warn(f"{size} exceed the model's context of {limit}: the text ends there", BeyondContext, stacklevel=2)
+    return limit - longest
+
+
+def _check_memory(model: PreTrainedModel, slots: int, size: str) -> None:
+    config, device = model.config.get_text_config(), model.device
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needed = slots * 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{size} need {needed / 1e9:,.0f} GB for keys and values, and {free / 1e9:,.0f} GB are free; lower "
+            "max_new_tokens"
         )

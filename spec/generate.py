@@ -214,20 +214,23 @@ class _Call:
         sampler = Sampler(logits_processor, bool(config.do_sample), prompt, batch.pads)
         if self.shape is None:
             self.shape = self._plan(model, sampler, new_tokens * len(prompt))
-        check_length(model, batch, new_tokens, self.shape.max_depth)
+        new_tokens = check_length(model, batch, new_tokens, self.shape)
         slots = batch.longest + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
         sizes = len(prompt), slots, len(eos)
         spec = RunSpec(self.shape, self.rule, self.executor, *sizes, keep_scores, sampler.signature)
         pairs = zip(batch.texts(), keys)
-        requests = [Request(text, new_tokens, key, eos, sampler.row_sampling) for text, key in pairs]
+        requests = [
+            Request(text, new_tokens, key, eos, sampler.row_sampling, beside=batch.longest - len(text))
+            for text, key in pairs
+        ]
         trace, books = Trace(), (scores, logits)
         with open_run(model, self.drafter, spec, sampler, new_tokens * len(prompt)) as executor:
             kept = None
             if self.reuse is not None and given is None:  # which knows texts by their tokens
                 kept = self.reuse.of(model, self.drafter, executor.engine)
             if kept is not None:
-                requests = [replace(request, held=kept.find(request.tokens)) for request in requests]
+                requests = [replace(request, held=kept.find(request)) for request in requests]
             try:
                 rows = Rows(executor, self.prefill_chunk)
                 counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step, given=given)

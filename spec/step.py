@@ -56,7 +56,7 @@ class Engine:
         for row, part in (held or {}).items():
             self._resume(row, part)
             counts[row] = part.count
-        for span in spans(self.state.tokens, self.state.lengths, chunk, rows, counts):
+        for span in spans(self.state.tokens, self.state.lengths, chunk, rows, counts, self.state.beside):
             self.session.read(span, self.target.read(span))
 
     def _resume(self, row: int, held: Held) -> None:
@@ -125,7 +125,7 @@ def begin(engine: Engine, prompt: "GivenPrompt", chunk: int) -> StepResult:
     proposal = Proposal(state.roots(), root, "deterministic", "own")
     scores, verdict = _judged(engine, logits, proposal, state.lengths - 1)
     write(state, verdict)
-    for span in spans(state.tokens, state.lengths, chunk):
+    for span in spans(state.tokens, state.lengths, chunk, beside=state.beside):
         engine.session.read(span, prompt.features_at(span.positions))
     return _result(engine, proposal, verdict, logits, scores)
 

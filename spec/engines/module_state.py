@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linears import is_packed_forward, version
+from ..target.rope import is_followed
 from ..target.taps import is_tap
 from ..target.weights import block_layers
 
@@ -26,6 +27,7 @@ _IGNORED = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "generation_config", "_backward_hooks",
     "_is_full_backward_hook", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "long_inv_freq",  # of LongRoPE, computed by the first long text
     "rope_deltas",  # of the last prompt with images; slots are forwarded with explicit positions
     "packed_weight", "_layer", "generate", "__getstate__", "_paceline_patch", "_paceline_drafter",
 }  # fmt: skip
@@ -48,7 +50,10 @@ def _tree(module: nn.Module, configs: dict[int, int]) -> int:
     attributes = [
         (key, _plain(value, configs))
         for key, value in module.__dict__.items()
-        if key not in _IGNORED and value is not None and value is not False and not is_packed_forward(value)
+        if key not in _IGNORED
+        and value is not None
+        and value is not False
+        and not (is_packed_forward(value) or is_followed(value))
     ]
     return hash((type(module), tuple(parts), tuple(attributes)))
 

@@ -32,10 +32,6 @@ class PromptBatch:
         """Tokens of the longest text."""
         return self.ids.shape[1] - int(self.pads.min())
 
-    @property
-    def shortest(self) -> int:
-        return self.ids.shape[1] - int(self.pads.max())
-
     def texts(self) -> list[list[int]]:
         """The tokens of each row, NO_TOKEN where nobody named them."""
         rows = zip(self.ids.tolist(), self.pads.tolist())

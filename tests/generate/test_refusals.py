@@ -18,7 +18,6 @@ REFUSALS = {
     "rule": (dict(verify="exact"), "match, residual, typical"),
     "executor": (dict(executor="quantum"), "eager"),
     "law": (dict(drafter="ngram", verify="residual", do_sample=True), "verify='match'"),
-    "too long": (dict(max_new_tokens=300), "context of 256"),
     "no tokens": (dict(max_new_tokens=0), "at least 1 token"),
     "seeds": (dict(seed=[1, 2]), "2 entries for 3 rows"),
     "tree": (dict(drafter="ngram", tree="4y2"), "'chain:5'"),

@@ -12,7 +12,6 @@ REFUSED = {
     "beams": (dict(num_beams=2), "num_beams=2"),
     "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
     "no cache": (dict(use_cache=False), "use_cache"),
-    "beyond the context": (dict(max_new_tokens=250), "context of 256"),
     "padding on the right": (dict(attention_mask=torch.tensor([[1] * 8 + [0]])), "on the left"),
 }
 
