@@ -17,6 +17,7 @@ from .engines.executors import executor_names
 from .inputs.numbers import checked_numbers, plain
 from .inputs.prompt_batch import PromptBatch
 from .target import rope
+from .target.adapters import inside
 from .target.given import CACHES, cache_name, check_cache
 from .target.load import context_length
 from .tree import DynamicShape, TreeShape
@@ -65,10 +66,11 @@ def setting(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any
 
 
 def check_model(model: Any, role: str = "model") -> PreTrainedModel:
-    """`model` without a torch.compile wrapper. Raises ValueError unless it is a causal LM of transformers; `role` names
-    the argument in the message."""
+    """`model` without wrappers of torch.compile and PEFT. Raises ValueError unless it is a causal LM of transformers;
+    `role` names the argument in the message."""
     while isinstance(model, torch.nn.Module) and "_orig_mod" in model._modules:
         model = model._orig_mod
+    model = inside(model)
     kind = type(model).__name__
     if isinstance(model, (str, Path)):
         raise ValueError(f"{role}={str(model)!r} is a name and no model; load it with paceline.load_target")

@@ -242,9 +242,9 @@ class _Call:
             if self.streamer is not None:
                 self.streamer.end()
             sequences = batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)
-            slots = executor.engine.target
-            assert isinstance(slots, SlotModel), "open_run makes no others"
-            cache = None if given is None else given.carry_on(slots.cache, counts)
+            target = executor.engine.target
+            assert isinstance(target, SlotModel), "open_run makes no others"
+            cache = None if given is None else given.carry_on(target.cache, counts)
         if not detailed:
             return sequences
         written = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]

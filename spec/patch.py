@@ -27,6 +27,7 @@ from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plan.store import read_shape
 from .proposal import Drafter, NoDrafter
+from .target.adapters import refuse_unfit
 from .target.given import cache_name
 from .target.selftest import attach
 from .trace import Event
@@ -56,10 +57,10 @@ def patch(
 
     `drafter` is a drafter, a smaller causal LM, or a name or folder, which is loaded now. `settings` are those of
     `paceline.generate`: `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`, `reuse`; they hold always,
-    so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a cache
-    handed in, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
-    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, but
-    without a cache.
+    so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a rounded
+    cache, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
+    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, with
+    a cache only where one was handed in.
 
     A second patch replaces the settings of the first; as a `with` block it brings the first back at its end. Copies and
     pickles of a patched model are not patched. Of a torch.compiled or PEFT model, the transformers model inside, which
@@ -240,6 +241,7 @@ def _asked(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     asked.pop("cache_implementation", None)
     if more := [name for name in asked if name not in _KNOWN | inputs_of(model)]:
         raise ValueError(f"{', '.join(more)} is nothing that Paceline or the model's forward takes")
+    refuse_unfit(model)
     prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
     if prepare is not type(model).prepare_inputs_for_generation:
         raise ValueError("prepare_inputs_for_generation of this model was replaced (by prompt tuning?)")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linears import is_packed_forward, version
+from ..target.adapters import active_adapters, adapter_digest
 from ..target.rope import is_followed
 from ..target.taps import is_tap
 from ..target.weights import block_layers
@@ -80,13 +81,14 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
 
 
 def _fingerprint(module: nn.Module) -> str:
-    versions = f"{addresses(module)} {list(map(version, _tensors(module)))}"
+    adapters = active_adapters(module)
+    versions = f"{addresses(module)} {list(map(version, _tensors(module)))} {adapters}"
     known = _fingerprints.get(module)
     if known is not None and known[0] == versions:
         return known[1]
     config, settings = getattr(module, "config", None), getattr(module, "settings", "")
     described = "" if config is None else config.to_json_string()
-    digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode() + adapter_digest(module), digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))
