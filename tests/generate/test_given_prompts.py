@@ -12,6 +12,7 @@ from support.families import IMAGE, SUPPORTED, WRAPPERS, build, pictured, wrappe
 from support.models import noisy_copy, tiny_llama
 from support.reference import plain_draw
 from support.sentences import sentence
+from support.tape import TapeExecutor, tape_executor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 GREEDY = dict(do_sample=False, max_new_tokens=20)
@@ -26,7 +27,7 @@ def wrapped():
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_texts_behind_images_are_transformers_own(wrapped, kind, draft):
     model, inputs = wrapped[kind], pictured(kind, rows=2)
-    scored = dict(GREEDY, return_dict_in_generate=True, output_scores=True, repetition_penalty=1.2)
+    scored = dict(GREEDY, max_new_tokens=14, return_dict_in_generate=True, output_scores=True, repetition_penalty=1.2)
     truth = model.generate(**inputs, **scored)
     blind = model.generate(**inputs | dict(pixel_values=inputs["pixel_values"].flip(0)), **GREEDY)
     assert not torch.equal(truth.sequences, blind), "the images matter"
@@ -42,7 +43,7 @@ def test_texts_behind_images_are_transformers_own(wrapped, kind, draft):
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_sampled_texts_behind_images_depend_on_the_seed_alone(wrapped, kind):
     model, inputs = wrapped[kind], pictured(kind, rows=2)
-    options = dict(do_sample=True, top_k=20, temperature=0.8, max_new_tokens=20, seed=[4, 4])
+    options = dict(do_sample=True, top_k=20, temperature=0.8, max_new_tokens=12, seed=[4, 4])
     plain = paceline.generate(model, **inputs, **options)
     assert torch.equal(paceline.generate(model, **inputs, drafter="ngram", **options), plain)
     alone = {name: value[:1] if len(value) == 2 else value[:16] for name, value in inputs.items()}
@@ -59,6 +60,18 @@ def test_a_patched_wrapper_answers_about_images(wrapped):
     with paceline.patch(model, "ngram") as patched:
         assert torch.equal(model.generate(**inputs, **GREEDY), truth)
     assert patched.speculated == 1 and not patched.fell_back
+
+
+def test_kept_steps_serve_prompts_with_and_without_images(wrapped, monkeypatch):
+    model = wrapped["qwen2_5_vl"]
+    with tape_executor(monkeypatch) as made:
+        for seed in (0, 1, None):
+            inputs = pictured("qwen2_5_vl", seed=seed or 0)
+            inputs = inputs if seed is not None else dict(input_ids=inputs["input_ids"][:, -5:])
+            found = paceline.generate(model, **inputs, drafter="ngram", executor="tape", **GREEDY)
+            assert torch.equal(found, model.generate(**inputs, **GREEDY))
+        assert len(made) == 1
+    TapeExecutor.made.clear()
 
 
 def test_a_prompt_that_ends_in_an_image_is_refused_where_positions_have_axes(wrapped):
@@ -82,14 +95,14 @@ def models():
 def test_embeddings_are_a_prompt(target, draft, hydra, ragged):
     """Alone, with the ids they are of, with padding, and as soft prompts that are of no ids."""
     ids, mask = ragged
-    for drafter in (None, "ngram", draft, hydra):
-        embeds = target.get_input_embeddings()(ids)
-        for options in ({}, dict(repetition_penalty=1.4, eos_token_id=[17, 5], pad_token_id=0)):
-            given = dict(inputs_embeds=embeds, attention_mask=mask, **GREEDY, **options)
-            truth = target.generate(**given)
-            assert torch.equal(paceline.generate(target, drafter=drafter, **given), truth) and truth.shape[1] <= 20
-            truth = target.generate(input_ids=ids, **given)
-            assert torch.equal(paceline.generate(target, ids, drafter=drafter, **given), truth)
+    embeds = target.get_input_embeddings()(ids)
+    penalised = dict(repetition_penalty=1.4, eos_token_id=[17, 5], pad_token_id=0)
+    for drafter, options in ((None, penalised), ("ngram", {}), (draft, penalised), (hydra, {})):
+        given = dict(inputs_embeds=embeds, attention_mask=mask, **GREEDY, **options)
+        truth = target.generate(**given)
+        assert torch.equal(paceline.generate(target, drafter=drafter, **given), truth) and truth.shape[1] <= 20
+        truth = target.generate(input_ids=ids, **given)
+        assert torch.equal(paceline.generate(target, ids, drafter=drafter, **given), truth)
     torch.manual_seed(5)
     soft = dict(inputs_embeds=torch.cat([torch.randn(3, 4, 32), embeds], dim=1))
     soft["attention_mask"] = torch.ones(3, 13, dtype=torch.long)
