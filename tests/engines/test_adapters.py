@@ -10,6 +10,7 @@ import torch
 from paceline.drafters.head_settings import HeadSettings
 from paceline.drafters.medusa import MedusaHeads
 from paceline.spec import cli
+from paceline.spec.engines import runs
 from paceline.spec.engines.module_state import fingerprint
 from paceline.spec.provenance import target_fingerprint
 from paceline.spec.target.adapters import active_adapters, inside
@@ -116,6 +117,7 @@ def test_a_compiled_step_serves_the_adapter_that_it_was_made_for(both):
     for name in ("one", "two", "one"):
         both.set_adapter(name)
         assert torch.equal(decode(both, "compiled"), texts_of(both))
+    runs.reset(inside(both))
 
 
 def test_fingerprints_say_which_adapter_acts(folders, both, tmp_path):
