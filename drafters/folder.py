@@ -19,6 +19,7 @@ from ..spec.console import quietly, waiting
 from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
+from ..spec.target.adapters import active_adapters
 from ..spec.target.load import check_hub_id
 from .kinds import KINDS
 
@@ -32,8 +33,9 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 def target_identity(model: "PreTrainedModel") -> dict[str, str]:
     """Name and fingerprint of a target, as in `paceline_target`. The name of a local folder has no path."""
     name = str(getattr(model.config, "_name_or_path", "") or type(model).__name__)
-    return {"name": Path(name).name if os.path.isabs(name) or Path(name).is_dir() else name,
-            "fingerprint": target_fingerprint(model)}  # fmt: skip
+    name = Path(name).name if os.path.isabs(name) or Path(name).is_dir() else name
+    name = "+".join([name, *(f"adapter {adapter}" for adapter in active_adapters(model))])
+    return {"name": name, "fingerprint": target_fingerprint(model)}
 
 
 @dataclass(frozen=True)

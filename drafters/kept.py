@@ -11,6 +11,7 @@ import torch
 
 from ..spec.files import cache_folder
 from ..spec.proposal import Drafter
+from ..spec.target.adapters import adapter_digest
 from ..spec.target.load import NAMED
 from . import load_drafter, shipped
 
@@ -36,12 +37,13 @@ def kept_drafter(which: Any, target: "PreTrainedModel") -> Drafter:
 
 
 def state_of(name: str, target: "PreTrainedModel") -> tuple:
-    """All that the drafter `name` depends on: the target's device, dtype and vocabulary, each file's size and time."""
+    """All that the drafter `name` depends on: the target's device, dtype, vocabulary and active adapters, each file's
+    size and time."""
     parts = [name] if Path(name).exists() else name.split("+")
     files = [file for part in parts for folder in _folders(part) for file in sorted(folder.rglob("*"))]
     files += [Path(name)] if Path(name).is_file() else []
     stats = [(str(file), file.stat()) for file in files if file.is_file()]
-    form = str(target.device), target.dtype, target.config.get_text_config().vocab_size
+    form = str(target.device), target.dtype, target.config.get_text_config().vocab_size, adapter_digest(target)
     return *form, *((path, stat.st_mtime_ns, stat.st_size) for path, stat in stats)
 
 

@@ -1,19 +1,26 @@
 """Checks of `generate`'s arguments: each raises ValueError, in one sentence, before any token is decoded."""
 
+import copy
 import difflib
-import math
-import operator
+import inspect
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from .engines.executors import executor_names
+from .inputs.numbers import checked_numbers, plain
+from .inputs.prompt_batch import PromptBatch
+from .target import rope
+from .target.adapters import inside
+from .target.given import CACHES, cache_name, check_cache
 from .target.load import context_length
+from .tree import DynamicShape, TreeShape
 from .verify import check_rule
 
 _PASSED_ON = {"logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "generation_config"}
@@ -26,8 +33,6 @@ _REFUSED: dict[str, tuple[Collection, str]] = {  # name: values that are allowed
     "speculation_type": ({None}, "pass drafter= instead"),
     "assistant_early_exit": ({None}, "pass drafter= instead"),
     "use_mtp": ({None, False}, "pass drafter= instead"),
-    "cache": ({None}, "the slot cache is always used; leave it out"),
-    "past_key_values": ({None}, "the slot cache is always used; leave it out"),
     "cache_implementation": ({None}, "the slot cache is always used; leave it out"),
     "token_healing": ({None, False}, "token healing is not supported; use model.generate for it"),
     "output_attentions": ({None, False}, "attentions are not collected; use model.generate for them"),
@@ -38,40 +43,17 @@ _REFUSED: dict[str, tuple[Collection, str]] = {  # name: values that are allowed
 }
 
 
-# Arguments that are whole numbers, with the least allowed value.
-_WHOLE: Mapping[str, int] = MappingProxyType(
-    {
-        "max_new_tokens": 1,
-        "max_length": 1,
-        "min_new_tokens": 0,
-        "min_length": 0,
-        "num_return_sequences": 1,
-        "top_k": 0,
-        "no_repeat_ngram_size": 0,
-        "encoder_no_repeat_ngram_size": 0,
-    }
-)
-# Arguments that are real numbers, with the least and the largest allowed value.
-_REAL: Mapping[str, tuple[float, float]] = MappingProxyType(
-    {
-        "temperature": (0.0, math.inf),
-        "top_p": (0.0, 1.0),
-        "top_h": (0.0, 1.0),
-        "min_p": (0.0, 1.0),
-        "typical_p": (0.0, 1.0),
-        "epsilon_cutoff": (0.0, 1.0),
-        "eta_cutoff": (0.0, 1.0),
-        "repetition_penalty": (0.0, math.inf),
-        "encoder_repetition_penalty": (0.0, math.inf),
-        "max_time": (0.0, math.inf),
-    }
-)
-
+CONFIG = set(GenerationConfig().to_dict())
+# Of transformers' own speculation and caches: whoever passes them means something that does not happen here.
 WITHOUT_EFFECT = {
     "num_assistant_tokens", "num_assistant_tokens_schedule", "assistant_confidence_threshold", "assistant_lookbehind",
-    "target_lookbehind", "max_matching_ngram_size", "prefill_chunk_size", "num_beam_groups", "diversity_penalty",
-    "length_penalty", "early_stopping", "low_memory", "compile_config", "disable_compile", "cache_config",
-    "is_assistant",
+    "target_lookbehind", "max_matching_ngram_size", "cache_config", "is_assistant",
+}  # fmt: skip
+# Of beams, or of how transformers runs its forwards: they do not change a text, there or here.
+IDLE = {
+    "prefill_chunk_size", "num_beam_groups", "diversity_penalty", "length_penalty", "early_stopping", "low_memory",
+    "compile_config", "disable_compile", "trust_remote_code", "continuous_batching_config", "assistant_ensemble_weight",
+    "return_dict", "logits_to_keep", "num_logits_to_keep", "output_router_logits",
 }  # fmt: skip
 
 
@@ -84,10 +66,11 @@ def setting(model: PreTrainedModel, kwargs: Mapping[str, Any], name: str) -> Any
 
 
 def check_model(model: Any, role: str = "model") -> PreTrainedModel:
-    """`model` without a torch.compile wrapper. Raises ValueError unless it is a causal LM of transformers; `role` names
-    the argument in the message."""
+    """`model` without wrappers of torch.compile and PEFT. Raises ValueError unless it is a causal LM of transformers;
+    `role` names the argument in the message."""
     while isinstance(model, torch.nn.Module) and "_orig_mod" in model._modules:
         model = model._orig_mod
+    model = inside(model)
     kind = type(model).__name__
     if isinstance(model, (str, Path)):
         raise ValueError(f"{role}={str(model)!r} is a name and no model; load it with paceline.load_target")
@@ -105,19 +88,26 @@ def check_model(model: Any, role: str = "model") -> PreTrainedModel:
 
 
 def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str, executor: str) -> None:
-    """Raise ValueError for arguments that `generate` does not support; makes numbers in `kwargs` int or float."""
+    """Raise ValueError for arguments that `generate` does not support. `kwargs` loses those without meaning here, and
+    numbers in it become Python's."""
     check_rule(verify)
     if executor not in (names := executor_names()):
         raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(names)}")
     if kwargs.pop("assistant_model", None) is not None:
         raise ValueError("assistant_model= is transformers' own speculation; pass the draft model as drafter=")
-    known = set(GenerationConfig().to_dict()) | set(_REFUSED) | _PASSED_ON
+    if kwargs.pop("synced_gpus", None):
+        raise ValueError(
+            "synced_gpus=True keeps processes in step, one forward per token, and rows take fewer here; leave it out"
+        )
+    known = CONFIG | set(_REFUSED) | _PASSED_ON | inputs_of(model)
     if not isinstance(kwargs.get("generation_config") or model.generation_config, GenerationConfig):
         raise ValueError(f"generation_config is a {type(kwargs['generation_config']).__name__}, not a GenerationConfig")
-    for name in kwargs:
-        if name in WITHOUT_EFFECT and kwargs[name] is not None:
+    for name in list(kwargs):
+        if name in IDLE or (kwargs[name] is None and name not in CONFIG):
+            del kwargs[name]
+        elif name in WITHOUT_EFFECT and kwargs[name] is not None:
             raise ValueError(f"{name}={kwargs[name]!r} has no effect here; remove it")
-        if name not in known:
+        elif name not in known:
             near = difflib.get_close_matches(name, [*known, "drafter", "tree", "verify", "seed"], 1)
             hint = f"did you mean {near[0]!r}" if near else "remove it"
             raise ValueError(f"generate() does not take {name!r}; {hint}")
@@ -130,90 +120,86 @@ def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str,
 
 
 def _check_numbers(model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-    """Check the numbers in the arguments and in a generation config passed with them."""
+    """Check the numbers in the arguments and in a generation config passed with them; those of numpy and torch become
+    Python's, in a copy of the config."""
     config = kwargs.get("generation_config")
-    _numbers({} if config is None else vars(config))
-    kwargs.update(_numbers(kwargs))
+    if config is not None:
+        settings = {name: plain(value) for name, value in vars(config).items() if name in CONFIG}
+        kwargs["generation_config"] = config = copy.copy(config)
+        vars(config).update(settings | checked_numbers(vars(config)))
+    numbers = checked_numbers(kwargs)
+    kwargs.update({name: plain(value) for name, value in kwargs.items() if name in CONFIG} | numbers)
     if setting(model, kwargs, "do_sample") and setting(model, kwargs, "temperature") == 0:
         raise ValueError("temperature=0 leaves nothing to sample; pass do_sample=False for greedy text")
 
 
-def _numbers(values: Mapping[str, Any]) -> dict[str, int | float]:
-    """The numeric arguments in `values`, checked and converted to int and float."""
-    given = {name: value for name, value in values.items() if value is not None}
-    whole = {name: whole_number(name, given[name], _WHOLE[name]) for name in given.keys() & _WHOLE.keys()}
-    return whole | {name: _real_number(name, given[name], *_REAL[name]) for name in given.keys() & _REAL.keys()}
+def inputs_of(model: PreTrainedModel) -> set[str]:
+    """The arguments of transformers' `generate` that go to the forward of `model`."""
+    inner = getattr(model, "_orig_mod", model)
+    functions = inner.forward, inner.prepare_inputs_for_generation
+    names = {name for function in functions for name in inspect.signature(function).parameters}
+    return (names | {*CACHES}) - CONFIG - {"input_ids", "attention_mask", "labels", "kwargs", "self"}
 
 
-def whole_number(name: str, value: Any, least: int) -> int:
-    """`value`, an integer of Python, numpy or torch, as an int. Raises ValueError for one below `least` and for
-    anything else, True and False included."""
-    number = _index(value)
-    if number is None or number < least:
-        unit = " token" if least == 1 and "tokens" in name else ""
+def own_inputs(model: PreTrainedModel, kwargs: dict[str, Any]) -> bool:
+    """Whether `kwargs` hold a prompt's inputs besides token ids, which only the model's own forward can read. Renames
+    a cache to what transformers calls it.
+
+    Raises ValueError for those that only go with others, and for a cache or embeddings that cannot be taken."""
+    names = kwargs.keys() & inputs_of(model)
+    if names and not any(isinstance(kwargs[name], (Tensor, Cache, list, tuple, dict)) for name in names):
+        raise ValueError(f"generate() does not take {min(names)!r} without inputs such as pixel_values; leave it out")
+    for name in names & {*CACHES}:
+        cache = kwargs.pop(name)
+        check_cache(cache)
+        kwargs[cache_name()] = cache
+    return bool(names)
+
+
+def check_input(
+    model: PreTrainedModel, input_ids: Any, mask: Any, kwargs: Mapping[str, Any], own_forward: bool
+) -> None:
+    """Raise ValueError for a prompt that cannot be read. Where there is none, transformers begins a text by itself."""
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is not None and not (isinstance(embeds, Tensor) and embeds.ndim == 3 and embeds.shape[1]):
+        shape = tuple(embeds.shape) if isinstance(embeds, Tensor) else type(embeds).__name__
+        raise ValueError(f"inputs_embeds is {shape}; a tensor of shape (batch, tokens, hidden size) is needed")
+    if embeds is not None and input_ids is not None and input_ids.numel() and input_ids.shape != embeds.shape[:2]:
         raise ValueError(
-            f"{name}={value!r} is not a whole number of at least {least}{unit}; pass such a number, or leave it out"
+            f"input_ids has shape {tuple(input_ids.shape)} and inputs_embeds {tuple(embeds.shape)}; they must be of "
+            "the same tokens, or leave out input_ids"
         )
-    return number
+    if input_ids is None and embeds is None and setting(model, kwargs, "bos_token_id") is None:
+        raise ValueError("there is no prompt, and no bos_token_id to begin a text with; pass input_ids")
+    if input_ids is not None and (embeds is None or input_ids.numel()):
+        check_prompt(input_ids, None if own_forward else model.config.get_text_config().vocab_size)
+    if mask is not None and input_ids is not None:
+        check_mask(mask, None if own_forward else input_ids.shape)
 
 
-def _real_number(name: str, value: Any, low: float, high: float) -> float:
-    try:
-        number = math.nan if _is_bool(value) or isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):
-        number = math.nan
-    if not low <= number <= high or number == math.inf:
-        bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name}={value!r} is not a number {bounds}; pass such a number, or leave it out")
-    return number
-
-
-def check_seed(seed: Any) -> int | list[int] | None:
-    """The seed as int, list of int or None. Raises ValueError for anything else."""
-    if seed is None:
-        return None
-    several = isinstance(seed, (list, tuple)) or getattr(seed, "ndim", 0) == 1
-    parts = list(seed) if several else [seed]
-    numbers = [number for number in map(_index, parts) if number is not None]
-    if len(numbers) < len(parts):
-        raise ValueError(
-            f"seed={seed!r} is neither an integer nor a list of integers; pass one, one for each row, or leave it out"
-        )
-    return numbers if several else numbers[0]
-
-
-def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool")
-
-
-def _index(value: Any) -> int | None:
-    """`value` as an int; None where it is no integer, and for True and False."""
-    try:
-        return None if _is_bool(value) else operator.index(value)
-    except (TypeError, RuntimeError, ValueError):
-        return None
-
-
-def check_prompt(input_ids: Tensor | None, vocab_size: int) -> Tensor:
+def check_prompt(input_ids: Any, vocab_size: int | None) -> None:
+    """Raise ValueError unless `input_ids` is a tensor of token ids (B, P); ids beyond a vocabulary are allowed where it
+    is None: a wrapper puts an image there."""
     if not isinstance(input_ids, Tensor) or input_ids.ndim != 2 or input_ids.numel() == 0:
         shape = tuple(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
         raise ValueError(f"input_ids is {shape}; a tensor of shape (batch, tokens) with at least 1 token is needed")
     if input_ids.dtype.is_floating_point or input_ids.dtype == torch.bool:
         raise ValueError(f"input_ids has dtype {input_ids.dtype}; token ids are integers")
-    if input_ids.min() < 0 or input_ids.max() >= vocab_size:
+    if vocab_size is not None and (input_ids.min() < 0 or input_ids.max() >= vocab_size):
         raise ValueError(
             f"input_ids holds ids from {int(input_ids.min())} to {int(input_ids.max())}, and the model's vocabulary "
             f"ends at {vocab_size - 1}; use the model's own tokenizer"
         )
-    return input_ids
 
 
-def check_mask(mask: Tensor, input_ids: Tensor) -> None:
+def check_mask(mask: Tensor, shape: torch.Size | None = None) -> None:
+    """Raise ValueError unless `mask` (B, P) hides padding on the left only; `shape` is that of `input_ids`, None where
+    these need not name all columns."""
     if not isinstance(mask, Tensor):
         raise ValueError(f"attention_mask is a {type(mask).__name__}; pass a tensor of the shape of input_ids")
-    if mask.shape != input_ids.shape:
+    if mask.ndim != 2 or shape not in (None, mask.shape):
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(input_ids.shape)}; they must agree"
+            f"attention_mask has shape {tuple(mask.shape)} and input_ids {tuple(shape or ())}; they must agree"
         )
     keep = mask.bool()
     if not keep.any(1).all():
@@ -231,24 +217,52 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
 
 
-def check_length(model: PreTrainedModel, prompt: Tensor, pads: Tensor, new_tokens: int, tree_depth: int) -> None:
-    """Raise ValueError for texts longer than the context, or that cross a length at which its attention changes."""
-    config = model.config.get_text_config()
-    limit = context_length(model)
-    shortest, longest = int(prompt.shape[1] - pads.max()), int(prompt.shape[1] - pads.min())
+class BeyondContext(UserWarning):
+    """A limit beyond the context of a model."""
+
+
+def check_length(model: PreTrainedModel, prompts: PromptBatch, new_tokens: int, shape: TreeShape | DynamicShape) -> int:
+    """How many of `new_tokens` a text may get: all, or as many as a table of positions has room for.
+
+    Warns where the limit is beyond the context. Raises ValueError for a prompt that fills such a table, for texts that
+    cross a length at which attention changes, and where there is no memory for a limit beyond the context."""
+    config, limit = model.config.get_text_config(), context_length(model)
+    longest = prompts.longest
     size = f"a prompt of {longest} tokens and {new_tokens} new ones"
-    if limit is not None and longest + new_tokens > limit:
-        raise ValueError(f"{size} exceed the model's context of {limit}; shorten the prompt or lower max_new_tokens")
     if getattr(config, "attn_temperature_tuning", False) and longest + new_tokens > config.floor_scale:
         raise ValueError(
             f"{size} exceed {config.floor_scale}, from where this model scales its queries by a count that a slot "
             "cache does not keep; shorten the prompt or lower max_new_tokens"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    dynamic = rope.get("rope_type") in ("longrope", "dynamic")
-    if dynamic and short and shortest <= short < longest + new_tokens + tree_depth:
+    if not rope.follows(model, longest, longest + new_tokens, shape.max_depth):
         raise ValueError(
-            f"{size} with a tree of depth {tree_depth} cross {short} positions, where this model's rotary embedding "
-            "changes for the whole text; stay on one side of it"
+            f"{size} (and a tree of depth {shape.max_depth}) go beyond {rope.changes_at(model)} positions, where this "
+            "model's rotary embeddings change for the whole text; stay below, or use model.generate"
+        )
+    if limit is None or longest + new_tokens <= limit:
+        return new_tokens
+    if rope.is_rotary(model):
+        _check_memory(model, len(prompts.ids) * (longest + new_tokens + shape.slots + 1), size)
+        warnings.warn(
+            f"{size} exceed the model's context of {limit}: what it was not trained for may read badly",
+            BeyondContext,
+            stacklevel=2,
+        )
+        return new_tokens
+    if longest >= limit:
+        raise ValueError(f"a prompt of {longest} tokens fills the model's context of {limit}; shorten the prompt")
+    warnings.warn(f"{size} exceed the model's context of {limit}: the text ends there", BeyondContext, stacklevel=2)
+    return limit - longest
+
+
+def _check_memory(model: PreTrainedModel, slots: int, size: str) -> None:
+    config, device = model.config.get_text_config(), model.device
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    needed = slots * 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"{size} need {needed / 1e9:,.0f} GB for keys and values, and {free / 1e9:,.0f} GB are free; lower "
+            "max_new_tokens"
         )

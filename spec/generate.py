@@ -33,19 +33,20 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from .arguments import (
     check_arguments,
+    check_input,
     check_length,
     check_mask,
     check_model,
-    check_prompt,
-    check_seed,
     check_writable,
+    own_inputs,
     setting,
-    whole_number,
 )
 from .criteria import Lockstep, ScoreBook
 from .engines.executors import choose
 from .engines.reuse import PromptCache, check_reuse
 from .engines.runs import RunSpec, open_run
+from .inputs.numbers import check_seed, whole_number
+from .inputs.prompt_batch import PromptBatch
 from .loop import decode
 from .noise import stream_keys
 from .plan.store import automatic_shape, read_shape
@@ -53,7 +54,9 @@ from .proposal import Drafter, NoDrafter, check_drafter
 from .request import Request
 from .rows import Rows
 from .sampling import Sampler
+from .target.given import cache_name, read_given
 from .target.selftest import attach
+from .target.slots import SlotModel
 from .trace import Event, Trace
 from .tree import DynamicShape, TreeShape
 
@@ -62,8 +65,8 @@ from .tree import DynamicShape, TreeShape
 class SpeculativeOutput(GenerateDecoderOnlyOutput):
     """transformers' output with the trace of the run and its seed (None for greedy text without one).
 
-    It has no `past_key_values`: the slot cache has another layout and ends with the call. Scores of a row that has
-    ended are zeros."""
+    Its cache is the one that was handed in, carried on, else None: the slot cache has another layout and ends with the
+    call. Scores of a row that has ended are zeros."""
 
     trace: Trace | None = None
     seed: int | list[int] | None = None
@@ -104,7 +107,8 @@ def generate(
     stream (seed, r)) or a list of one integer per row; without one, a sampled text draws its seed from torch's
     generator, so that `torch.manual_seed` rules it, and a greedy text draws nothing. `trace_file` is a JSONL file to
     append the trace to; `on_step` is called with each step's trace events. All other arguments are those of
-    `model.generate`.
+    `model.generate`. A prompt that is more than token ids (`inputs_embeds`, `pixel_values` and what else the model's
+    forward takes, or a `DynamicCache`, which goes on) is read by the model's own forward; `reuse` does not keep it.
 
     With `match`, greedy text equals `model.generate`'s and sampled text equals `drafter=None` with the
     same seed, up to near-ties of the two best logits in the arithmetic of the dtype. With
@@ -117,11 +121,16 @@ def generate(
         if kwargs.get("generation_config") is not None:
             raise ValueError("generation_config is given twice, by place and by name; pass one of them")
         kwargs["generation_config"], attention_mask = attention_mask, None
+    if (inputs := kwargs.pop("inputs", None)) is not None:
+        if input_ids is not None:
+            raise ValueError("inputs and input_ids are two names of the prompt; pass one of them")
+        input_ids = inputs
+    if executor == "auto" and setting(model, kwargs, "disable_compile"):
+        executor = "eager"
     check_arguments(model, kwargs, verify, executor)
     prefill_chunk, seed = whole_number("prefill_chunk", prefill_chunk, 1), check_seed(seed)
-    input_ids = check_prompt(input_ids, model.config.get_text_config().vocab_size)
-    if attention_mask is not None:
-        check_mask(attention_mask, input_ids)
+    own_forward = own_inputs(model, kwargs)
+    check_input(model, input_ids, attention_mask, kwargs, own_forward)
     check_reuse(reuse)
     attach(model)
     drafting = _drafter(drafter, model)
@@ -130,9 +139,8 @@ def generate(
     shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafting)
     if seed is None and setting(model, kwargs, "do_sample"):
         seed = int(torch.randint(2**53, (), device="cpu"))
-    call = _Call(
-        drafting, shape, verify, seed, executor, prefill_chunk, trace_file, streamer, tokenizer, on_step, reuse
-    )
+    running = executor, prefill_chunk, trace_file, streamer, tokenizer, on_step, reuse, own_forward
+    call = _Call(drafting, shape, verify, seed, *running)
     if streamer is not None:
         kwargs["streamer"] = streamer  # transformers hands it the prompt
     if tokenizer is not None and setting(model, kwargs, "stop_strings"):
@@ -167,7 +175,8 @@ class _Call:
     streamer: BaseStreamer | None
     tokenizer: PreTrainedTokenizerBase | None
     on_step: Callable[[list[Event]], None] | None
-    reuse: PromptCache | None = None
+    reuse: PromptCache | None
+    own_forward: bool  # the prompt is more than token ids
     stop_strings: str | list[str] | None = None
 
     def decode(
@@ -183,8 +192,11 @@ class _Call:
         prompt = input_ids.to(model.device).long()
         mask = model_kwargs.get("attention_mask")
         if mask is not None:  # maybe made by transformers, from pad tokens
-            check_mask(mask, prompt)
-        pads = _left_padding(prompt, mask)
+            check_mask(mask, None if self.own_forward else prompt.shape)
+        given = None
+        if self.own_forward:
+            given = read_given(model, prompt, config, model_kwargs, self.drafter.traits.taps)
+        batch = PromptBatch.of(prompt, mask, given)
         new_tokens = stopping_criteria.max_length - prompt.shape[1]
         if self.stop_strings:
             stopping_criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
@@ -199,24 +211,29 @@ class _Call:
 
         eos = tuple(token for ids in ends for token in ids.reshape(-1).tolist())
         keys = stream_keys(self._seeds(len(prompt)), len(prompt))
-        sampler = Sampler(logits_processor, bool(config.do_sample), prompt, pads)
+        sampler = Sampler(logits_processor, bool(config.do_sample), prompt, batch.pads)
         if self.shape is None:
             self.shape = self._plan(model, sampler, new_tokens * len(prompt))
-        check_length(model, prompt, pads, new_tokens, self.shape.max_depth)
-        slots = prompt.shape[1] + new_tokens + self.shape.slots + 1
+        new_tokens = check_length(model, batch, new_tokens, self.shape)
+        slots = batch.longest + new_tokens + self.shape.slots + 1
         keep_scores = scores is not None or logits is not None
         sizes = len(prompt), slots, len(eos)
         spec = RunSpec(self.shape, self.rule, self.executor, *sizes, keep_scores, sampler.signature)
-        texts = [row[pad:] for row, pad in zip(prompt.tolist(), pads.tolist())]
-        requests = [Request(text, new_tokens, key, eos, sampler.row_sampling) for text, key in zip(texts, keys)]
+        pairs = zip(batch.texts(), keys)
+        requests = [
+            Request(text, new_tokens, key, eos, sampler.row_sampling, beside=batch.longest - len(text))
+            for text, key in pairs
+        ]
         trace, books = Trace(), (scores, logits)
         with open_run(model, self.drafter, spec, sampler, new_tokens * len(prompt)) as executor:
-            kept = None if self.reuse is None else self.reuse.of(model, self.drafter, executor.engine)
+            kept = None
+            if self.reuse is not None and given is None:  # which knows texts by their tokens
+                kept = self.reuse.of(model, self.drafter, executor.engine)
             if kept is not None:
-                requests = [replace(request, held=kept.find(request.tokens)) for request in requests]
+                requests = [replace(request, held=kept.find(request)) for request in requests]
             try:
                 rows = Rows(executor, self.prefill_chunk)
-                counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step)
+                counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step, given=given)
             finally:
                 if self.trace_file is not None:
                     trace.append_to(self.trace_file)
@@ -224,11 +241,16 @@ class _Call:
                 kept.keep(executor.engine)
             if self.streamer is not None:
                 self.streamer.end()
-            sequences = _assemble(prompt, pads, executor.engine.state.tokens, counts, pad).to(input_ids.device)
+            sequences = batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)
+            target = executor.engine.target
+            assert isinstance(target, SlotModel), "open_run makes no others"
+            cache = None if given is None else given.carry_on(target.cache, counts)
         if not detailed:
             return sequences
         written = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
-        return SpeculativeOutput(sequences=sequences, scores=written[0], logits=written[1], trace=trace)
+        out = SpeculativeOutput(sequences=sequences, scores=written[0], logits=written[1], trace=trace)
+        setattr(out, cache_name(), cache)
+        return out
 
     def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape:
         """The shape of the stored plan. Where that is not to speculate, drops the drafter."""
@@ -252,24 +274,6 @@ def _without_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dic
     return {**kwargs, "generation_config": config, "stop_strings": None}
 
 
-def _left_padding(prompt: Tensor, mask: Tensor | None) -> Tensor:
-    """How many tokens of each row are left padding, (B,)."""
-    if mask is None:
-        return prompt.new_zeros(len(prompt))
-    return mask.to(prompt.device).bool().to(torch.int8).argmax(1)
-
-
 def _asks_more(criteria: StoppingCriteriaList) -> bool:
     """Whether there are criteria other than length and end of text, which the step itself handles."""
     return any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria)
-
-
-def _assemble(prompt: Tensor, pads: Tensor, tokens: Tensor, counts: list[int], pad: int | None) -> Tensor:
-    """The batch as transformers returns it: (B, P + longest), ended rows padded on the right."""
-    width = prompt.shape[1]
-    out = prompt.new_full((len(prompt), width + max(counts)), 0 if pad is None else pad)
-    out[:, :width] = prompt
-    for row, count in enumerate(counts):
-        start = width - int(pads[row])
-        out[row, width : width + count] = tokens[row, start : start + count]
-    return out

@@ -5,11 +5,15 @@ called (criteria.py), and tokens of a row after the one that stopped it are cut.
 """
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from .criteria import Lockstep, ScoreBook
 from .request import Request
 from .rows import Arrival, Rows
 from .trace import Event, Trace
+
+if TYPE_CHECKING:
+    from .target.given import GivenPrompt
 
 
 def decode(
@@ -20,12 +24,14 @@ def decode(
     score_book: ScoreBook | None = None,
     logit_book: ScoreBook | None = None,
     on_step: Callable[[list[Event]], None] | None = None,
+    given: "GivenPrompt | None" = None,
 ) -> list[int]:
-    """Decode one request in each row until all have ended; returns the number of generated tokens of each row.
+    """Decode one request in each row until all have ended; returns the number of generated tokens of each row. `given`
+    is what the model's own forward has read of the prompts.
 
     The texts are in the engine's state, the events in `trace`, also where an exception ends the loop.
     """
-    rows.admit(dict(enumerate(requests)))
+    rows.admit(dict(enumerate(requests)), given)
     texts: list[list[int]] = [[] for _ in requests]
     while rows.live:
         arrival = rows.step()

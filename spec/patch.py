@@ -16,25 +16,26 @@ from types import MethodType
 from typing import Any
 
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import loop
-from .arguments import WITHOUT_EFFECT, check_writable, setting
+from .arguments import CONFIG, IDLE, WITHOUT_EFFECT, check_writable, inputs_of, setting
 from .engines.executors import executor_names
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plan.store import read_shape
 from .proposal import Drafter, NoDrafter
+from .target.adapters import refuse_unfit
+from .target.given import cache_name
 from .target.selftest import attach
 from .trace import Event
 from .verify import RULES
 
 SETTINGS = ("tree", "verify", "seed", "executor", "prefill_chunk", "trace_file", "reuse")
 _KEYS = ("generate", "__getstate__", "_paceline_patch")  # the attributes that a patch sets on the model
-_CONFIG = set(GenerationConfig().to_dict())
-_KNOWN = _CONFIG | {
+_KNOWN = CONFIG | {
     "input_ids", "attention_mask", "generation_config", "logits_processor", "stopping_criteria",
     "prefix_allowed_tokens_fn", "streamer", "tokenizer",
 }  # fmt: skip
@@ -44,7 +45,7 @@ _OWN_WAYS = (
     "speculation_type", "is_assistant",
 )  # fmt: skip
 # Arguments that belong to other ways of decoding, or to how transformers runs; they do not change the text here.
-_IDLE = WITHOUT_EFFECT | {"assistant_ensemble_weight", "continuous_batching_config", "trust_remote_code"}
+_IDLE = WITHOUT_EFFECT | IDLE
 _PLAIN_CACHES = (None, "dynamic", "static", "hybrid", "hybrid_chunked", "sliding_window")  # store states unchanged
 _SUMS = ("num_spec_steps", "num_accepted_draft_tokens", "num_draft_tokens", "num_examined_draft_tokens", "num_tokens")
 
@@ -56,10 +57,10 @@ def patch(
 
     `drafter` is a drafter, a smaller causal LM, or a name or folder, which is loaded now. `settings` are those of
     `paceline.generate`: `tree`, `verify`, `seed`, `executor`, `prefill_chunk`, `trace_file`, `reuse`; they hold always,
-    so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a cache
-    handed in, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
-    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, but
-    without a cache.
+    so calls that sample from one prompt with one seed draw one text. What Paceline cannot do (beam search, a rounded
+    cache, training mode) is done by transformers, with one warning per reason; a caller's own `assistant_model=`,
+    `prompt_lookup_num_tokens=` or `custom_generate=` is respected in silence. Outputs are transformers' own, with
+    a cache only where one was handed in.
 
     A second patch replaces the settings of the first; as a `with` block it brings the first back at its end. Copies and
     pickles of a patched model are not patched. Of a torch.compiled or PEFT model, the transformers model inside, which
@@ -164,7 +165,8 @@ class Patch:
         self._seconds.update(figures["seconds"])
         if not isinstance(out, SpeculativeOutput):
             return out
-        return GenerateDecoderOnlyOutput(sequences=out.sequences, scores=out.scores, logits=out.logits)
+        fields = "sequences", "scores", "logits", cache_name()
+        return GenerateDecoderOnlyOutput(**{name: getattr(out, name) for name in fields})
 
     def _tell(self, reason: str) -> None:
         """Count a fallback, and warn once per reason; reasons that differ only in numbers are the same."""
@@ -227,7 +229,7 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
 def _asked(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `model.generate` for `paceline.generate`. Raises ValueError where that would lose something."""
     asked = {name: value for name, value in given.items() if name not in _IDLE}
-    asked = {name: value for name, value in asked.items() if value is not None or name in _CONFIG}
+    asked = {name: value for name, value in asked.items() if value is not None or name in CONFIG}
     if "input_ids" not in asked and "inputs" in asked:
         asked["input_ids"] = asked.pop("inputs")
     synced = asked.pop("synced_gpus", None)
@@ -237,8 +239,9 @@ def _asked(model: PreTrainedModel, given: dict[str, Any]) -> dict[str, Any]:
     if cache not in _PLAIN_CACHES:
         raise ValueError(f"cache_implementation={cache!r} keeps the past elsewhere or rounded; Paceline has its own")
     asked.pop("cache_implementation", None)
-    if more := [name for name in asked if name not in _KNOWN]:
-        raise ValueError(f"{', '.join(more)} would go to the model itself, which Paceline gives token ids only")
+    if more := [name for name in asked if name not in _KNOWN | inputs_of(model)]:
+        raise ValueError(f"{', '.join(more)} is nothing that Paceline or the model's forward takes")
+    refuse_unfit(model)
     prepare = getattr(model.prepare_inputs_for_generation, "__func__", None)
     if prepare is not type(model).prepare_inputs_for_generation:
         raise ValueError("prepare_inputs_for_generation of this model was replaced (by prompt tuning?)")

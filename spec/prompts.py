@@ -69,6 +69,16 @@ def templated_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[dict]) ->
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
 
 
+def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The token to pad with: masked, it can be any, so that tokenizers without one do."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def left_padding(mask: torch.Tensor) -> torch.Tensor:
+    """How many columns of each row of a mask (B, P) are padding on the left, (B,)."""
+    return mask.bool().to(torch.int8).argmax(1)
+
+
 def left_padded(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, torch.Tensor]:
     """`input_ids` and `attention_mask`, both (B, P)."""
     width = max(map(len, rows))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import __version__
+from .target.adapters import adapter_digest
 from .target.weights import head_rows, linear_shape
 
 if TYPE_CHECKING:
@@ -67,8 +68,9 @@ def _git(root: Path, *arguments: str) -> str:
 
 
 def target_fingerprint(model: "PreTrainedModel") -> str:
-    """A SHA-256 by which drafters and runs recognise their target: of its main sizes and a few rows of its embeddings
-    and LM head, rounded to bfloat16 so that the model has one fingerprint in float32 and bfloat16."""
+    """A SHA-256 by which drafters and runs recognise their target: of its main sizes and a few rows of its embeddings,
+    its LM head and the adapters that act in it, rounded to bfloat16 so that the model has one fingerprint in float32
+    and bfloat16."""
     config = model.config.get_text_config()
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
@@ -79,4 +81,5 @@ def target_fingerprint(model: "PreTrainedModel") -> str:
         rows = torch.linspace(0, count - 1, 8).long().to(model.device)
         sample = rows_of(rows).float().to(torch.bfloat16).cpu()
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update(adapter_digest(model))
     return digest.hexdigest()

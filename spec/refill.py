@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from .arguments import whole_number
 from .engines.executors import Eager
 from .engines.runs import RunSpec, make_engine, open_run
+from .inputs.numbers import whole_number
 from .noise import stream_key
 from .proposal import Drafter, NoDrafter
 from .request import Request

@@ -36,3 +36,4 @@ class Request:
     ends: tuple[int, ...] = ()
     sampling: RowSampling = RowSampling()
     held: Held | None = None
+    beside: int = 0  # how much longer the longest prompt of its batch is: some rotary embeddings look at that (rope.py)

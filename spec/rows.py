@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from torch import Tensor
 from .engines.executors import Executor
 from .request import Request
 from .state import NO_TICKET
-from .step import RowReport, StepResult, unpack_report
+from .step import RowReport, StepResult, begin, unpack_report
+
+if TYPE_CHECKING:
+    from .target.given import GivenPrompt
 
 
 class Stopwatch:
@@ -115,8 +119,9 @@ class Rows:
     def live(self) -> list[int]:
         return [row for row, ticket in enumerate(self.tickets) if ticket != NO_TICKET]
 
-    def admit(self, requests: Mapping[int, Request]) -> None:
-        """Put each request into its row, which must be free, and read all their prompts together."""
+    def admit(self, requests: Mapping[int, Request], given: "GivenPrompt | None" = None) -> None:
+        """Put each request into its row, which must be free, and read all their prompts together; or take over what the
+        model's own forward has `given` of them, one for each row, and with it the first token of each text."""
         (_, capacity), (_, ends) = self.engine.state.tokens.shape, self.engine.state.eos.shape
         for row, request in requests.items():
             assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
@@ -127,6 +132,12 @@ class Rows:
         index = self._index(list(requests))
         self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
         with self.executor.packing:
+            if given is not None:
+                watch = Stopwatch(index.device)
+                result = begin(self.engine, given, self.chunk)
+                watch.mark("verify")
+                self._waiting.append(Readout(result, watch, next(self._numbers), self.executor.lag))
+                return
             held = {row: request.held for row, request in requests.items() if request.held is not None}
             self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index, held)
 

@@ -76,7 +76,8 @@ class Sampler:
     """Turns logits (B, N, V) of a tree into scores (B, N, V).
 
     `prompt` (B, P) is the batch as the user gave it, left padding included, because that is what
-    processors see; `pads` (B,) counts the padding. Raises ValueError for a processor that keeps a state
+    processors see; `pads` (B,) counts the padding, and is negative where the text begins with so many tokens that the
+    user did not name. Raises ValueError for a processor that keeps a state
     of its own between calls, which drafted tokens would corrupt.
     """
 
@@ -141,11 +142,12 @@ class Sampler:
         parents = proposal.tree.parents.expand(len(logits), -1).tolist()
         drafted = proposal.tokens.tolist()
         lengths, ends = state.lengths.tolist(), list(map(set, state.eos.tolist()))
-        limits = (state.limits + self.pads).tolist()
+        limits, skipped = (state.limits + self.pads).tolist(), (-self.pads).clamp(min=0).tolist()
         for row, finished in enumerate(state.done.tolist()):
             if finished:
                 continue
-            text = torch.cat([self.prompt[row, : self.pads[row]], state.tokens[row, : lengths[row]]])
+            padding = self.prompt[row, : self.pads[row].clamp(min=0)]
+            text = torch.cat([padding, state.tokens[row, skipped[row] : lengths[row]]])
             texts: list[Tensor | None] = [text]  # [node]: the text up to the node, included; None if impossible
             for node, token in enumerate(drafted[row]):
                 if node > 0:

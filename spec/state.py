@@ -21,6 +21,8 @@ class DecodeState:
     """B rows of at most `capacity - 1` tokens; writes that must have no effect go to the last column."""
 
     tokens: Tensor  # (B, capacity): the committed text
+    begun: Tensor  # (B,): tokens of the prompt
+    beside: Tensor  # (B,): how much longer the longest prompt of its batch is
     lengths: Tensor  # (B,): committed tokens; the last of them, the root, is not in the cache yet
     limits: Tensor  # (B,): the length at which a row is full
     done: Tensor  # (B,) bool
@@ -44,6 +46,8 @@ class DecodeState:
         flags = torch.ones(batch, dtype=torch.bool, device=device)
         return cls(
             tokens=numbers(batch, capacity),
+            begun=numbers(batch),
+            beside=numbers(batch) * 0,
             lengths=numbers(batch),
             limits=numbers(batch),
             done=flags,
@@ -68,6 +72,8 @@ class DecodeState:
         ends = [[*request.ends, *[NO_END] * (self.eos.shape[1] - len(request.ends))] for request in requests]
         lengths = torch.tensor([len(text) for text in texts], device=device)
         for buffer, values in (
+            (self.begun, lengths),
+            (self.beside, torch.tensor([request.beside for request in requests], device=device)),
             (self.lengths, lengths),
             (self.limits, lengths + torch.tensor([request.new_tokens for request in requests], device=device)),
             (self.ticket, torch.tensor(tickets, device=device)),

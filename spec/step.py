@@ -8,6 +8,7 @@ be compiled or captured as it is (unless a logits processor looks at the history
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,9 +17,13 @@ from .proposal import DraftSession, Proposal
 from .request import Held
 from .sampling import Sampler
 from .state import DecodeState
-from .target.protocol import Resumable, Target, spans
+from .target.protocol import Resumable, TakesPrompts, Target, spans
 from .trace import Event
+from .tree import TokenTree, TreeShape
 from .verify import Verdict, verify
+
+if TYPE_CHECKING:
+    from .target.given import GivenPrompt
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,7 +56,7 @@ class Engine:
         for row, part in (held or {}).items():
             self._resume(row, part)
             counts[row] = part.count
-        for span in spans(self.state.tokens, self.state.lengths, chunk, rows, counts):
+        for span in spans(self.state.tokens, self.state.lengths, chunk, rows, counts, self.state.beside):
             self.session.read(span, self.target.read(span))
 
     def _resume(self, row: int, held: Held) -> None:
@@ -97,16 +102,42 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
     proposal = engine.session.propose(state)
     mark("draft")
     seen = engine.target.forward(proposal, base)
-    scores = engine.sampler.scores(seen.logits, proposal, state)
-    verdict = verify(engine.rule, scores, proposal, state.keys, base, engine.sampler.do_sample)
+    scores, verdict = _judged(engine, seen.logits, proposal, base)
     mark("verify")
     write(state, verdict)
     engine.target.commit(base, verdict.path, state.committed)
     engine.session.follow(base, verdict.path, state.committed, seen.features)
-    report = pack_report(state, proposal, verdict)
+    result = _result(engine, proposal, verdict, seen.logits, scores)
     mark("commit")
-    kept = (seen.logits, scores) if engine.keep_scores else (None, None)
-    return StepResult(report, verdict.path, *kept)
+    return result
+
+
+def begin(engine: Engine, prompt: "GivenPrompt", chunk: int) -> StepResult:
+    """The first step of texts whose prompts the model's own forward has read: one token for each row of the engine, by
+    the logits behind the prompts. The drafter's session reads the prompts `chunk` tokens at a time."""
+    state = engine.state
+    assert isinstance(engine.target, TakesPrompts), "the targets of generate do"
+    engine.target.clear()
+    engine.session.clear()
+    engine.target.take_over(prompt)
+    logits = prompt.logits[:, None]  # (B, 1, V)
+    root = TokenTree.of(TreeShape.chain(0), logits.device)
+    proposal = Proposal(state.roots(), root, "deterministic", "own")
+    scores, verdict = _judged(engine, logits, proposal, state.lengths - 1)
+    write(state, verdict)
+    for span in spans(state.tokens, state.lengths, chunk, beside=state.beside):
+        engine.session.read(span, prompt.features_at(span.positions))
+    return _result(engine, proposal, verdict, logits, scores)
+
+
+def _judged(engine: Engine, logits: Tensor, proposal: Proposal, base: Tensor) -> tuple[Tensor, Verdict]:
+    scores = engine.sampler.scores(logits, proposal, engine.state)
+    return scores, verify(engine.rule, scores, proposal, engine.state.keys, base, engine.sampler.do_sample)
+
+
+def _result(engine: Engine, proposal: Proposal, verdict: Verdict, logits: Tensor, scores: Tensor) -> StepResult:
+    kept = (logits, scores) if engine.keep_scores else (None, None)
+    return StepResult(pack_report(engine.state, proposal, verdict), verdict.path, *kept)
 
 
 def write(state: DecodeState, verdict: Verdict) -> None:

@@ -26,7 +26,7 @@ from ..engines.runs import keep
 from ..noise import row_keys
 from ..plan.step_times import slot_bytes
 from ..plan.store import automatic_shape, read_shape
-from ..prompts import BenchPrompt, conversation_ids, left_padded, read_bench_prompts
+from ..prompts import BenchPrompt, conversation_ids, left_padded, pad_id, read_bench_prompts
 from ..proposal import Drafter
 from ..target.load import context_length, end_ids
 from ..target.weights import stored_bytes
@@ -91,7 +91,7 @@ def _decoder(method: Method, model: "PreTrainedModel", tokenizer: "PreTrainedTok
             drafter = None
     elif method.kind == "ar":
         shape = TreeShape.chain(0)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    pad = pad_id(tokenizer)
     return Decoder(method, model, drafter, shape, pad)
 
 

@@ -13,6 +13,7 @@ from ..console import Streamer, colours, summary_line, table
 from ..files import cache_folder
 from ..generate import SpeculativeOutput
 from ..generate import generate as generate_tokens
+from ..prompts import left_padded, pad_id, templated_ids
 from ..proposal import Drafter
 from ..target.load import NAMED, load_target
 from ..verify import check_rule
@@ -39,15 +40,11 @@ def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase",
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool, device: torch.device) -> dict:
-    """Token ids and mask of a prompt, through the chat template where `chat`."""
-    if not chat:
-        batch = tokenizer(text, return_tensors="pt")
-        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
-    if not tokenizer.chat_template:
+    """Token ids and mask of a prompt, both (1, P), through the chat template where `chat`."""
+    if chat and not tokenizer.chat_template:
         raise ValueError("--chat needs a model with a chat template and this one has none; use --prompt")
-    messages = [{"role": "user", "content": text}]
-    batch = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+    ids = templated_ids(tokenizer, [{"role": "user", "content": text}]) if chat else tokenizer(text)["input_ids"]
+    return left_padded([ids], pad_id(tokenizer), device)
 
 
 def check_drawing(args: Namespace) -> None:
@@ -58,7 +55,8 @@ def check_drawing(args: Namespace) -> None:
 
 
 def generate(args: Namespace) -> None:
-    text = args.prompt if args.prompt is not None else args.chat if args.chat is not None else _read(args.prompt_file)
+    given = args.prompt if args.prompt is not None else args.chat
+    text = _read(args.prompt_file) if given is None else _text("the prompt", given.encode(errors="surrogateescape"))
     if not text:
         raise ValueError("the prompt is empty; give it at least one character")
     check_drawing(args)
@@ -100,9 +98,21 @@ def generate(args: Namespace) -> None:
 
 def _read(path: str) -> str:
     try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    except OSError as error:
         raise ValueError(f"--prompt-file {path} cannot be read ({error})") from error
+    return _text(f"--prompt-file {path}", content)
+
+
+def _text(what: str, content: bytes) -> str:
+    """`content` as text in UTF-8, whatever the locale. Raises ValueError for other bytes; `what` names their source."""
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{what} is no text in UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); convert it, for "
+            "instance by iconv -f LATIN1 -t UTF-8"
+        ) from error
 
 
 def models(args: Namespace) -> None:

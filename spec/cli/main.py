@@ -3,6 +3,7 @@
 A user's error ends in one line on stderr and exit code 2, Ctrl-C in exit code 130.
 """
 
+import io
 import os
 import sys
 import time
@@ -26,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     if rest:  # argparse takes no more overrides once it has seen an option
         args.overrides += rest
     args.started = started  # importing torch is part of what a person waits for
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a character that a terminal lacks must not end a command
     with warnings.catch_warnings():
         if not args.debug:
             _hush()

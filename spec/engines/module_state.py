@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linears import is_packed_forward, version
+from ..target.adapters import active_adapters, adapter_digest
+from ..target.rope import is_followed
 from ..target.taps import is_tap
 from ..target.weights import block_layers
 
@@ -26,6 +28,8 @@ _IGNORED = {
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "generation_config", "_backward_hooks",
     "_is_full_backward_hook", "_backward_pre_hooks", "_state_dict_hooks", "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+    "long_inv_freq",  # of LongRoPE, computed by the first long text
+    "rope_deltas",  # of the last prompt with images; slots are forwarded with explicit positions
     "packed_weight", "_layer", "generate", "__getstate__", "_paceline_patch", "_paceline_drafter",
 }  # fmt: skip
 _PLAIN = {bool, int, float, str, bytes, complex, type(None), torch.dtype, torch.device}
@@ -47,7 +51,10 @@ def _tree(module: nn.Module, configs: dict[int, int]) -> int:
     attributes = [
         (key, _plain(value, configs))
         for key, value in module.__dict__.items()
-        if key not in _IGNORED and value is not None and value is not False and not is_packed_forward(value)
+        if key not in _IGNORED
+        and value is not None
+        and value is not False
+        and not (is_packed_forward(value) or is_followed(value))
     ]
     return hash((type(module), tuple(parts), tuple(attributes)))
 
@@ -74,13 +81,14 @@ def fingerprint(modules: Iterable[nn.Module]) -> str:
 
 
 def _fingerprint(module: nn.Module) -> str:
-    versions = f"{addresses(module)} {list(map(version, _tensors(module)))}"
+    adapters = active_adapters(module)
+    versions = f"{addresses(module)} {list(map(version, _tensors(module)))} {adapters}"
     known = _fingerprints.get(module)
     if known is not None and known[0] == versions:
         return known[1]
     config, settings = getattr(module, "config", None), getattr(module, "settings", "")
     described = "" if config is None else config.to_json_string()
-    digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode(), digest_size=16)
+    digest = hashlib.blake2b(f"{type(module)} {described} {settings}".encode() + adapter_digest(module), digest_size=16)
     for name, tensor in module.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(tensor))

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from ..proposal import Drafter
-from ..request import Held
+from ..request import Held, Request
 from ..step import Engine
 from ..target.protocol import Resumable
+from ..target.rope import read_alike
 from .module_state import numbers, structure
 from .pool import modules_of
 
@@ -32,6 +33,7 @@ class KeptText:
     """The tokens of a text of which `held` is kept, and the states of target and drafter that it was read with."""
 
     tokens: list[int]
+    rotated: str  # by what kind of frequencies, where these depend on its length (rope.py)
     held: Held
     target: int
     session: int | None  # None: of no drafter's session
@@ -106,11 +108,13 @@ class KeptTexts:
             texts = cache.texts_of(model)
             texts[:] = [text for text in texts if text.target == self.target]
 
-    def find(self, tokens: list[int]) -> Held | None:
-        """What is kept of the longest beginning of `tokens`. Two tokens or more are left: one to read, from which heads
+    def find(self, request: Request) -> Held | None:
+        """What is kept of the longest beginning of a prompt. Two tokens or more are left: one to read, from which heads
         take the last hidden state, and the root of the first tree."""
+        tokens = request.tokens
+        rotated = read_alike(self.model, len(tokens), request.beside, len(tokens))
         with self.cache.lock:
-            usable = [text for text in self.cache.texts_of(self.model) if self._fits(text, tokens)]
+            usable = [text for text in self.cache.texts_of(self.model) if self._fits(text, rotated)]
             best = max(usable, key=lambda text: _common(text.tokens, tokens), default=None)
             shared = 0 if best is None else max(0, min(_common(best.tokens, tokens), len(tokens) - 2))
             self.cache.tokens_reused += shared
@@ -120,26 +124,26 @@ class KeptTexts:
             best.used = self.cache.tick()
             return Held(shared, best.held.target, None if self.session is None else best.held.session)
 
-    def _fits(self, text: KeptText, tokens: list[int]) -> bool:
-        same = text.target == self.target and self.session in (None, text.session)
-        return same and _long(self.model, len(text.tokens)) == _long(self.model, len(tokens))
+    def _fits(self, text: KeptText, rotated: str | None) -> bool:
+        return text.target == self.target and self.session in (None, text.session) and text.rotated == rotated
 
     def keep(self, engine: Engine) -> None:
         """Keep the texts of all rows of `engine`, which have ended, in place of their beginnings."""
+        state = engine.state
         with self.cache.lock:
             texts = self.cache.texts_of(self.model)
-            for row, length in enumerate(engine.state.lengths.tolist()):
-                tokens = engine.state.tokens[row, : max(length - 2, 0)].tolist()
-                if tokens:
+            for row, length in enumerate(state.lengths.tolist()):
+                tokens = state.tokens[row, : max(length - 2, 0)].tolist()
+                rotated = read_alike(self.model, int(state.begun[row]), int(state.beside[row]), length)
+                if tokens and rotated is not None:
                     held = engine.hold(row, self.session is not None)
-                    new = KeptText(tokens, held, self.target, self.session, self.cache.tick())
+                    new = KeptText(tokens, rotated, held, self.target, self.session, self.cache.tick())
                     texts[:] = [text for text in texts if not self._replaces(new, text)] + [new]
             self.cache.shrink()
 
     def _replaces(self, new: KeptText, old: KeptText) -> bool:
         begins = new.tokens[: len(old.tokens)] == old.tokens
-        same_length = _long(self.model, len(new.tokens)) == _long(self.model, len(old.tokens))
-        return begins and same_length and old.session in (None, new.session)
+        return begins and new.rotated == old.rotated and old.session in (None, new.session)
 
 
 def check_reuse(value: Any) -> None:
@@ -161,14 +165,6 @@ def _common(one: list[int], other: list[int]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle - 1)
     return low
-
-
-def _long(model: "PreTrainedModel", length: int) -> bool:
-    """Whether a text is beyond the length at which some rotary embeddings change for the whole text."""
-    config = model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    short = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
-    return bool(rope.get("rope_type") in ("longrope", "dynamic") and short and length > short)
 
 
 def _nbytes(saved: Any) -> int:

@@ -13,6 +13,7 @@ from tqdm import tqdm
 from .. import provenance
 from ..cli.commands import load_model
 from ..console import table, waiting
+from ..target.adapters import active_adapters
 from .calibration import EXAMPLE, Texts, read_texts
 from .folder import is_quantised, new_folder, write_model
 from .model import Recipe, check_model, quantise_model
@@ -36,6 +37,11 @@ def quantise(args: Namespace) -> None:
     recipe = Recipe(args.bits, args.group, args.head_bits, seed=args.seed)
     with new_folder(args.output) as work:
         model, tokenizer = load_model(args)
+        if active_adapters(model):
+            raise ValueError(
+                f"{args.model} is an adapter, whose layers are no plain linear ones; merge it into its base model by "
+                "PEFT's merge_and_unload, save that, and quantise its folder"
+            )
         check_model(model, recipe)
         with waiting(f"reading {args.calibrate}, and answering its prompts"):
             texts = read_texts(model, tokenizer, args.calibrate, args.texts)

@@ -6,6 +6,7 @@ has the full capacity, also sliding-window layers (the mask restricts them), bec
 from a ring buffer. Masked slots must hold finite numbers. Knows nothing of trees; lengths belong to the decode state.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -169,6 +170,21 @@ class SlotCache(Cache):
                 layer.allocate(*kept)
             for buffer, lines in zip(layer.buffers, kept[1:]):
                 layer.by_row(buffer)[row, :count] = lines[:count]
+
+    def load_columns(self, layers: Sequence[tuple[Tensor, Tensor] | None], pads: Tensor, width: int) -> None:
+        """Hold those of `width` columns, the last, of which each layer has keys and values (B, H, k, D), None for one
+        without. The first `pads` (B,) columns of a row are padding, and not held."""
+        for layer, states in zip(self.layers, layers):
+            if states is None:
+                continue
+            heads, k = states[0].shape[1:3]
+            keys, values = (part.transpose(1, 2).flatten(2) for part in states)  # (B, k, H * D)
+            if not layer.is_initialized:
+                layer.allocate(heads, keys[0], values[0])
+            for buffer, lines in zip(layer.buffers, (keys, values)):
+                for row, pad in enumerate(pads.tolist()):
+                    start = max(width - k, pad)
+                    layer.by_row(buffer)[row, start - pad : width - pad] = lines[row, start - (width - k) :]
 
     def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         """Move the first `count` (B,) nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.

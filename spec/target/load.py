@@ -5,7 +5,7 @@ too. Knows nothing of decoding.
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,9 +34,10 @@ def load_target(
     """Load a causal LM in evaluation mode and its tokenizer: (model, tokenizer).
 
     `name_or_path` is a folder, a GGUF file, a name from `paceline models`, a hub id, or a hub id and the name of a GGUF
-    file there, `owner/name/file.gguf`; `dtype` a torch dtype or its name ("auto" is the checkpoint's own, but float32
-    for bfloat16 on a CPU that only emulates it, which is several times slower). Without `with_tokenizer` the tokenizer
-    is None. Remote code runs only with `trust_remote_code=True`.
+    file there, `owner/name/file.gguf`; the folder or hub id of a PEFT adapter gives its base model, adapted.
+    `dtype` is a torch dtype or its name ("auto" is the checkpoint's own, but float32 for bfloat16 on a CPU that only
+    emulates it, which is several times slower). Without `with_tokenizer` the tokenizer is None. Remote code runs only
+    with `trust_remote_code=True`.
 
     `weights` are "16", dense ones; "q4" or "q8", the blocks of a quantised model as they are; or "q4-int8" or
     "q8-int8", in whose products activations are rounded to 8 bits, which is faster and changes the text a little.
@@ -48,6 +49,7 @@ def load_target(
 
     from ..kernels.cpu import emulates_bfloat16
     from ..quantise.folder import is_quantised, load_quantised
+    from .adapters import is_adapter
     from .weights import Weights
 
     wanted = Weights(str(weights))
@@ -63,6 +65,8 @@ def load_target(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
+    if is_adapter(where := _adapter_folder(where)):
+        return _load_adapted(where, wanted, dtype, placed, trust_remote_code, with_tokenizer)
     if Path(where).is_file():
         model, tokenizer = _load_gguf(str(name_or_path), where, wanted, dtype, placed, with_tokenizer)
         if str(name_or_path) in NAMED:
@@ -91,6 +95,58 @@ def load_target(
     if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(model.device):
         model = model.float()
     return model.eval(), tokenizer
+
+
+def _adapter_folder(where: str) -> str:
+    """The folder of an adapter on the model hub, of which JSON and safetensors are fetched; any other name itself."""
+    if Path(where).exists():
+        return where
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    with suppress(OSError, ValueError), quietly():  # what cannot be found is told by who loads it
+        if find_adapter_config_file(where):
+            return snapshot_download(where, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"])
+    return where
+
+
+def _load_adapted(
+    folder: str,
+    wanted: "Weights",
+    dtype: "str | torch.dtype",
+    device: "torch.device",
+    trust_remote_code: bool,
+    with_tokenizer: bool,
+) -> tuple["PreTrainedModel", Any]:
+    from .adapters import base_of, with_adapter
+
+    base = base_of(folder)
+    if wanted.bits:
+        raise ValueError(
+            f"adapter {folder} is of dense layers, and weights={wanted.name!r} are in blocks; load it with 16"
+        )
+    try:
+        model, _ = load_target(base, dtype, device, trust_remote_code, with_tokenizer=False)
+    except ValueError as error:
+        raise ValueError(f"adapter {folder} is for base model {base!r}, which cannot be loaded: {error}") from error
+    tokenizer = load_tokenizer(folder, trust_remote_code) if with_tokenizer else None
+    return with_adapter(model, folder), tokenizer
+
+
+def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any:
+    """The tokenizer in a folder, a GGUF file or of a hub id; an adapter's own, or else that of its base model."""
+    from transformers import AutoTokenizer
+
+    from .adapters import base_of, is_adapter
+    from .gguf_model import gguf_tokenizer
+
+    if Path(where).is_file():
+        with opened(where) as file:
+            return gguf_tokenizer(file)
+    if is_adapter(where) and not (Path(where) / "tokenizer_config.json").is_file():
+        return load_tokenizer(resolve(base_of(where)), trust_remote_code)
+    with quietly():
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
 
 
 def _load_gguf(
@@ -162,7 +218,7 @@ def resolve(name: str, in_blocks: bool = False) -> str:
     """The folder, GGUF file or hub id to load `name` from, fetched where that is the first source. With `in_blocks` the
     file of a named model, whose weights are in blocks."""
     if name and Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
+        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
             raise ValueError(f"folder {name} has no config.json; give a model folder as save_pretrained writes it")
         return name
     if name.lower().endswith(".gguf"):

@@ -25,6 +25,9 @@ class SlotView:
     query_positions: Tensor  # (B, n)
     key_positions: Tensor  # (B, capacity)
     visible: Tensor  # (B, n, capacity) bool
+    lengths: Tensor | None = (
+        None  # (B, n): of the text as each query is read, where rotary embeddings look at it (rope.py)
+    )
 
     def mask(self, pattern: Callable) -> Tensor:
         """Evaluate the model's own pattern on these positions: (B, 1, n, capacity), True = attend."""

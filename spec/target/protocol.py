@@ -18,6 +18,8 @@ from .taps import Tap
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .given import GivenPrompt
+
 
 @dataclass(frozen=True, slots=True)
 class TargetTraits:
@@ -40,6 +42,8 @@ class Span:
     tokens: Tensor  # (R, n)
     positions: Tensor  # (R, n), -1 (padding) where a text is shorter
     reach: int  # all positions are below it
+    lengths: Tensor  # (R,): of the whole texts
+    beside: Tensor  # (R,): how much longer the longest text of the batch is
 
     @property
     def index(self) -> Tensor | slice:
@@ -48,14 +52,19 @@ class Span:
 
 
 def spans(
-    tokens: Tensor, lengths: Tensor, chunk: int, rows: Tensor | None = None, held: Tensor | None = None
+    tokens: Tensor,
+    lengths: Tensor,
+    chunk: int,
+    rows: Tensor | None = None,
+    held: Tensor | None = None,
+    beside: Tensor | None = None,
 ) -> Iterator[Span]:
     """Split the texts `tokens` (B, T) of `lengths` (B,), or those of `rows` (R,), into spans of `chunk` positions, so
     that memory does not grow with the prompt. The last token of each text, the root of the first tree, is left out, and
-    so are the first `held` (B,) tokens."""
-    held = torch.zeros_like(lengths) if held is None else held
+    so are the first `held` (B,) tokens. `beside` (B,) is how much longer the longest text of their batch is."""
+    held, beside = (torch.zeros_like(lengths) if given is None else given for given in (held, beside))
     if rows is not None:
-        tokens, lengths, held = tokens[rows], lengths[rows], held[rows]
+        tokens, lengths, held, beside = tokens[rows], lengths[rows], held[rows], beside[rows]
     left = lengths - 1 - held
     ends = [*zip(held.tolist(), left.tolist())]
     width = max(count for _, count in ends)
@@ -63,7 +72,7 @@ def spans(
         columns = torch.arange(start, min(start + chunk, width), device=tokens.device)
         positions = torch.where(columns < left[:, None], held[:, None] + columns, -1)  # (R, n)
         reach = max(first + min(count, start + len(columns)) for first, count in ends)
-        yield Span(rows, tokens.gather(1, positions.clamp(min=0)), positions, reach)
+        yield Span(rows, tokens.gather(1, positions.clamp(min=0)), positions, reach, lengths, beside)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -83,6 +92,14 @@ class Resumable(Protocol):
 
     def load_row(self, row: int, saved: Any, count: int) -> None:
         """Hold the first `count` tokens of what `save_row` gave, in a row that is clear. At least one more is read."""
+
+
+@runtime_checkable
+class TakesPrompts(Protocol):
+    """A target that can go on from prompts that the model's own forward has read."""
+
+    def take_over(self, prompt: "GivenPrompt") -> None:
+        """Hold the prompts of all rows, which are clear."""
 
 
 class Target(Protocol):

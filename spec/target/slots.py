@@ -7,6 +7,7 @@ base is the slot of the root. Knows nothing of what the tokens are for.
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +15,9 @@ from transformers import GenerationMixin, PreTrainedModel
 
 from ..proposal import Proposal
 from ..tree import TokenTree
-from . import attention, masks
+from . import attention, masks, rope
 from .cache import SlotCache
+from .given import GivenPrompt
 from .masks import SlotView, showing
 from .protocol import Seen, Span, TargetTraits
 from .taps import Tap, feature_sizes, joined, listening, put_idle_head, put_taps
@@ -44,9 +46,13 @@ class SlotModel:
         self.cache_argument = cache_argument(model)
         self.capacity = capacity
         self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
-        # Positions are clamped to the context: a drafted node may lie beyond it, but is never committed there.
-        self.last_position = (getattr(config, "max_position_embeddings", None) or capacity) - 1
+        # Positions in a table are clamped: a drafted node may lie beyond the context, but is never committed there.
+        table = None if rope.is_rotary(model) else getattr(config, "max_position_embeddings", None)
+        self.last_position = None if table is None else table - 1
+        self.follows_lengths = rope.install(model)
         self.slot_index = torch.arange(capacity, device=model.device)
+        # (B,): of positions, see GivenPrompt; the length of the prompt, and what the longest of its batch has more
+        self.shift, self.begun, self.beside = torch.zeros(3, batch, dtype=torch.int64, device=model.device)
         put_taps(model, taps)
         self.can_idle = put_idle_head(model)  # the head has nothing to do while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
@@ -63,9 +69,18 @@ class SlotModel:
 
     def clear(self, rows: Tensor | None = None) -> None:
         self.cache.clear(rows)
+        for numbers in (self.shift, self.begun, self.beside):
+            numbers[slice(None) if rows is None else rows] = 0
+
+    def take_over(self, prompt: GivenPrompt) -> None:
+        self.cache.load_columns(prompt.layers(), prompt.pads, prompt.width)
+        self.shift.copy_(prompt.shift)
+        self.begun.copy_(prompt.width - prompt.pads)
+        self.beside.copy_(prompt.pads - prompt.pads.min())
 
     def read(self, span: Span) -> Tensor | None:
         self.cache.rows = span.rows
+        self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
             return self.forward_text(span.tokens, span.positions, reach=span.reach, logits=False).features
         finally:
@@ -79,6 +94,8 @@ class SlotModel:
 
     def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
         self.cache.copy_rows(other.cache, rows)
+        for name in ("shift", "begun", "beside"):
+            getattr(self, name).copy_(getattr(other, name)[rows])
 
     def save_row(self, row: int, count: int) -> list:
         return self.cache.save_row(row, count)
@@ -93,11 +110,16 @@ class SlotModel:
         taps = self.traits.taps
         hearing: AbstractContextManager[dict[Tap, Tensor]] = nullcontext({})
         if taps or idle_head:
-            hearing = listening(idle_head)
+            hearing = listening(0 if idle_head else None)
+        rows = slice(None) if self.cache.rows is None else self.cache.rows
+        positions = view.query_positions + self.shift[rows, None]
+        if self.follows_lengths:
+            lengths = torch.maximum(positions + 1, self.begun[rows, None]) + self.beside[rows, None]
+            view = replace(view, lengths=lengths)
         with showing(view), hearing as heard:
             out = self.model(
-                input_ids=tokens.clamp(min=0),
-                position_ids=view.query_positions.clamp(0, self.last_position),
+                input_ids=tokens.clamp(0, self.traits.vocab_size - 1),  # others are of images
+                position_ids=positions.clamp(0, self.last_position),
                 use_cache=True,
                 logits_to_keep=keep,
                 **{self.cache_argument: self.cache},

@@ -97,7 +97,8 @@ def _tell_input(head: nn.Module, inputs: tuple) -> tuple | None:
     if heard is None:
         return None
     heard[HEAD] = inputs[0]
-    return (inputs[0][:, :0],) if _active.idle_head else None
+    columns, width = _active.columns, inputs[0].shape[1]
+    return None if columns is None else (inputs[0][:, max(width - columns, 0) :],)
 
 
 def _tell_output(layer: int, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
@@ -107,10 +108,10 @@ def _tell_output(layer: int, module: nn.Module, inputs: tuple, output: Tensor | 
 
 
 @contextmanager
-def listening(idle_head: bool = False) -> Iterator[dict[Tap, Tensor]]:
+def listening(columns: int | None = None) -> Iterator[dict[Tap, Tensor]]:
     """Within, the states at the taps of models run by this thread are recorded in the dict that is yielded, (B, n, H)
-    each. With `idle_head` a tapped LM head computes no logits (it gets no columns)."""
-    _active.heard, _active.idle_head = {}, idle_head
+    each. A tapped LM head computes logits of the last `columns` only, 0 for none; None: of all it is given."""
+    _active.heard, _active.columns = {}, columns
     try:
         yield _active.heard
     finally:
@@ -134,7 +135,7 @@ def hidden_states(
     Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
     ids that restart."""
     put_taps(model, (*taps, HEAD))
-    with listening(idle_head=True) as heard:
+    with listening(columns=0) as heard:
         model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
     joined(heard, taps)  # raises where one is missing
     return {tap: heard[tap] for tap in taps}

@@ -55,7 +55,7 @@ def test_json_holds_text_tokens_and_the_summary(folder, capsys, tmp_path):
 
 def test_prompts_from_a_file_standard_input_and_a_chat(folder, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("ABC")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("ABC"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ABC")))
     texts = []
     for source in (
         ["--prompt-file", str(tmp_path / "p.txt")],

@@ -4,7 +4,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig, StaticCache
 
 from support.models import tiny_llama
 
@@ -18,7 +18,6 @@ REFUSALS = {
     "rule": (dict(verify="exact"), "match, residual, typical"),
     "executor": (dict(executor="quantum"), "eager"),
     "law": (dict(drafter="ngram", verify="residual", do_sample=True), "verify='match'"),
-    "too long": (dict(max_new_tokens=300), "context of 256"),
     "no tokens": (dict(max_new_tokens=0), "at least 1 token"),
     "seeds": (dict(seed=[1, 2]), "2 entries for 3 rows"),
     "tree": (dict(drafter="ngram", tree="4y2"), "'chain:5'"),
@@ -27,8 +26,8 @@ REFUSALS = {
         dict(output_attentions=True, return_dict_in_generate=True),
         "attentions are not collected",
     ),
-    "a cache": (dict(cache=DynamicCache()), "slot cache"),
-    "a past": (dict(past_key_values=DynamicCache()), "slot cache"),
+    "another cache": (dict(cache=StaticCache(LlamaConfig(), 20)), "is a StaticCache"),
+    "an offloaded past": (dict(past_key_values=DynamicCache(offloading=True)), "is an offloaded DynamicCache"),
     "static cache": (dict(cache_implementation="static"), "slot cache"),
     "no cache": (dict(use_cache=False), "without a cache"),
 }
@@ -47,7 +46,6 @@ def test_what_cannot_be_done_is_refused_in_one_sentence(target, ragged, case):
     ("ids", "mask", "words"),
     [
         (torch.zeros(1, 0, dtype=torch.long), None, "at least 1 token"),
-        (None, None, "at least 1 token"),
         (torch.tensor([1, 2]), None, "shape"),
         (torch.ones(2, 3, dtype=torch.long), torch.ones(2, 4), "must agree"),
         (torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 1], [1, 1, 0]]), "left only"),

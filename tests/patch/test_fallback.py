@@ -12,9 +12,6 @@ REFUSED = {
     "beams": (dict(num_beams=2), "num_beams=2"),
     "attentions": (dict(output_attentions=True, return_dict_in_generate=True), "output_attentions"),
     "no cache": (dict(use_cache=False), "use_cache"),
-    "positions": (dict(position_ids=torch.arange(9)[None]), "position_ids would go to the model"),
-    "no prompt": (dict(inputs=None, bos_token_id=1), "input_ids is NoneType"),
-    "beyond the context": (dict(max_new_tokens=250), "context of 256"),
     "padding on the right": (dict(attention_mask=torch.tensor([[1] * 8 + [0]])), "on the left"),
 }
 

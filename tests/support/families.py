@@ -1,7 +1,8 @@
-"""Tiny random models of every family: those that can be targets, and those that are refused."""
+"""Tiny random models of every family: those that can be targets, those that are refused, and multimodal wrappers with
+prompts for them."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 SIZES = dict(
     vocab_size=64,
@@ -86,3 +87,74 @@ def tiny(family, **options):
     )  # fmt: skip
     config = AutoConfig.for_model(family, **{**sizes, **options})
     return AutoModelForCausalLM.from_config(config).eval()
+
+
+IMAGE, BEGIN, END = 60, 61, 62
+TEXT = dict(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    tie_word_embeddings=False,
+)  # fmt: skip
+SIGHT = dict(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
+WRAPPERS = {
+    "llava": dict(
+        vision_config=dict(model_type="clip_vision_model", projection_dim=16, **SIGHT), image_token_index=IMAGE,
+        text_config=dict(model_type="llama", **TEXT), image_seq_length=4, vision_feature_select_strategy="default",
+    ),
+    "gemma3": dict(
+        vision_config=dict(vision_use_head=False, **SIGHT), image_token_index=IMAGE, boi_token_index=BEGIN,
+        text_config=TEXT | dict(
+            sliding_window=6, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=8,
+        ),
+        eoi_token_index=END, mm_tokens_per_image=4,
+    ),
+    "qwen2_5_vl": dict(
+        vision_config=dict(
+            depth=2, hidden_size=16, intermediate_size=32, num_heads=2, patch_size=4, spatial_merge_size=2,
+            temporal_patch_size=2, window_size=16, fullatt_block_indexes=[1], out_hidden_size=32,
+        ),
+        text_config=TEXT | dict(rope_parameters=dict(rope_type="default", mrope_section=[1, 1, 2], rope_theta=1e4)),
+        image_token_id=IMAGE, video_token_id=59, vision_start_token_id=BEGIN, vision_end_token_id=END,
+    ),
+    "mistral3": dict(
+        vision_config=dict(model_type="pixtral", head_dim=8, **SIGHT | dict(image_size=16)), image_token_index=IMAGE,
+        text_config=dict(model_type="mistral", sliding_window=None, **TEXT), spatial_merge_size=2,
+    ),
+}  # fmt: skip
+
+
+def wrapper(kind):
+    """A wrapper whose weights are large enough for its texts to wander."""
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(AutoConfig.for_model(kind, **WRAPPERS[kind])).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.25)
+    model.generation_config.eos_token_id = None
+    return model
+
+
+def pictured(kind, rows=1, seed=0):
+    """`input_ids` (B, P) with an image in each, left padding in all but the first, and all that goes with them."""
+    torch.manual_seed(seed)
+    images = rows, 3, *(2 * (16 if kind == "mistral3" else 8,))
+    texts = [torch.randint(3, 58, (9 - 2 * row,)).tolist() for row in range(rows)]
+    texts = [[*text[:2], BEGIN, *[IMAGE] * 4, END, *text[2:]] for text in texts]
+    width = len(texts[0])
+    inputs = dict(
+        input_ids=torch.tensor([[0] * (width - len(text)) + text for text in texts]),
+        attention_mask=torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts]),
+        pixel_values=torch.randn(images),
+    )
+    marks = (inputs["input_ids"] == IMAGE).long()
+    if kind == "gemma3":
+        inputs["token_type_ids"] = marks
+    if kind == "mistral3":
+        inputs["image_sizes"] = torch.tensor([[16, 16]] * rows)
+    if kind == "qwen2_5_vl":
+        patches = dict(pixel_values=torch.randn(16 * rows, 96), image_grid_thw=torch.tensor([[1, 4, 4]] * rows))
+        inputs |= patches | dict(mm_token_type_ids=marks)
+    return inputs

@@ -110,33 +110,22 @@ def prepare(args) -> None:
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):
     """A tokenizer by folder, short name or hub id, and the ids that end its model's turn."""
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import GenerationConfig
 
-    from ...spec.target.load import resolve
+    from ...spec.target import load
 
-    where = resolve(str(name))
-    if Path(where).is_file():
-        return _gguf_tokenizer(where)
+    where = str(name) if Path(name).is_dir() else load.resolve(str(name))  # which asks folders for a model's config
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
+        tokenizer = load.load_tokenizer(where, trust_remote_code)
     except Exception as error:  # whatever transformers and the hub raise for a bad source
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__}: {detail})") from error
     try:
-        eos = GenerationConfig.from_pretrained(where).eos_token_id
+        eos = None if Path(where).is_file() else GenerationConfig.from_pretrained(where).eos_token_id
     except OSError:
         eos = None  # a folder of a tokenizer alone
     ids = eos if isinstance(eos, list) else [eos]
     return tokenizer, frozenset(token for token in [*ids, tokenizer.eos_token_id] if token is not None)
-
-
-def _gguf_tokenizer(path: str):
-    from ...spec.target.gguf_model import gguf_tokenizer
-    from ...spec.target.load import opened
-
-    with opened(path) as file:
-        tokenizer = gguf_tokenizer(file)
-    return tokenizer, frozenset({tokenizer.eos_token_id} - {None})
 
 
 def _temperatures(text: str) -> list[float]:

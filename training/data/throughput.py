@@ -9,7 +9,7 @@ import time
 from ...spec.console import table
 from ...spec.engines.executors import choose
 from ...spec.plan.step_times import wait_for
-from ...spec.prompts import templated_ids
+from ...spec.prompts import left_padded, pad_id, templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import end_ids
 from .answers import Sampling
@@ -66,11 +66,11 @@ def _transformers(model, tokenizer, ids: list[list[int]], batch: int, temperatur
     """Decode in batches of similar length; returns the number of tokens, without those after an end of text."""
     options = {"do_sample": True, "temperature": temperature, "top_p": sampling.top_p, "top_k": 0}
     options = options if temperature > 0 else {"do_sample": False}
-    ends, tokens, ordered = end_ids(model), 0, sorted(ids, key=len)
+    ends, pad, tokens, ordered = end_ids(model), pad_id(tokenizer), 0, sorted(ids, key=len)
     for start in range(0, len(ordered), batch):
         part = ordered[start : start + batch]
-        padded = tokenizer.pad({"input_ids": part}, padding_side="left", return_tensors="pt").to(model.device)
-        out = model.generate(**padded, max_new_tokens=sampling.max_new_tokens, **options)
+        padded = left_padded(part, pad, model.device)
+        out = model.generate(**padded, pad_token_id=pad, max_new_tokens=sampling.max_new_tokens, **options)
         for row in out[:, padded["input_ids"].shape[1] :].tolist():
             tokens += next((index + 1 for index, token in enumerate(row) if token in ends), len(row))
     wait_for(model)

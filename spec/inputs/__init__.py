@@ -1,0 +1,1 @@
+"""What a call is given: its numbers, and its prompts."""
