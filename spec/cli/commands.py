@@ -4,12 +4,12 @@ import json
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..console import Streamer, colours, summary_line, table
+from ..data.content import decoded, read_text
 from ..files import cache_folder
 from ..generate import SpeculativeOutput
 from ..generate import generate as generate_tokens
@@ -99,10 +99,10 @@ def generate(args: Namespace) -> None:
 
 
 def _read(path: str) -> str:
-    try:
-        return sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--prompt-file {path} cannot be read ({error})") from error
+    if path != "-":
+        return read_text(path)
+    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    return decoded(data, "standard input")
 
 
 def models(args: Namespace) -> None:
