@@ -10,7 +10,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +22,7 @@ PACKED_SUFFIXES = (".gz", ".xz", ".bz2")
 BOM = b"\xef\xbb\xbf"
 HEAD = 1 << 16  # bytes from which the kind is told
 
-_PACKED = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open}
+_PACKED: Mapping[bytes, Callable[..., Any]] = {b"\x1f\x8b": gzip.open, b"\xfd7zXZ\0": lzma.open, b"BZh": bz2.open}
 _FOREIGN = {
     b"\xff\xfe": "text in UTF-16",
     b"\xfe\xff": "text in UTF-16",
@@ -46,8 +46,7 @@ def unpacked(path: str | Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as raw:
             head = raw.read(6)
-        opened: Callable = next((opener for magic, opener in _PACKED.items() if head.startswith(magic)), open)
-        with opened(path, "rb") as file:
+        with _opener(head)(path, "rb") as file:
             yield file
     except (EOFError, lzma.LZMAError, zlib.error) as error:
         raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
@@ -55,6 +54,10 @@ def unpacked(path: str | Path) -> Iterator[BinaryIO]:
         if error.strerror is None:  # of what unpacks
             raise ValueError(f"{path} is damaged ({error}); fetch it again") from error
         raise ValueError(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+def _opener(head: bytes) -> Callable[..., Any]:
+    return next((opener for magic, opener in _PACKED.items() if head.startswith(magic)), open)
 
 
 def read_text(path: str | Path) -> str:

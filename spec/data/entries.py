@@ -52,7 +52,7 @@ def _parsed_line(line: bytes) -> Any:
 def said(error: ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg}, column {error.colno}"
-    return str(error).partition(";")[0]
+    return str(error).partition(";")[0].partition(" (")[0]
 
 
 def check_encodable(value: Any) -> None:

@@ -95,8 +95,8 @@ class Reading:
             raise ValueError(f"{self.source.name} holds no records; each line of it is one, such as {EXAMPLE}")
         if not self.taken:
             raise ValueError(
-                f"{self.source.name}: none of its {total:,} records can be used ({'; '.join(reasons[:2])}); a record "
-                f"is a line such as {EXAMPLE}"
+                f"{self.source.name}: none of its {total:,} records can be used ({'; '.join(reasons[:2])}); give some "
+                f"such as {EXAMPLE}, or name their fields by --columns"
             )
         self._say(f"{self.taken:,} of {total:,} records")
         for reason in reasons[:SHOWN]:

@@ -43,9 +43,10 @@ def _value(text: str, position: int) -> tuple[Any, int]:
         return _DECODER.raw_decode(text, position)
     except RecursionError:
         raise _damaged(text, position, "nested too deeply") from None
-    except ValueError as error:
-        wrong = error.pos if isinstance(error, json.JSONDecodeError) else position
-        raise _damaged(text, wrong, said(error).partition(",")[0]) from error
+    except json.JSONDecodeError as error:
+        raise _damaged(text, error.pos, error.msg) from error
+    except ValueError as error:  # a number of too many digits
+        raise _damaged(text, position, said(error)) from error
 
 
 def _damaged(text: str, position: int, reason: str) -> Damaged:

@@ -41,7 +41,7 @@ def test_a_line_that_cannot_be_read_is_left_out_and_named(tmp_path, line, words,
     with pytest.raises(ValueError) as caught:
         read(tmp_path, b"\n" + line + b"\n" + line)
     assert "none of its 2 records can be used (2, the first in line 2: " + words in str(caught.value)
-    assert str(caught.value).endswith('a record is a line such as {"prompt": "Why is the sky blue?"}')
+    assert str(caught.value).endswith('such as {"prompt": "Why is the sky blue?"}, or name their fields by --columns')
 
 
 def test_what_is_wrong_with_the_whole_file_is_refused(tmp_path):

@@ -67,7 +67,7 @@ class Masker:
             self._add(before[len(text) :], 0, text, tokens, loss)
             spans = _inside(marks, len(before), len(after))
             marked = "".join(after[start:stop] for start, stop in spans)
-            if recorded is None and spans and said[turn].strip() in marked:
+            if recorded is None and marked and said[turn].strip() in marked:
                 for start, stop, counts in _pieces(spans, len(before), len(after)):
                     self._add(after[start:stop], counts, after[:start], tokens, loss)
             else:
@@ -131,7 +131,8 @@ class Masker:
             return before, after[len(before) :]
         said = messages[-1]["content"]
         common = before[: next((i for i, pair in enumerate(zip(before, after)) if pair[0] != pair[1]), len(after))]
-        if said.strip() and after[len(common) :].lstrip().startswith(said.strip()):  # asked for with words of its own
+        words = common.startswith(self._rendered(messages[:-1], tools))  # what asks for it has words of its own
+        if words and said.strip() and after[len(common) :].lstrip().startswith(said.strip()):
             return common, after[len(common) :]
         marked = self._rendered([*messages[:-1], {**messages[-1], "content": _MARK}], tools)
         _, mark, end = marked.partition(_MARK)
@@ -147,9 +148,9 @@ class Masker:
 
 
 def _inside(spans: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int]]:
-    """The parts of spans that are between two places."""
-    cut = [(max(first, start), min(last, stop)) for first, last in spans]
-    return [(first, last) for first, last in cut if first < last]
+    """The spans between two places; none where one of them goes beyond."""
+    near = [(first, last) for first, last in spans if first < stop and last > start]
+    return near if all(start <= first and last <= stop for first, last in near) else []
 
 
 def _pieces(spans: list[tuple[int, int]], start: int, stop: int) -> list[tuple[int, int, int]]:
