@@ -14,7 +14,7 @@ ENDS = [2, *range(30, 37)]  # so many that some answers end early
 
 
 def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def write(path, entries):

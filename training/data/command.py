@@ -59,6 +59,8 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
     finally:
         ledger.close()
     print(ledger.summary())
+    if not ledger.done and not ledger.failed:
+        raise ValueError(f"no prompt could be answered; {ledger.problems.path} says why of each")
     if ledger.failed:
         print(f"run the same command again to try the failed ones again; see {ledger.problems.path}", file=sys.stderr)
 
