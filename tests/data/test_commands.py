@@ -55,8 +55,7 @@ READ = "chats.json.gz: read as ShareGPT, 5 of 7 records"
 
 
 @pytest.mark.parametrize("command", ["bench", "evaluate", "plan"])
-def test_chats_are_measured_on_and_odd_ones_left_out(folder, file, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+def test_chats_are_measured_on_and_odd_ones_left_out(folder, file, tmp_path, capsys, command):
     out = tmp_path / "out.json"
     line = {
         "bench": ["bench", file],
@@ -74,8 +73,7 @@ def test_chats_are_measured_on_and_odd_ones_left_out(folder, file, tmp_path, cap
 
 
 @pytest.mark.parametrize("command", ["bench", "evaluate", "plan", "data generate"])
-def test_columns_name_what_the_prompts_are(folder, tmp_path, capsys, monkeypatch, command):
-    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+def test_columns_name_what_the_prompts_are(folder, tmp_path, capsys, command):
     datasets.Dataset.from_list([{"question": text} for text in ("ABC", "BCD")]).to_parquet(tmp_path / "q.parquet")
     file, out = str(tmp_path / "q.parquet"), str(tmp_path / "out")
     line = {
