@@ -160,6 +160,10 @@ def test_a_message_without_content_is_rendered_with_its_calls(chat):
     ]
     (one,) = read(speaks(chat, template), {"messages": messages})
     assert chat.decode(one.tokens) == "uA</s>Za[X]</s>ZtB</s>ZaD</s>Z" and learnt(chat, one) == "[X]</s>D</s>"
+    (one,) = read(chat, {"messages": messages})
+    assert chat.decode(one.tokens) == "uA</s>Za</s>ZtB</s>ZaD</s>Z" and learnt(chat, one) == "D</s>", (
+        "not to say nothing"
+    )
 
 
 # Templates that write earlier turns otherwise than at first.

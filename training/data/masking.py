@@ -94,13 +94,15 @@ class Masker:
     def _add_answer(
         self, text: str, before: str, tokens: list[int], loss: list[int], recorded: list[int] | None
     ) -> None:
-        """Add an answer, of which what is behind the end of its turn does not count."""
+        """Add an answer, of which what is behind the end of its turn does not count, and nothing where that is all: a
+        call of a tool that the template does not write, say."""
         answer = self._tokenized(text, before, tokens)
         said = next((index + 1 for index, token in enumerate(answer) if token in self.ends), len(answer))
         spoken = answer[:said] if recorded is None else recorded
         rest = answer[said:] if spoken[-1:] and spoken[-1] in self.ends else []
         tokens += [*spoken, *rest]
-        loss += [1] * len(spoken) + [0] * len(rest)
+        silent = recorded is None and said == 1 and answer[0] in self.ends
+        loss += [0 if silent else 1] * len(spoken) + [0] * len(rest)
 
     def _tokenized(self, text: str, before: str, known: list[int]) -> list[int]:
         """The tokens of `text` after `before`: tokenized together where that keeps the `known` tokens of `before`."""
