@@ -1,7 +1,7 @@
 """Data sets of the library `datasets` as sources, and Parquet files. Knows nothing of what entries say."""
 
 import glob
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,14 @@ class DataSet(Source):
             ) from error
 
     def entries(self) -> Iterator[Entry]:
-        rows = iter(self.rows)
-        number = 0
+        return self._entries(iter(self.rows), 1)
+
+    def some(self, numbers: Collection[int]) -> Iterator[Entry]:
+        for number in numbers:
+            yield next(self._entries(iter(self.rows.skip(number - 1)), number))
+
+    def _entries(self, rows: Iterator[dict], first: int) -> Iterator[Entry]:
+        number = first
         while True:
             try:
                 row = next(rows)
@@ -53,9 +59,9 @@ class DataSet(Source):
                 return
             except Exception as error:  # whatever pyarrow raises for a damaged file
                 detail = " ".join(str(error).split())[:200]
-                raise ValueError(f"{self.name} is damaged behind row {number} ({detail}); fetch it again") from error
-            number += 1
+                raise ValueError(f"{self.name} is damaged at row {number} ({detail}); fetch it again") from error
             yield Entry(number, f"row {number}", row, 1)
+            number += 1
 
     def count(self) -> int:
         return len(self.rows)
@@ -89,7 +95,9 @@ class Parquet(DataSet):
             raise ValueError(f"{self.path} is damaged ({detail}); fetch it again") from error
 
     def count(self) -> int:
-        return sum(1 for _ in self.entries())
+        from pyarrow import parquet
+
+        return self._opened(lambda: parquet.read_metadata(self.path).num_rows)
 
     def fingerprint(self) -> str:
         return file_fingerprint(self.path)

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,10 @@ class Source:
 
     def count(self) -> int:
         return sum(1 for _ in self.entries())
+
+    def some(self, numbers: Collection[int]) -> Iterator[Entry]:
+        """The entries with these numbers, which ascend."""
+        return (entry for entry in self.entries() if entry.number in numbers)
 
     def size(self) -> int:
         """What the sizes of all entries add up to, about; in bytes but for data sets."""

@@ -77,9 +77,8 @@ class Reading:
         self.key = key
         count = self.source.count() if most is not None else 0
         if most is not None and most < count:
-            wanted = {number * count // most for number in range(most)}
-            entries = enumerate(self.source.entries())
-            made = [self._made(entry, convert) for number, entry in entries if number in wanted]
+            numbers = dict.fromkeys(number * count // most + 1 for number in range(most))
+            made = [self._made(entry, convert) for entry in self.source.some(numbers)]
             if not self.left_out:
                 self._say(f"{most:,} of {count:,} records, spread evenly")
                 return [one for one in made if not isinstance(one, Unusable)]

@@ -202,6 +202,7 @@ def test_parquet_and_data_sets_are_the_same_records(tmp_path, capsys):
             (str(number), ("a\u2028b\u0085c",)) for number in range(5)
         ]
         assert "read as ShareGPT, 5 of 5 records" in capsys.readouterr().err
+        assert Reading(source).spread(2, lambda record: (record.id, record.number)) == [("0", 1), ("2", 3)]
         assert len(source.fingerprint()) >= 16
     sentence(lambda: read(tmp_path / "splits"), "has no split 'train'; give --split test")
     columns = {"messages": "conversations", "category": "id"}

@@ -125,6 +125,19 @@ def test_a_second_run_does_nothing_and_another_is_refused(chat, tmp_path, capsys
         prepare(names, tmp_path / "mine", chat, "tiny", ENDS, Settings())
 
 
+def test_sources_of_one_name_are_told_apart(chat, tmp_path, capsys):
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "d.jsonl")
+        paths[-1].write_text(json.dumps(talk(f"A{name}", "B")))
+    settings = Settings(length=32, held_out=0.0)
+    prepare([*map(str, paths)], tmp_path / "out", chat, "tiny", ENDS, settings)
+    paths[0].write_text(json.dumps(talk("C", "D")))
+    with pytest.raises(ValueError, match="prepared with another sources"):
+        prepare([*map(str, paths)], tmp_path / "out", chat, "tiny", ENDS, settings)
+
+
 def test_compressed_jsonl_holds_the_same_documents(chat, tmp_path):
     (name,) = sources(tmp_path)
     prepare([name], tmp_path / "plain", chat, "tiny", ENDS, Settings(length=32, held_out=0.3))

@@ -40,6 +40,7 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
     from .ledger import Ledger
 
     excluded = turns_of(args.exclude) if args.exclude else set()
+    asked = [] if args.source else list(sift(_prompts(args), excluded))
     beginnings = read_beginnings(args.beginnings) if args.beginnings else None
     settings = {"model": str(args.model), "server": args.server, "top_p": args.top_p}
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "beginnings": beginnings}
@@ -49,12 +50,12 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
             from .server import Server, answer_by
 
             server = Server(args.server, args.model, sampling)
-            entries = list(sift(_prompts(args), excluded))
-            answer_by(server, ledger.open_jobs(entries, temperatures, args.repeats, args.seed), ledger, args.batch)
+            answer_by(server, ledger.open_jobs(asked, temperatures, args.repeats, args.seed), ledger, args.batch)
         else:
             model, tokenizer, decoding = _local(args)
-            entries = _entries(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
-            jobs = ledger.open_jobs(entries, temperatures, args.repeats, args.seed)
+            if args.source:
+                asked = _invented(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
+            jobs = ledger.open_jobs(asked, temperatures, args.repeats, args.seed)
             answer(model, tokenizer, jobs, ledger, sampling, **decoding)
     finally:
         ledger.close()
@@ -75,11 +76,9 @@ def _local(args):
     return model, tokenizer, {"batch": args.batch, "drafter": drafter, "tree": tree, "executor": args.executor}
 
 
-def _entries(
+def _invented(
     args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
 ) -> list[Prompt | Unusable]:
-    if args.source is None:
-        return list(sift(_prompts(args), excluded))
     from .answers import invent
 
     turns = Path(args.output).with_suffix(".turns.jsonl")
