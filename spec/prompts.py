@@ -1,72 +1,113 @@
-"""Prompts for measurements: JSONL with `turns` or `prompt`, optionally `id` and `category`; and their token ids."""
+"""Prompts for measurements, as the one reader gives them; and token ids of conversations."""
 
-import json
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from .data.content import Unfit
+from .data.entries import Source
+from .data.forms import Record
+from .data.reading import Reading
+from .target.load import context_length
 
-EXAMPLE = '{"prompt": "Why is the sky blue?"}'
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class BenchPrompt:
+    """The user's turns of a conversation, perhaps behind a system's."""
+
     id: str
     category: str
     turns: tuple[str, ...]
+    system: str | None = None
+
+    def ids(self, tokenizer: "PreTrainedTokenizerBase", said: Sequence[str] = ()) -> list[int]:
+        """Token ids up to the answer to come; `said` are the answers before it. Raises Unfit where the chat template
+        refuses them."""
+        turns = [turn for pair in zip(self.turns, said) for turn in pair] + [self.turns[len(said)]]
+        if not tokenizer.chat_template:
+            return tokenizer("\n".join(([self.system] if self.system else []) + turns))["input_ids"]
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        return templated_ids(tokenizer, system + messages)
 
 
-def read_bench_prompts(path: str, most: int | None = None) -> list[BenchPrompt]:
-    """The prompts of a file, at most `most`, evenly spread over it. Raises ValueError for a file that has none."""
+def read_bench_prompts(
+    source: Source, most: int | None = None, columns: Mapping[str, str] | None = None
+) -> list[BenchPrompt]:
+    """The prompts of a source, at most `most`, evenly spread over it. Raises ValueError where it has none."""
+    prompts = Reading(source, columns).spread(most, _bench_prompt)
+    (name, count), *_ = Counter(prompt.id for prompt in prompts).most_common(1)
+    if count > 1:
+        raise ValueError(f"{source.name}: id {name} stands in several lines; give every prompt its own id")
+    return prompts
+
+
+def _bench_prompt(record: Record) -> BenchPrompt:
+    turns = user_turns(record)
+    return BenchPrompt(str(record.number) if record.id is None else record.id, record.category, turns, record.system)
+
+
+def user_turns(record: Record) -> tuple[str, ...]:
+    """The user's turns. Raises Unfit where there are none, or an empty one."""
+    if record.text is not None:
+        raise Unfit("it is a text and no prompt")
+    if not record.turns:
+        raise Unfit("it has no user turn")
+    if not all(turn.strip() for turn in record.turns):
+        raise Unfit("a user turn is empty")
+    return record.turns
+
+
+def fitting(
+    prompts: list[BenchPrompt], tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", new_tokens: int
+) -> list[tuple[BenchPrompt, list[int]]]:
+    """The prompts whose first turn can be continued by `new_tokens`, with its token ids; how many cannot, and why, is
+    said on stderr. Raises ValueError where none can."""
+    taken = []
+    left_out: Counter[str] = Counter()
+    for prompt in prompts:
+        try:
+            ids = prompt.ids(tokenizer)
+            check_ids(ids, model, new_tokens)
+            taken.append((prompt, ids))
+        except Unfit as error:
+            left_out[str(error).partition(" (")[0]] += 1
+    reasons = [f"{count:,} prompts: {reason}" for reason, count in left_out.most_common()]
+    if not taken:
+        raise ValueError(f"no prompt can be decoded ({'; '.join(reasons)}); give others, or ask for fewer new tokens")
+    for reason in reasons:
+        print(f"left out {reason}", file=sys.stderr)
+    return taken
+
+
+def check_ids(ids: list[int], model: "PreTrainedModel", new_tokens: int = 0) -> None:
+    """Raise Unfit for ids that the model does not know, and for a text that does not fit into its context."""
+    vocabulary, context = model.config.get_text_config().vocab_size, context_length(model)
+    if not ids:
+        raise Unfit("it has no token")
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise Unfit(f"the tokenizer gives an id beyond the model's vocabulary of {vocabulary}")
+    if context is not None and len(ids) + new_tokens > context:
+        raise Unfit(f"it does not fit into the model's context of {context} with {new_tokens} new tokens")
+
+
+def templated_ids(
+    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict], tools: list | None = None
+) -> list[int]:
+    """Token ids of a conversation in the model's chat template, up to where the next answer begins. Raises Unfit where
+    the template refuses it."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text in UTF-8"
-        raise ValueError(f"prompts file {path} cannot be read ({reason}); give a JSONL file") from error
-    filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    prompts = [_prompt(f"{path}, line {number}", count, line) for count, (number, line) in enumerate(filled, 1)]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; each line of it is one, such as {EXAMPLE}")
-    repeated = {prompt.id for prompt in prompts if sum(prompt.id == twin.id for twin in prompts) > 1}
-    if repeated:
-        raise ValueError(f"{path}: id {min(repeated)} stands in several lines; give every prompt its own id")
-    if most is None or most >= len(prompts):
-        return prompts
-    return [prompts[i * len(prompts) // most] for i in range(most)]
-
-
-def _prompt(where: str, count: int, line: str) -> BenchPrompt:
-    """The prompt of a line, the `count`th of its file; `where` names the line in messages."""
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        said = f"{error.msg}, column {error.colno}"
-        raise ValueError(f"{where} is no JSON ({said}); a prompt is a line such as {EXAMPLE}") from error
-    if not isinstance(entry, dict) or not {"turns", "prompt"} & entry.keys():
-        has = f"has {', '.join(entry) or 'nothing'}" if isinstance(entry, dict) else f"is a {type(entry).__name__}"
-        raise ValueError(f"{where} {has}; a prompt is a line such as {EXAMPLE}, or one with 'turns', a list of texts")
-    turns = entry["turns"] if "turns" in entry else [entry["prompt"]]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn for turn in turns):
-        raise ValueError(f"{where} has an empty prompt, or one that is no text; give it text, or remove the line")
-    return BenchPrompt(str(entry.get("id", count)), str(entry.get("category", "all")), tuple(turns))
-
-
-def conversation_ids(tokenizer: "PreTrainedTokenizerBase", turns: list[str]) -> list[int]:
-    """Token ids of a conversation in which user and assistant alternate and the user is last; without a chat template
-    the turns are joined by line breaks."""
-    if not tokenizer.chat_template:
-        return tokenizer("\n".join(turns) if len(turns) > 1 else turns[0])["input_ids"]
-    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
-    return templated_ids(tokenizer, messages)
-
-
-def templated_ids(tokenizer: "PreTrainedTokenizerBase", messages: list[dict]) -> list[int]:
-    """Token ids of a conversation in the model's chat template, up to where the next answer begins."""
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+        made = tokenizer.apply_chat_template(list(messages), tools=tools, add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # whatever a template raises for messages that it does not take
+        raise Unfit(f"the chat template refuses it ({error})") from error
+    return made["input_ids"]
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

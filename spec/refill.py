@@ -71,7 +71,10 @@ def decode_texts(
     attach(model)
     texts = list(texts)
     context = context_length(model)
+    vocabulary = model.config.get_text_config().vocab_size
     for text in texts:
+        if text.tokens and not 0 <= min(text.tokens) <= max(text.tokens) < vocabulary:
+            raise ValueError(f"a text has a token id beyond the model's vocabulary of {vocabulary}; leave it out")
         if not text.tokens or text.new_tokens < 1 or text.room < len(text.tokens) + text.new_tokens:
             raise ValueError(f"a text of {len(text.tokens)} tokens to continue by {text.new_tokens} has no room")
         if context is not None and text.room > context:

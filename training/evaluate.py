@@ -17,21 +17,22 @@ from tqdm import tqdm
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
 from ..spec.cli.commands import check_drawing, load
-from ..spec.cli.planning import first_turns
+from ..spec.cli.planning import first_turns, named_prompts
 from ..spec.console import table
+from ..spec.data.sources import open_source
 from ..spec.engines.executors import choose
 from ..spec.files import write_json
 from ..spec.plan.calibration import calibrate
 from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
+from ..spec.prompts import BenchPrompt
 from ..spec.refill import Text, decode_texts
 from ..spec.tree import TreeShape
 from .acceptance import WIDTH, record
 from .card import write_card
-from .data.documents import file_fingerprint
 from .data.packing import pack
-from .data.prompts import digest, read_digests, turns_of
-from .data.rows import check_tokenizer, open_data
+from .data.prompts import digest, normal, read_digests
+from .data.rows import check_rows, check_tokenizer, open_data
 from .decoding import Prompts, Settings, by_category, counted, decode
 from .objectives.objective import Batch, count_ranks
 from .ranks import accuracies, judge_of, spans, walk
@@ -53,13 +54,14 @@ def evaluate(args) -> None:
     kept = Path(args.output or folder / "acceptance.json")
     if not os.access(kept.parent, os.W_OK):
         raise ValueError(f"{kept.parent} is no folder that can be written to; keep the acceptance elsewhere with -o")
-    overlap = _overlap(folder, args.prompts)
+    asked = named_prompts(args, args.prompts)
+    overlap = _overlap(folder, asked, args.prompts)
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("none is no drafter; give a drafter's folder, its name, or ngram")
     if drafter.traits.parts:
         raise ValueError(f"{args.drafter} has no p of its own; evaluate its parts, and measure it with paceline bench")
-    prompts = first_turns(args.prompts, tokenizer, model)
+    prompts = first_turns(asked, tokenizer, model, args.max_new_tokens)
     settings = Settings(args.max_new_tokens, args.temperature, args.verify, args.executor)
     acceptance, shape = _foretold(args, model, tokenizer, drafter, prompts, settings)
     decoded = decode(model, prompts, drafter, shape, settings)
@@ -76,7 +78,7 @@ def evaluate(args) -> None:
         "device": model.device.type,
         "prompts": {
             "file": Path(args.prompts).name,
-            "sha256": file_fingerprint(Path(args.prompts)),
+            "sha256": open_source(args.prompts, args.split).fingerprint(),
             "in_training": overlap,
         },
         "versions": versions(),
@@ -93,14 +95,14 @@ def _own_folder(name: str) -> Path | None:
     return path if path is not None and read_folder(path) is not None else None
 
 
-def _overlap(folder: Path | None, prompts: str) -> int | None:
+def _overlap(folder: Path | None, prompts: list[BenchPrompt], name: str) -> int | None:
     """How many user turns of the prompts the drafter was trained on; None where that is not recorded."""
     trained = read_digests(folder) if folder is not None else None
     if trained is None:
         return None
-    shared = sum(digest(turn) in trained for turn in turns_of(prompts))
+    shared = sum(digest(turn) in trained for turn in {normal(turn) for prompt in prompts for turn in prompt.turns})
     if shared:
-        said = f"{shared} user turns of {prompts} are in the drafter's training data; it will look too good"
+        said = f"{shared} user turns of {name} are in the drafter's training data; it will look too good"
         print(said, file=sys.stderr)
     return shared
 
@@ -124,7 +126,7 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
         acceptance["how"] = {"counted": "a wide tree drafted at every position of the target's own text"}
         return acceptance, shape
     if args.data:
-        batches, text = _held_out(args.data, tokenizer), f"held-out rows of {Path(args.data).name}"
+        batches, text = _held_out(args.data, model, tokenizer), f"held-out rows of {Path(args.data).name}"
     else:
         batches, text = _answers(model, prompts, args.max_new_tokens), "the target's own greedy answers to the prompts"
     answers: list[torch.Tensor] = []
@@ -165,9 +167,10 @@ def _planned(args, model, drafter, rates) -> TreeShape:
     return best_tree(rates, MODEST, drafter.traits.deepest)[0]
 
 
-def _held_out(folder: str, tokenizer) -> list[Batch]:
+def _held_out(folder: str, model, tokenizer) -> list[Batch]:
     splits, about = open_data(folder)
     check_tokenizer(about, tokenizer, folder)
+    check_rows(splits, model, folder)
     if "held_out" not in splits:
         raise ValueError(f"data folder {folder} has no held-out rows; prepare it with --held-out")
     rows = splits["held_out"]
@@ -204,7 +207,8 @@ def command(args) -> str:
     given = {"--data": args.data and shown(args.data), "--tree": args.tree and shown(args.tree)}
     given |= {"--temperature": args.temperature and f"{args.temperature:g}"}
     given |= {"--verify": args.verify != "match" and args.verify, "--dtype": args.dtype != "auto" and args.dtype}
-    given |= {"--weights": args.weights != "16" and args.weights}
+    given |= {"--weights": args.weights != "16" and args.weights, "--columns": args.columns}
+    given |= {"--split": args.split != "train" and args.split}
     given |= {"--executor": args.executor != "eager" and args.executor}
     return shlex.join([*parts, *(part for option, value in given.items() if value for part in (option, value))])
 

@@ -25,7 +25,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from .. import load_drafter
 from ..drafters.kinds import KINDS
 from ..spec.cli.planning import first_turns
+from ..spec.data.sources import open_source
 from ..spec.kernels.cpu import emulates_bfloat16, has_bfloat16
+from ..spec.prompts import BenchPrompt, read_bench_prompts
 from ..spec.provenance import target_fingerprint
 from ..spec.target.load import load_target
 from . import config as configuration
@@ -33,8 +35,8 @@ from .budget import make_plan
 from .card import write_card, write_record
 from .config import Config, suggest
 from .data.documents import tokenizer_fingerprint
-from .data.rows import Rows, check_tokenizer, fingerprint, open_data
-from .decoding import Settings, counted, decode
+from .data.rows import Rows, check_rows, check_tokenizer, fingerprint, open_data
+from .decoding import Prompts, Settings, counted, decode
 from .metrics import check_trackers
 from .objectives.objective import Objective
 from .objectives.target import OfflineTarget, OnlineTarget, hidden_bytes, hidden_folder, logit_head, write_hidden_states
@@ -64,10 +66,13 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     if not resume and not plan_only and any(folder.glob("step-*")):
         raise ValueError(f"run.folder {folder} holds a run; go on with it by --resume, or choose another folder")
     splits, about = open_data(config.data.folder)
+    prompts = _decoded_prompts(config)
     target = config.target
     where = target.model, target.dtype, accelerator.device, target.trust_remote_code
     model, tokenizer = load_target(*where, weights=target.weights)
     check_tokenizer(about, tokenizer, config.data.folder)
+    check_rows(splits, model, config.data.folder)
+    encoded = first_turns(prompts, tokenizer, model, DECODED_TOKENS) if prompts else []
     set_seed(config.run.seed)
     objective = kind.build(config.objective, model, splits["train"].split)
     vocabulary = model.config.get_text_config().vocab_size
@@ -85,7 +90,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
         "order": {"seed": config.run.seed, "batch": config.optimisation.batch},
         "mixed_precision": config.optimisation.mixed_precision,
     }
-    decoding = _decoding(config, model, tokenizer)
+    decoding = _decoding(encoded, model) if encoded else None
     del model
     trainer = Trainer(config, accelerator, objective, seen, splits, identity, _documents(config), decoding)
     speed, _ = trainer.measure()
@@ -192,11 +197,13 @@ def _target(config: Config, objective, model, splits: dict[str, Rows], accelerat
     return OfflineTarget(folder, logit_head(model), taps)
 
 
-def _decoding(config: Config, model, tokenizer):
-    """A function from a drafter folder to the tokens per step of decoding `run.decode_prompts` with it, or None."""
-    if config.run.decode_prompts is None:
-        return None
-    prompts = first_turns(config.run.decode_prompts, tokenizer, model)
+def _decoded_prompts(config: Config) -> list[BenchPrompt]:
+    """Those of `run.decode_prompts`."""
+    return read_bench_prompts(open_source(config.run.decode_prompts)) if config.run.decode_prompts else []
+
+
+def _decoding(prompts: Prompts, model):
+    """A function from a drafter folder to the tokens per step of decoding `prompts` with it."""
 
     def tokens_per_step(folder: Path) -> float:
         drafter = load_drafter(folder, model)

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 WAYS = {
     "openvino": ("openvino", "plain"),
@@ -79,10 +78,11 @@ def work(args):
 
 def texts(path, count, tokenizer):
     """The prompts of a file, spread evenly over it, in the model's chat template."""
-    lines = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    for line in lines[:: max(1, len(lines) // count)][:count]:
-        prompt = line["turns"][0] if "turns" in line else line["prompt"]
-        messages = [{"role": "user", "content": prompt}]
+    from paceline.spec.data.sources import open_source
+    from paceline.spec.prompts import read_bench_prompts
+
+    for prompt in read_bench_prompts(open_source(path), count):
+        messages = [{"role": "user", "content": prompt.turns[0]}]
         yield tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 

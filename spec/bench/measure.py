@@ -20,15 +20,19 @@ from tqdm import tqdm
 
 from .. import provenance
 from ..cli.commands import load_model
+from ..data.content import Unfit
+from ..data.entries import Source
+from ..data.forms import parse_columns
+from ..data.sources import open_source
 from ..engines.executors import choose
 from ..engines.pool import modules_of
 from ..engines.runs import keep
 from ..noise import row_keys
 from ..plan.step_times import slot_bytes
 from ..plan.store import automatic_shape, read_shape
-from ..prompts import BenchPrompt, conversation_ids, left_padded, pad_id, read_bench_prompts
+from ..prompts import BenchPrompt, check_ids, fitting, left_padded, pad_id, read_bench_prompts
 from ..proposal import Drafter
-from ..target.load import context_length, end_ids
+from ..target.load import end_ids
 from ..target.weights import stored_bytes
 from ..tree import DynamicShape, TreeShape
 from .analysis import analyse
@@ -47,10 +51,12 @@ def bench(args: Namespace) -> None:
     """The command: measure, or go on measuring, into `args.output`."""
     if args.threads:
         torch.set_num_threads(args.threads)
+    source, columns = open_source(args.prompts, args.split), parse_columns(args.columns)
     prompts = [
-        replace(prompt, turns=prompt.turns[: args.turns]) for prompt in read_bench_prompts(args.prompts, args.limit)
+        replace(prompt, turns=prompt.turns[: args.turns]) for prompt in read_bench_prompts(source, args.limit, columns)
     ]
     model, tokenizer = load_model(args)
+    prompts = [prompt for prompt, _ in fitting(prompts, tokenizer, model, args.max_new_tokens)]
     executor = args.executor
     if executor == "auto":
         executor = choose("auto", model.device, len(prompts) * args.max_new_tokens, True, compiled_before=False)
@@ -58,7 +64,7 @@ def bench(args: Namespace) -> None:
     if args.batch > 1 and any(method.kind in ("transformers-lookup", "transformers-assisted") for method in methods):
         raise ValueError(f"--batch {args.batch}: transformers speculates with one text at a time; use --batch 1")
     decoders = {method.name: _decoder(method, model, tokenizer) for method in methods}
-    writer = RunWriter(args.output, _header(args, model, decoders))
+    writer = RunWriter(args.output, _header(args, source, model, decoders))
     measuring = Bench(args, model, tokenizer, decoders, writer)
     try:
         measuring.run(prompts)
@@ -118,35 +124,33 @@ class Bench:
             for number, batch in enumerate(batches):
                 for turn in range(max(len(prompt.turns) for prompt in batch)):
                     asked = [(prompt, self._context(prompt, turn)) for prompt in batch if len(prompt.turns) > turn]
-                    fitting = [
-                        (prompt, context) for prompt, context in asked if context is not None and self._fits(context)
-                    ]
-                    left_out += len(asked) - len(fitting)
-                    rows, ids = [prompt for prompt, _ in fitting], [context for _, context in fitting]
+                    taken = [(prompt, context) for prompt, context in asked if context is not None]
+                    left_out += len(asked) - len(taken)
+                    rows, ids = [prompt for prompt, _ in taken], [context for _, context in taken]
                     for repeat in range(self.args.repeats):
                         if rows:
                             self._round(number, turn, repeat, rows, ids)
                         bar.update(len(asked))
                         bar.set_postfix_str(self._postfix())
         if left_out:
-            print(f"left out {left_out} turns that do not fit into the model's context", file=sys.stderr)
-        if not self.records:
-            raise ValueError("no prompt fits into the model's context with --max-new-tokens; ask for fewer")
+            print(f"left out {left_out} later turns that do not fit into the model's context", file=sys.stderr)
 
     def _context(self, prompt: BenchPrompt, turn: int) -> list[int] | None:
-        """The conversation up to the user's `turn`, with plain decoding's answers; None where one was left out."""
+        """The conversation up to the user's `turn`, with plain decoding's answers; None where one was left out, and
+        where it cannot be decoded."""
         plain = next(name for name, decoder in self.decoders.items() if decoder.method.kind == "ar")
         said = []
         for earlier in range(turn):
             answer = self.records.get((prompt.id, earlier, plain, 0))
             if answer is None:
                 return None
-            said += [prompt.turns[earlier], self.tokenizer.decode(answer.tokens, skip_special_tokens=True)]
-        return conversation_ids(self.tokenizer, [*said, prompt.turns[turn]])
-
-    def _fits(self, ids: list[int]) -> bool:
-        limit = context_length(self.model)
-        return bool(ids) and (limit is None or len(ids) + self.args.max_new_tokens <= limit)
+            said.append(self.tokenizer.decode(answer.tokens, skip_special_tokens=True))
+        try:
+            ids = prompt.ids(self.tokenizer, said)
+            check_ids(ids, self.model, self.args.max_new_tokens)
+        except Unfit:
+            return None
+        return ids
 
     def _round(self, number: int, turn: int, repeat: int, rows: list[BenchPrompt], ids: list[list[int]]) -> None:
         """Every method decodes one turn of a batch once; baselines first wait to be compared with."""
@@ -237,12 +241,12 @@ class Bench:
         return ", ".join(shown[:3])
 
 
-def _header(args: Namespace, model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
+def _header(args: Namespace, source: Source, model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
     setup = {
         "model": Path(args.model).name,
         "fingerprint": provenance.target_fingerprint(model)[:16],
-        "prompts": Path(args.prompts).name,
-        "prompts_sha256": hashlib.sha256(Path(args.prompts).read_bytes()).hexdigest()[:16],
+        "prompts": source.name,
+        "prompts_sha256": source.fingerprint()[:16],
         "limit": args.limit,
         "turns": args.turns,
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -255,6 +259,7 @@ def _header(args: Namespace, model: "PreTrainedModel", decoders: dict[str, Decod
         "repeats": args.repeats,
     }
     setup |= {"weights": args.weights} if args.weights != "16" else {}
+    setup |= {"columns": args.columns} if args.columns else {}
     return {
         "kind": "paceline-bench",
         "version": VERSION,

@@ -4,12 +4,12 @@ import json
 import sys
 import time
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from ..console import Streamer, colours, summary_line, table
+from ..data.content import decoded, read_text
 from ..files import cache_folder
 from ..generate import SpeculativeOutput
 from ..generate import generate as generate_tokens
@@ -56,7 +56,7 @@ def check_drawing(args: Namespace) -> None:
 
 def generate(args: Namespace) -> None:
     given = args.prompt if args.prompt is not None else args.chat
-    text = _read(args.prompt_file) if given is None else _text("the prompt", given.encode(errors="surrogateescape"))
+    text = _read(args.prompt_file) if given is None else decoded(given.encode(errors="surrogateescape"), "the prompt")
     if not text:
         raise ValueError("the prompt is empty; give it at least one character")
     check_drawing(args)
@@ -97,22 +97,10 @@ def generate(args: Namespace) -> None:
 
 
 def _read(path: str) -> str:
-    try:
-        content = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        raise ValueError(f"--prompt-file {path} cannot be read ({error})") from error
-    return _text(f"--prompt-file {path}", content)
-
-
-def _text(what: str, content: bytes) -> str:
-    """`content` as text in UTF-8, whatever the locale. Raises ValueError for other bytes; `what` names their source."""
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{what} is no text in UTF-8 (byte 0x{content[error.start]:02x} at {error.start}); convert it, for "
-            "instance by iconv -f LATIN1 -t UTF-8"
-        ) from error
+    if path != "-":
+        return read_text(path)
+    data = sys.stdin.buffer.read() if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+    return decoded(data, "standard input")
 
 
 def models(args: Namespace) -> None:

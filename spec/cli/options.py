@@ -4,6 +4,8 @@ import argparse
 
 from .parser import Parser, add_command
 
+_PROMPTS = "JSON lines, a JSON array, Parquet, a data set's folder or hub id; of any usual form"
+
 
 def demo(parser: Parser) -> None:
     parser.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="per prompt (default 96)")
@@ -40,7 +42,7 @@ def check(parser: Parser) -> None:
 
 
 def bench(parser: Parser) -> None:
-    parser.add_argument("prompts", metavar="PROMPTS", help="JSONL with turns or prompt, perhaps id and category")
+    parser.add_argument("prompts", metavar="PROMPTS", help=_PROMPTS)
     parser.add_argument("-o", "--output", required=True, metavar="RUN", help="JSONL to append to; a run goes on")
     parser.add_argument(
         "--methods", nargs="+", default=["ngram"], metavar="METHOD",
@@ -48,6 +50,7 @@ def bench(parser: Parser) -> None:
         "transformers-assisted:drafter=FOLDER; each with :tree=4x2x1,rule=match,executor=compiled,temperature=0.7,"
         "name=SHORT. Plain decoding and transformers' generate() are always there (default ngram)",
     )  # fmt: skip
+    _record_options(parser)
     parser.add_argument("--limit", type=_positive, metavar="N", help="take N prompts, spread over the file")
     parser.add_argument("--turns", type=_positive, metavar="N", help="and the first N turns of each (default: all)")
     parser.add_argument("--repeats", type=_positive, default=1, metavar="N", help="of every measurement (default 1)")
@@ -74,9 +77,10 @@ def compare(parser: Parser) -> None:
 
 def plan(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--calibrate", metavar="PROMPTS", help="prompts to try: JSONL with turns or prompt")
+    source.add_argument("--calibrate", metavar="PROMPTS", help=f"prompts to try: {_PROMPTS}")
     source.add_argument("--from", dest="run", metavar="RUN", help="take the acceptance that paceline bench measured")
     parser.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
+    _record_options(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     _drawing_options(parser, "match or residual")
     parser.add_argument("-o", "--output", metavar="FILE", help="write the plan here too, for --tree FILE.json")
@@ -100,13 +104,12 @@ def data(parser: Parser) -> None:
 
 
 def data_generate(parser: Parser) -> None:
-    prompts = "JSONL with turns, messages or prompt; a datasets folder or id"
-    parser.add_argument("prompts", nargs="?", metavar="PROMPTS", help=prompts)
+    parser.add_argument("prompts", nargs="?", metavar="PROMPTS", help=_PROMPTS)
     parser.add_argument("-o", "--output", metavar="FILE", help="JSONL to append to; a run that was killed goes on")
     parser.add_argument("--source", choices=["self"], help="self: the target invents the user turns too")
     parser.add_argument("--beginnings", metavar="FILE", help="of invented turns: a text file, one on each line")
     parser.add_argument("--count", type=_positive, default=1000, metavar="N", help="of those (default 1000)")
-    parser.add_argument("--split", default="train", metavar="NAME", help="of a data set (default train)")
+    _record_options(parser)
     parser.add_argument("--temperatures", default="0,0.7,1.0", metavar="LIST", help="default 0,0.7,1.0")
     parser.add_argument("--repeats", type=_positive, default=1, metavar="N", help="per sampled temperature (default 1)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus, when sampling (default 0.95)")
@@ -125,13 +128,18 @@ def data_generate(parser: Parser) -> None:
 
 def data_prepare(parser: Parser) -> None:
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="JSONL with messages or text, text file, folder, mixture (YAML)"
+        "sources",
+        nargs="+",
+        metavar="SOURCE",
+        help="records (JSON lines, a JSON array, Parquet, a data set), text files, folders of both, mixtures (YAML)",
     )
     parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="data set to make")
     parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="the target, for its tokenizer")
     parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub id of a tokenizer, instead")
+    _record_options(parser)
     parser.add_argument("--tokens", type=_positive, metavar="N", help="how many to take of a mixture")
-    parser.add_argument("--length", type=_positive, default=1024, metavar="N", help="of a row (default 1024)")
+    longest = "of a row (default 1024, or the target's context where that is shorter)"
+    parser.add_argument("--length", type=_positive, metavar="N", help=longest)
     parser.add_argument("--held-out", type=float, default=0.02, metavar="SHARE", help="of documents (default 0.02)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the split (default 0)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
@@ -147,7 +155,8 @@ def train(parser: Parser) -> None:
 def evaluate(parser: Parser) -> None:
     parser.add_argument("drafter", metavar="DRAFTER", help="its folder; or ngram, a name or a model, with -o")
     parser.set_defaults(draft_weights="16")  # what is judged are the weights as they were trained
-    parser.add_argument("--prompts", required=True, metavar="FILE", help="to decode: JSONL with turns or prompt")
+    parser.add_argument("--prompts", required=True, metavar="FILE", help=f"to decode: {_PROMPTS}")
+    _record_options(parser)
     parser.add_argument("--data", metavar="FOLDER", help="judge on the held-out rows of this prepared data")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="per prompt (default 128)")
     _drawing_options(parser, "match or residual")
@@ -169,8 +178,9 @@ def quantise(parser: Parser) -> None:
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=64, metavar="N", help=groups)
     heads = "of the LM head: 4, 8 or 16 (default 8)"
     parser.add_argument("--head-bits", type=int, choices=[4, 8, 16], default=8, metavar="N", help=heads)
-    texts = "JSONL with prompt or turns, which the model answers, or with messages or text, taken as they are"
+    texts = "records: prompts, which the model answers, or conversations and texts, taken as they are"
     parser.add_argument("--calibrate", metavar="FILE", help=texts)
+    _record_options(parser)
     several = "to calibrate on, and half as many to measure on (default 48)"
     parser.add_argument("--texts", type=_positive, default=48, metavar="N", help=several)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
@@ -180,6 +190,13 @@ def quantise(parser: Parser) -> None:
 
 def nothing(parser: Parser) -> None:
     """A command without options."""
+
+
+def _record_options(parser: Parser) -> None:
+    """Of commands that read records, by `spec.data`."""
+    columns = "what stands for our fields in records of another form, such as prompt=question,completion=answer"
+    parser.add_argument("--columns", metavar="MAP", help=columns)
+    parser.add_argument("--split", default="train", metavar="NAME", help="of a data set (default train)")
 
 
 def _drawing_options(parser: Parser, rules: str) -> None:

@@ -12,19 +12,21 @@ import torch
 
 from ..bench.runfile import read_run
 from ..console import table
+from ..data.forms import parse_columns
+from ..data.sources import open_source
 from ..engines.executors import choose
 from ..plan import step_times
 from ..plan.calibration import Calibrated, calibrated
 from ..plan.curves import Curves, measure
 from ..plan.store import plan_path
 from ..plan.trees import Acceptance, Plan, Rates, choose_tree
-from ..prompts import read_bench_prompts
+from ..prompts import BenchPrompt, fitting, left_padded, read_bench_prompts
 from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..provenance import target_fingerprint
 from ..rows import Stopwatch
 from ..tree import TreeShape
 from ..verify import draft_sampling
-from .commands import check_drawing, encode, load
+from .commands import check_drawing, load
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 def plan(args: Namespace) -> None:
     """The command `paceline plan`."""
     check_drawing(args)
+    prompts = [] if args.run else named_prompts(args, args.calibrate, args.prompts)
     model, tokenizer, drafter = load(args)
     if drafter is None:
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
@@ -53,7 +56,8 @@ def plan(args: Namespace) -> None:
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
         _show([part.name for part in parts], rates, measured, planned)
     else:
-        planned = _plan_by_replay(args, model, tokenizer, drafter, executor, drawing)
+        encoded = [prompt for _, prompt in first_turns(prompts, tokenizer, model, args.max_new_tokens)]
+        planned = _plan_by_replay(args, model, encoded, drafter, executor, drawing)
     drafting = drafter if len(planned.shape) > 1 else NoDrafter()
     seconds = step_times.alone(model, step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing))
     print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
@@ -68,7 +72,7 @@ def plan(args: Namespace) -> None:
 def _plan_by_replay(
     args: Namespace,
     model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[dict],
     drafter: Drafter,
     executor: str,
     drawing: DraftSampling,
@@ -76,7 +80,6 @@ def _plan_by_replay(
     """The plan for `drafter` by replay of the prompts, printed; beside it, of one in 4 bits, that of 16 bits."""
     from ... import load_drafter
 
-    prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
     parts = parts_of(drafter)
     dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
     others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
@@ -158,13 +161,17 @@ def watch_phases(model: "PreTrainedModel", drafter: Drafter, shape: TreeShape, r
     print(f"\nan eager step of {len(shape)} nodes\n" + table(["phase", "ms", "share"], rows))
 
 
+def named_prompts(args: Namespace, name: str, most: int | None = None) -> list[BenchPrompt]:
+    """The prompts of the file or data set `name`, or `most` of them, spread over it."""
+    return read_bench_prompts(open_source(name, args.split), most, parse_columns(args.columns))
+
+
 def first_turns(
-    path: str, tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", most: int | None = None
+    prompts: list[BenchPrompt], tokenizer: "PreTrainedTokenizerBase", model: "PreTrainedModel", new_tokens: int
 ) -> list[tuple[str, dict]]:
-    """(category, encoded first turn) of a JSONL file with `turns` or `prompt`, or `most` of them, spread over it."""
-    chat = bool(tokenizer.chat_template)
-    prompts = read_bench_prompts(path, most)
-    return [(prompt.category, encode(tokenizer, prompt.turns[0], chat, model.device)) for prompt in prompts]
+    """(category, first turn as a batch of one row) of the prompts that can be continued by `new_tokens`."""
+    taken = fitting(prompts, tokenizer, model, new_tokens)
+    return [(prompt.category, left_padded([ids], 0, model.device)) for prompt, ids in taken]
 
 
 def _show_target(measured: Curves) -> None:

@@ -73,8 +73,8 @@ def _built(compiler: str, flags: list[str]) -> ctypes.CDLL:
         file.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=file.parent)
     except OSError as error:
-        said = f"our own kernels are compiled anew each time, because {file.parent} cannot be written ({error.strerror})"
-        print(f"{said}; set PACELINE_CACHE to another folder", file=sys.stderr)
+        said = f"because {file.parent} cannot be written ({error.strerror}); set PACELINE_CACHE to another folder"
+        print(f"our own kernels are compiled anew each time, {said}", file=sys.stderr)
         folder, file = tempfile.TemporaryDirectory(), None
     with folder as beside, waiting("compiling our own kernels, once"):
         made = Path(beside) / "kernels.so"

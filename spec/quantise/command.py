@@ -13,8 +13,11 @@ from tqdm import tqdm
 from .. import provenance
 from ..cli.commands import load_model
 from ..console import table, waiting
+from ..data.forms import EXAMPLE, parse_columns
+from ..data.reading import Reading
+from ..data.sources import open_source
 from ..target.adapters import active_adapters
-from .calibration import EXAMPLE, Texts, read_texts
+from .calibration import Texts, read_records, read_texts
 from .folder import is_quantised, new_folder, write_model
 from .model import Recipe, check_model, quantise_model
 from .quality import Quality, compare, logits_on
@@ -34,6 +37,8 @@ def quantise(args: Namespace) -> None:
         )
     if is_quantised(args.model):
         raise ValueError(f"{args.model} is quantised already; give the model that it was made of")
+    source = open_source(args.calibrate, args.split)
+    records = read_records(Reading(source, parse_columns(args.columns)), args.texts)
     recipe = Recipe(args.bits, args.group, args.head_bits, seed=args.seed)
     with new_folder(args.output) as work:
         model, tokenizer = load_model(args)
@@ -43,8 +48,8 @@ def quantise(args: Namespace) -> None:
                 "PEFT's merge_and_unload, save that, and quantise its folder"
             )
         check_model(model, recipe)
-        with waiting(f"reading {args.calibrate}, and answering its prompts"):
-            texts = read_texts(model, tokenizer, args.calibrate, args.texts)
+        with waiting(f"answering the prompts of {source.name}"):
+            texts = read_texts(model, tokenizer, records, source.name)
         rows = {}
         with waiting(f"measuring {args.model} on {len(texts.held_out)} texts that are held out"):
             original = logits_on(model, texts.held_out)

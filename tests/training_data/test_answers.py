@@ -19,7 +19,7 @@ def test_every_prompt_is_accounted_for(folder, chat, tmp_path, capsys):
     records, problems = lines(out), lines(tmp_path / "out.problems.jsonl")
     assert len({record["id"] for record in records}) == 12 and len({p["id"] for p in problems}) == 18
     reasons = {problem["reason"].split(" ")[0] for problem in problems}
-    assert {"no", "none", "the", "a"} <= reasons and any("context is 128" in p["reason"] for p in problems)
+    assert {"no", "it", "the", "a"} <= reasons and any("context is 128" in p["reason"] for p in problems)
     assert {record["source"] for record in records} == {"p", "other"}
     for record in records:
         assert [m["role"] for m in record["messages"] if m["role"] != "system"][:2] == ["user", "assistant"]

@@ -124,3 +124,12 @@ def test_the_recipes_load_and_the_offline_one_finds_text_here(root):
     assert sum(source.weight for source in networked.sources.values()) == pytest.approx(100)
     offline = load_mixture(root / "configs" / "mixture-offline.yaml", len)
     assert {name for name, _, _ in take(offline, 40)} == {"library", "packages", "prose"}
+
+
+def test_files_of_records_are_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text("\ufeffAn old tale.\r\n")
+    (tmp_path / "b.txt").write_text('{"prompt": "x"}\n')
+    mixed = Mixture({"a": Source(1, str(tmp_path), exclude=("/b.txt",))}, lambda text: len(text.split()))
+    assert take(mixed, 1) == [("a", "An old tale.\n", 3)]
+    with pytest.raises(ValueError, match=r"b\.txt of the mixture holds records; prepare it as a source of its own"):
+        take(Mixture({"a": Source(1, str(tmp_path))}, lambda text: len(text.split())), 2)

@@ -1,4 +1,4 @@
-"""`paceline data prepare`: masks, packing, the split, what is refused, and that it appears whole or not at all."""
+"""`paceline data prepare`: packing, the split, what is refused, and that it appears whole or not at all."""
 
 import copy
 import json
@@ -11,19 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from paceline.spec import cli
-from paceline.training.data.documents import Document, Reader, Unfit, tokenizer_fingerprint
+from paceline.training.data.documents import Document, tokenizer_fingerprint
 from paceline.training.data.packing import pack, pieces, plan
 from paceline.training.data.prepare import Settings, prepare
 from paceline.training.data.rows import open_data
 
+from support.data_runs import END as ENDS
+from support.data_runs import PLAIN, read, talk
 from support.models import tiny_llama
-
-PLAIN = "{% for m in messages %}{{ m['role'][0] }}{{ m['content'] }}</s>Z{% endfor %}"
-PLAIN += "{% if add_generation_prompt %}a{% endif %}"
-MARKED = "{% for m in messages %}{{ m['role'][0] }}{% if m['role'] == 'assistant' %}{% generation %}"
-MARKED += "{{ m['content'] }}</s>{% endgeneration %}{% else %}{{ m['content'] }}</s>{% endif %}Z{% endfor %}"
-MARKED += "{% if add_generation_prompt %}a{% endif %}"
-ENDS = frozenset([2])
 
 
 @pytest.fixture(scope="module")
@@ -31,81 +26,6 @@ def chat(tokenizer):
     made = copy.deepcopy(tokenizer)
     made.chat_template = PLAIN
     return made
-
-
-def talk(*contents, **more):
-    roles = ["user", "assistant"] * len(contents)
-    return {"messages": [{"role": role, "content": text} for role, text in zip(roles, contents)], **more}
-
-
-def read(tokenizer, *records):
-    return list(Reader(tokenizer, ENDS).documents(records))
-
-
-def learnt(tokenizer, document):
-    """The text that the loss is on."""
-    return tokenizer.decode([t for t, own in zip(document.tokens, document.loss) if own])
-
-
-@pytest.mark.parametrize("template", [PLAIN, MARKED], ids=["spans", "markers"])
-def test_the_loss_is_on_what_the_target_says_and_its_end_of_turn(chat, template):
-    own = copy.deepcopy(chat)
-    own.chat_template = template
-    (one,) = read(own, talk("ABC", "DEF", "GA", "ABC"))
-    assert own.decode(one.tokens) == "uABC</s>ZaDEF</s>ZuGA</s>ZaABC</s>Z"
-    assert learnt(own, one) == "DEF</s>ABC</s>"
-    (cut,) = read(own, talk("ABC", "DEF", "GA", "ABC", finished=False))
-    assert own.decode(cut.tokens) == "uABC</s>ZaDEF</s>ZuGA</s>ZaABC", "what was cut has no end of turn"
-    assert learnt(own, cut) == "DEF</s>ABC"
-
-
-def test_recorded_tokens_are_taken_as_they_are(chat):
-    """Even where the text would be tokenized otherwise, and where an answer was cut."""
-    odd = [chat.convert_tokens_to_ids(c) for c in "DEFF"]
-    (one,) = read(chat, talk("ABC", "whatever", token_ids=[[*odd, 2]], finished=True))
-    assert chat.decode(one.tokens) == "uABC</s>ZaDEFF</s>Z" and learnt(chat, one) == "DEFF</s>"
-    (cut,) = read(chat, talk("ABC", "whatever", token_ids=[odd], finished=False))
-    assert chat.decode(cut.tokens) == "uABC</s>ZaDEFF" and learnt(chat, cut) == "DEFF"
-    (two,) = read(chat, talk("A", "B", "C", "D", token_ids=[[odd[0], 2], [odd[1]]], finished=False))
-    assert chat.decode(two.tokens) == "uA</s>ZaD</s>ZuC</s>ZaE" and learnt(chat, two) == "D</s>E"
-
-
-def test_smollm2_s_template_gives_the_answer_s_tokens(smollm2):
-    _, own = smollm2
-    record = talk("Hi, who are you?", "<|im_start|>? No.\n\n  Two  spaces.", "And?", "\nA line before.")
-    (one,) = Reader(own, frozenset([own.eos_token_id])).documents([record])
-    assert own.decode(one.tokens) == own.apply_chat_template(record["messages"], tokenize=False)
-    assert "<|im_end|>" in learnt(own, one) and learnt(own, one).count("<|im_end|>") == 2
-    assert learnt(own, one).startswith("<|im_start|>? No.") and "And?" not in learnt(own, one)
-    for place in (1, 3):  # what precedes an answer is what decoding sees
-        ids = own.apply_chat_template(record["messages"][:place], add_generation_prompt=True)["input_ids"]
-        assert one.tokens[: len(ids)] == ids and one.loss[len(ids) - 1 : len(ids) + 1] == [0, 1]
-
-
-def test_raw_text_is_learnt_whole(chat):
-    one, bad, two = read(chat, {"text": "ABC"}, {"text": " \n"}, {"text": "D"})
-    assert learnt(chat, one) == "ABC</s>" and learnt(chat, two) == "D</s>" and isinstance(bad, Unfit)
-
-
-@pytest.mark.parametrize(
-    ("record", "words"),
-    [
-        (talk("ABC"), "no assistant turn"),
-        ({"messages": "no"}, "is no list"),
-        ({"messages": [{"role": "assistant"}]}, "is no list"),
-        (talk("A", "B", token_ids=[[3], [4]]), "one list of tokens for each answer"),
-    ],
-)
-def test_records_that_make_no_document_are_named(chat, record, words):
-    (found,) = read(chat, record)
-    assert isinstance(found, Unfit) and words in str(found)
-
-
-def test_a_template_that_rewrites_earlier_turns_is_not_guessed_at(chat):
-    own = copy.deepcopy(chat)
-    own.chat_template = "{{ messages|length }}" + PLAIN
-    (found,) = read(own, talk("A", "B", "C", "D"))
-    assert isinstance(found, Unfit) and "rewrites earlier turns" in str(found)
 
 
 @given(st.lists(st.integers(1, 40), max_size=60), st.integers(8, 16))
@@ -205,6 +125,19 @@ def test_a_second_run_does_nothing_and_another_is_refused(chat, tmp_path, capsys
         prepare(names, tmp_path / "mine", chat, "tiny", ENDS, Settings())
 
 
+def test_sources_of_one_name_are_told_apart(chat, tmp_path, capsys):
+    paths = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        paths.append(tmp_path / name / "d.jsonl")
+        paths[-1].write_text(json.dumps(talk(f"A{name}", "B")))
+    settings = Settings(length=32, held_out=0.0)
+    prepare([*map(str, paths)], tmp_path / "out", chat, "tiny", ENDS, settings)
+    paths[0].write_text(json.dumps(talk("C", "D")))
+    with pytest.raises(ValueError, match="prepared with another sources"):
+        prepare([*map(str, paths)], tmp_path / "out", chat, "tiny", ENDS, settings)
+
+
 def test_compressed_jsonl_holds_the_same_documents(chat, tmp_path):
     (name,) = sources(tmp_path)
     prepare([name], tmp_path / "plain", chat, "tiny", ENDS, Settings(length=32, held_out=0.3))
@@ -229,7 +162,11 @@ def test_bad_sources_are_refused_in_one_sentence(chat, tmp_path, monkeypatch):
     empty, silent = tmp_path / "empty.jsonl", tmp_path / "silent.jsonl"
     empty.write_text("")
     silent.write_text(json.dumps(talk("ABC")) + "\n{broken\n")
-    for name, words in [(empty, "no document"), (silent, "no assistant turn"), (tmp_path / "none", "does not exist")]:
+    for name, words in [
+        (empty, "holds no records"),
+        (silent, "it has no answer to learn from; 1, in line 2: no JSON"),
+        (tmp_path / "none.jsonl", "does not exist"),
+    ]:
         with pytest.raises(ValueError, match=words):
             prepare([str(name)], tmp_path / "out", chat, "tiny", ENDS, Settings())
         assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
@@ -269,6 +206,8 @@ def test_the_command_prints_counts_and_an_estimate_first(chat, tmp_path, capsys)
     line = ["data", "prepare", str(tmp_path / "raw"), *sources(tmp_path), "-o", str(tmp_path / "out")]
     assert cli.main([*line, "--tokenizer", str(tmp_path / "tok"), "--length", "64", "--held-out", "0.1"]) == 0
     shown = capsys.readouterr()
-    assert "3 files" in shown.err and "tokens (from" in shown.err and "MB are free" in shown.err
+    assert "raw, d.jsonl: about" in shown.err and "tokens (from" in shown.err and "MB are free" in shown.err
+    assert "raw: left out 1 files of other kinds (.bin)" in shown.err
+    assert "raw: read as text, 2 of 2 records\nd.jsonl: read as messages and text, 69 of 69 records" in shown.err
     assert "train: " in shown.out and "rows of 64" in shown.out
     assert torch.tensor(datasets.load_from_disk(str(tmp_path / "out"))["train"][0]["input_ids"]).shape == (64,)

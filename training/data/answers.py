@@ -9,7 +9,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ...spec.prompts import templated_ids
+from ...spec.data.content import Unfit
+from ...spec.prompts import check_ids, templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import context_length, end_ids
 from ..records import Journal
@@ -62,7 +63,7 @@ class Answering:
             raise ValueError(
                 "the tokenizer has no chat template, so there is nothing to answer in; use an instruct model"
             )
-        self.tokenizer, self.ledger, self.sampling = tokenizer, ledger, sampling
+        self.model, self.tokenizer, self.ledger, self.sampling = model, tokenizer, ledger, sampling
         self.context = context_length(model) or 1 << 30
         self.ends = end_ids(model)
 
@@ -72,10 +73,10 @@ class Answering:
         for job in jobs:
             conversation = Conversation.begin(job)
             try:
-                tokens = templated_ids(self.tokenizer, conversation.messages)
+                tokens = self._ids(conversation.messages)
                 room = self._room(job, len(tokens))
-            except Exception as error:  # whatever a template raises for messages that it does not take
-                self.ledger.skip(job.id, f"the chat template refuses it ({error})")
+            except Unfit as error:
+                self.ledger.skip(job.id, str(error))
                 continue
             if room > self.context:
                 reason = f"{room} tokens with the answers, and the model's context is {self.context}"
@@ -84,12 +85,17 @@ class Answering:
             made.append(Text(tokens, self.sampling.max_new_tokens, job.seed, room, conversation))
         return made
 
+    def _ids(self, messages: list[dict]) -> list[int]:
+        """Raises Unfit for messages that the template does not take, and for ids that the model does not know."""
+        ids = templated_ids(self.tokenizer, messages)
+        check_ids(ids, self.model)
+        return ids
+
     def _room(self, job: Job, first: int) -> int:
         """The most tokens that the whole conversation can have."""
         room = first + self.sampling.max_new_tokens
         for turn in job.prompt.turns[1:]:
-            user = templated_ids(self.tokenizer, [{"role": "user", "content": turn}])
-            room += len(user) + self.sampling.max_new_tokens + SLACK
+            room += len(self._ids([{"role": "user", "content": turn}])) + self.sampling.max_new_tokens + SLACK
         return room
 
     def finish(self, text: Text, tokens: list[int], failed: bool) -> Text | None:
@@ -105,8 +111,11 @@ class Answering:
         turns = conversation.job.prompt.turns
         if conversation.finished and len(conversation.token_ids) < len(turns):
             messages = [*conversation.messages, {"role": "user", "content": turns[len(conversation.token_ids)]}]
-            ids = templated_ids(self.tokenizer, messages)
-            if len(ids) + self.sampling.max_new_tokens <= text.room:
+            try:
+                ids = self._ids(messages)
+            except Unfit:  # of a template that takes the turn alone but not here
+                ids = []
+            if ids and len(ids) + self.sampling.max_new_tokens <= text.room:
                 conversation.messages = messages
                 return Text(ids, self.sampling.max_new_tokens, text.seed, text.room, conversation)
         self.ledger.add(conversation.record(self.sampling))

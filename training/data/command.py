@@ -1,8 +1,10 @@
 """The commands `paceline data generate` and `paceline data prepare`: from options to function calls, and output."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from ...spec.data.forms import parse_columns
 from .prompts import Prompt, Unusable, prompt_entries, read_beginnings, sift, turns_of
 
 
@@ -38,6 +40,7 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
     from .ledger import Ledger
 
     excluded = turns_of(args.exclude) if args.exclude else set()
+    asked = [] if args.source else list(sift(_prompts(args), excluded))
     beginnings = read_beginnings(args.beginnings) if args.beginnings else None
     settings = {"model": str(args.model), "server": args.server, "top_p": args.top_p}
     settings |= {"max_new_tokens": args.max_new_tokens, "seed": args.seed, "beginnings": beginnings}
@@ -47,16 +50,18 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
             from .server import Server, answer_by
 
             server = Server(args.server, args.model, sampling)
-            entries = list(sift(prompt_entries(args.prompts, args.split), excluded))
-            answer_by(server, ledger.open_jobs(entries, temperatures, args.repeats, args.seed), ledger, args.batch)
+            answer_by(server, ledger.open_jobs(asked, temperatures, args.repeats, args.seed), ledger, args.batch)
         else:
             model, tokenizer, decoding = _local(args)
-            entries = _entries(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
-            jobs = ledger.open_jobs(entries, temperatures, args.repeats, args.seed)
+            if args.source:
+                asked = _invented(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
+            jobs = ledger.open_jobs(asked, temperatures, args.repeats, args.seed)
             answer(model, tokenizer, jobs, ledger, sampling, **decoding)
     finally:
         ledger.close()
     print(ledger.summary())
+    if not ledger.done and not ledger.failed:
+        raise ValueError(f"no prompt could be answered; {ledger.problems.path} says why of each")
     if ledger.failed:
         print(f"run the same command again to try the failed ones again; see {ledger.problems.path}", file=sys.stderr)
 
@@ -71,15 +76,17 @@ def _local(args):
     return model, tokenizer, {"batch": args.batch, "drafter": drafter, "tree": tree, "executor": args.executor}
 
 
-def _entries(
+def _invented(
     args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
 ) -> list[Prompt | Unusable]:
-    if args.source is None:
-        return list(sift(prompt_entries(args.prompts, args.split), excluded))
     from .answers import invent
 
     turns = Path(args.output).with_suffix(".turns.jsonl")
     return list(sift(invent(model, tokenizer, turns, beginnings, args.count, sampling, **decoding), excluded))
+
+
+def _prompts(args) -> Iterator[Prompt | Unusable]:
+    return prompt_entries(args.prompts, args.split, parse_columns(args.columns))
 
 
 def _compare(args, sampling, temperatures: list[float]) -> None:
@@ -88,24 +95,43 @@ def _compare(args, sampling, temperatures: list[float]) -> None:
     if args.prompts is None:
         raise ValueError("--compare-transformers needs a file or data set of prompts")
     model, tokenizer, decoding = _local(args)
-    prompts = [entry for entry in prompt_entries(args.prompts, args.split) if isinstance(entry, Prompt)][: args.count]
+    prompts = [entry for entry in _prompts(args) if isinstance(entry, Prompt)][: args.count]
     compare_with_transformers(model, tokenizer, prompts, temperatures, sampling, **decoding)
 
 
 def prepare(args) -> None:
     """`paceline data prepare`."""
-    from .prepare import Settings, prepare
+    from .prepare import LENGTH, Settings, prepare
 
     name = args.tokenizer or args.model
     tokenizer, ends = load_tokenizer(name, args.trust_remote_code)
-    settings = Settings(args.length, args.held_out, args.seed, args.tokens)
+    vocabulary, context = (None, None) if args.tokenizer else limits(name, args.trust_remote_code)
+    if args.length and context and args.length > context:
+        raise ValueError(f"--length {args.length} is more than the target's context of {context}; give at most that")
+    length = args.length or min(LENGTH, context or LENGTH)
+    columns = parse_columns(args.columns)
+    settings = Settings(length, args.held_out, args.seed, args.tokens, columns, args.split, vocabulary)
     made = prepare(args.sources, args.output, tokenizer, str(name), ends, settings)
     for split, count in made["counts"].items():
-        share = count["tokens"] / max(1, count["rows"] * args.length)
+        share = count["tokens"] / max(1, count["rows"] * length)
         print(
             f"{split}: {count['documents']:,} documents, {count['tokens']:,} tokens, {count['loss_tokens']:,} of them "
-            f"to learn from, {count['rows']:,} rows of {args.length} ({share:.1%} full)"
+            f"to learn from, {count['rows']:,} rows of {length} ({share:.1%} full)"
         )
+
+
+def limits(name: str, trust_remote_code: bool = False) -> tuple[int | None, int | None]:
+    """The vocabulary and the context of the model that `load_tokenizer` takes the tokenizer of; None where its config
+    does not say."""
+    from transformers import AutoConfig
+
+    from ...spec.target.load import resolve
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(str(name)), trust_remote_code=trust_remote_code).get_text_config()
+    except Exception:  # a tokenizer without a model, or a GGUF file
+        return None, None
+    return getattr(config, "vocab_size", None), getattr(config, "max_position_embeddings", None)
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False):

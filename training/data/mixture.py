@@ -24,6 +24,9 @@ from pathlib import Path
 
 import yaml
 
+from ...spec.data.content import TEXT, kind_of, read_text
+
+_KNOWN = ("python", "packages")
 _KEYS = {"weight", "folder", "include", "exclude", "dataset", "name", "split", "column"}
 
 
@@ -142,7 +145,8 @@ def _source(name: str, settings: dict) -> Source:
 
 
 def _folder_texts(source: Source, seed: int) -> Iterator[str]:
-    """Every different text once; files are shuffled, and what is no UTF-8 is left out."""
+    """Every different text once; files are shuffled, and what is no UTF-8 is left out. Raises ValueError for a file of
+    records, which is no text."""
     paths = {
         str(path.relative_to(base)): path
         for base in _folders(source.folder)
@@ -155,9 +159,14 @@ def _folder_texts(source: Source, seed: int) -> Iterator[str]:
     seen: set[bytes] = set()
     for name in names:
         try:
-            text = paths[name].read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
+            text = read_text(paths[name])
+            kind = kind_of(paths[name])
+        except ValueError:
             continue
+        if kind != TEXT:
+            if source.folder in _KNOWN:
+                continue
+            raise ValueError(f"{paths[name]} of the mixture holds records; prepare it as a source of its own")
         digest = hashlib.blake2b(" ".join(text.split()).encode(), digest_size=12).digest()
         if text.strip() and digest not in seen:
             seen.add(digest)
@@ -187,5 +196,5 @@ def _dataset_texts(source: Source, seed: int) -> Iterator[str]:
     for row in stream.shuffle(seed=seed, buffer_size=1000):
         if source.column not in row:
             raise ValueError(f"data set {source.dataset} has no column {source.column!r}; it has {', '.join(row)}")
-        if row[source.column].strip():
+        if isinstance(row[source.column], str) and row[source.column].strip():
             yield row[source.column]

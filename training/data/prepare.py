@@ -11,28 +11,24 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
 
+from ...spec.data.content import Unfit
+from ...spec.data.entries import Entry, Source
+from ...spec.data.reading import Reading
+from ...spec.data.sources import open_sources
 from ...spec.files import write_json
-from .documents import (
-    Document,
-    Reader,
-    Unfit,
-    file_fingerprint,
-    read_records,
-    source_files,
-    tokenizer_fingerprint,
-    unpacked_size,
-)
-from .mixture import load_mixture
+from .documents import Document, Reader, tokenizer_fingerprint
+from .mixed import Mixed
 from .packing import pack, pieces, plan
 from .prompts import DIGESTS, digest, write_digests
 
-VERSION = 2
+VERSION = 3
+LENGTH = 1024  # of a row, by default
 SAMPLE = 300  # documents from which size is estimated
 FEATURES = datasets.Features(
     {
@@ -51,10 +47,13 @@ _PIECES = datasets.Features(
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    length: int = 1024
+    length: int = LENGTH
     held_out: float = 0.02
     seed: int = 0
     tokens: int | None = None  # to take from each mixture among the sources
+    columns: dict[str, str] = field(default_factory=dict)  # that stand for fields of ours in records
+    split: str = "train"  # of data sets among the sources
+    vocabulary: int | None = None  # the target's, beyond which there is no token id
 
     def __post_init__(self):
         if self.length < 8:
@@ -73,25 +72,23 @@ def prepare(sources: list[str], out: str | Path, tokenizer, target: str, ends: f
 
     Raises ValueError, in one sentence, for sources without a document to learn from, a disk that is too
     small, and a folder `out` that holds something else."""
-    out, files = Path(out), source_files(sources)
+    reader = Reader(tokenizer, ends, settings.vocabulary)
+    out, opened = Path(out), _opened(sources, reader, settings)
     about = {
         "version": VERSION,
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "target": target,
-        "sources": {path.name: file_fingerprint(path) for path in files},
+        "sources": _fingerprints(opened),
         "settings": asdict(settings),
     }
     work = out.parent / f".{out.name}.partial"
     shutil.rmtree(work, ignore_errors=True)  # left by a killed run
     if out.exists():
         return _already(out, about)
-    reader = Reader(tokenizer, ends)
-    if settings.tokens is None and any(map(_is_mixture, files)):
-        raise ValueError("a mixture has no end; say with --tokens how many tokens to take of it")
-    _estimate(reader, files, out, settings)
+    _estimate(reader, opened, out, settings)
     work.mkdir(parents=True)
     try:
-        counts = _write(reader, files, work, settings, about)
+        counts = _write(reader, opened, work, settings, about)
         write_json(work / "data" / "paceline.json", about | {"counts": counts}, sort_keys=True)
         os.replace(work / "data", out)
     finally:
@@ -99,23 +96,24 @@ def prepare(sources: list[str], out: str | Path, tokenizer, target: str, ends: f
     return about | {"counts": counts}
 
 
-def _is_mixture(path: Path) -> bool:
-    return path.suffix in (".yaml", ".yml")
+def _opened(names: list[str], reader: Reader, settings: Settings) -> list[Source]:
+    """The sources in the order of their names; a YAML file is a mixture."""
+    sources: list[Source] = []
+    for name in names:
+        if Path(name).suffix in (".yaml", ".yml"):
+            sources.append(Mixed(Path(name), settings.tokens, lambda text: len(reader.tokenizer(text)["input_ids"])))
+        else:
+            sources += open_sources([name], settings.split)
+    return sources
 
 
-def _records(files: list[Path], reader: Reader, settings: Settings) -> Iterator[dict | Unfit]:
-    """Everything in the files; of a mixture as many tokens as are asked for."""
-    for path in files:
-        if not _is_mixture(path):
-            yield from read_records([path])
-            continue
-        mixture = load_mixture(path, lambda text: len(reader.tokenizer(text)["input_ids"]))
-        for _, text, _ in mixture:
-            yield {"text": text}
-            if sum(mixture.given.values()) >= settings.tokens:
-                break
-        for name, given in mixture.given.items():
-            print(f"{path.name}: {given:,} tokens of {name}, {mixture.epochs[name]} times through", file=sys.stderr)
+def _fingerprints(sources: list[Source]) -> dict[str, str]:
+    """By name; sources of one name in several folders are numbered."""
+    made: dict[str, str] = {}
+    for source in sources:
+        twins = sum(source.name == other.name for other in sources[: sources.index(source)])
+        made[f"{source.name} {twins + 1}" if twins else source.name] = source.fingerprint()
+    return made
 
 
 def _already(out: Path, about: dict) -> dict:
@@ -130,24 +128,24 @@ def _already(out: Path, about: dict) -> dict:
     return kept
 
 
-def _estimate(reader: Reader, files: list[Path], out: Path, settings: Settings) -> None:
+def _estimate(reader: Reader, sources: list[Source], out: Path, settings: Settings) -> None:
     """Print how many tokens to expect and what they take on disk, and refuse what does not fit."""
-    mixtures = sum(map(_is_mixture, files))
-    files = [path for path in files if not _is_mixture(path)]
-    sample, seen = [], 0
-    for record in islice(read_records(files), SAMPLE):
-        seen += len(json.dumps(record, ensure_ascii=False).encode()) if isinstance(record, dict) else 0
-        sample += [record] if isinstance(record, dict) else []
-    made = [document for document in reader.documents(sample) if isinstance(document, Document)]
-    size = sum(map(unpacked_size, files))
-    tokens = int(sum(len(made_document.tokens) for made_document in made) * max(1.0, size / max(seen, 1)))
-    tokens += mixtures * (settings.tokens or 0)
+    tokens, documents = 0, 0
+    for source in sources:
+        if isinstance(source, Mixed):
+            tokens += source.tokens
+            continue
+        entries = list(islice(source.entries(), max(20, SAMPLE // len(sources))))
+        sample = Reading(Sample(source.name, entries), settings.columns)
+        made = [made for _, made in reader.documents(sample.records()) if isinstance(made, list)]
+        share = source.size() / max(1, sum(entry.size for entry in entries))
+        tokens += int(sum(len(document.tokens) for document in chain.from_iterable(made)) * max(1.0, share))
+        documents += sum(map(len, made))
     disk = tokens * BYTES_PER_TOKEN
     out.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(out.parent).free
-    also = f" and {mixtures} mixtures" if mixtures else ""
     print(
-        f"{len(files)} files of {size / 1e6:.1f} MB{also}: about {tokens:,} tokens (from {len(made)} documents), "
+        f"{', '.join(source.name for source in sources)}: about {tokens:,} tokens (from {documents} documents), "
         f"{disk / 1e6:.0f} MB on disk and twice that while it is made; {free / 1e6:.0f} MB are free",
         file=sys.stderr,
     )
@@ -155,17 +153,36 @@ def _estimate(reader: Reader, files: list[Path], out: Path, settings: Settings) 
         raise ValueError(f"{out.parent} has {free / 1e6:.0f} MB free and {2 * disk / 1e6:.0f} are needed; make room")
 
 
-def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, about: dict) -> dict:
-    unfit: dict[str, int] = {}
+@dataclass(frozen=True)
+class Sample(Source):
+    """Some entries of a source."""
+
+    name: str
+    some: list[Entry]
+
+    def entries(self) -> Iterator[Entry]:
+        return iter(self.some)
+
+
+def _documents(reader: Reader, sources: list[Source], settings: Settings) -> Iterator[list[Document]]:
+    """The documents of each record; what is left out is said source by source."""
+    for source in sources:
+        reading = Reading(source, settings.columns)
+        for record, made in reader.documents(reading.records()):
+            if isinstance(made, Unfit):
+                reading.reject(record, str(made))
+            else:
+                yield made
+        reading.finish()
+
+
+def _write(reader: Reader, sources: list[Source], work: Path, settings: Settings, about: dict) -> dict:
     digests: set[str] = set()
     counts = {split: {"documents": 0, "tokens": 0, "loss_tokens": 0} for split in ("train", "held_out")}
     print_of = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
 
     def all_pieces():
-        records = (record for record in _records(files, reader, settings) if _fit(record, unfit))
-        for document in reader.documents(records):
-            if not _fit(document, unfit):
-                continue
+        for document in chain.from_iterable(_documents(reader, sources, settings)):
             held_out = settings.is_held_out(document.key)
             count = counts["held_out" if held_out else "train"]
             count["documents"] += 1
@@ -178,12 +195,10 @@ def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, ab
                     yield {"tokens": tokens, "loss": loss, "held_out": held_out}
 
     made = _arrow(all_pieces, _PIECES, work, "pieces" + print_of)
-    for reason, number in sorted(unfit.items()):
-        print(f"left out {number} records: {reason}", file=sys.stderr)
     if not counts["train"]["loss_tokens"]:
         raise ValueError(
-            f"the sources hold no document with a token to learn from ({sum(unfit.values())} records were left out"
-            f"{', ' + max(unfit, key=unfit.get) if unfit else ''}); give conversations with answers, or text"
+            "the sources hold no document with a token to learn from outside of what is held out; give more of them, "
+            "or a smaller --held-out"
         )
     held_out = made["held_out"][:]
     lengths = [len(tokens) for tokens in made.with_format("numpy")["tokens"]]
@@ -204,14 +219,6 @@ def _write(reader: Reader, files: list[Path], work: Path, settings: Settings, ab
     datasets.DatasetDict(splits).save_to_disk(work / "data")
     write_digests(work / "data" / DIGESTS, digests)
     return counts
-
-
-def _fit(record, unfit: dict[str, int]) -> bool:
-    if not isinstance(record, Unfit):
-        return True
-    reason = str(record).split(": ", 1)[-1]
-    unfit[reason] = unfit.get(reason, 0) + 1
-    return False
 
 
 def _arrow(generator, features: datasets.Features, work: Path, fingerprint: str) -> datasets.Dataset:

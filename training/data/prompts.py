@@ -7,11 +7,15 @@ nothing of how answers are made.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...spec.console import waiting
+from ...spec.data.content import read_text
+from ...spec.data.forms import Record
+from ...spec.data.reading import Reading, Unusable
+from ...spec.data.sources import open_source
+from ...spec.prompts import user_turns
 
 DIGESTS = "prompts.sha256"  # beside prepared data and in drafter folders
 
@@ -28,89 +32,23 @@ class Prompt:
         return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
 
 
-@dataclass(frozen=True, slots=True)
-class Unusable:
-    """An entry of a source that is no prompt, and why."""
+def prompt_entries(
+    name: str, split: str = "train", columns: Mapping[str, str] | None = None
+) -> Iterator[Prompt | Unusable]:
+    """Prompts of a file or data set, and in their places what is none.
 
-    location: str
-    reason: str
+    Raises ValueError for a source that cannot be read at all, and at its end for one without a prompt."""
+    source = Path(name).stem if Path(name).exists() else name
 
+    def prompt(record: Record) -> Prompt:
+        return Prompt(user_turns(record), record.system, source if record.source is None else record.source)
 
-def prompt_entries(source: str, split: str = "train") -> Iterator[Prompt | Unusable]:
-    """Prompts of a JSONL file, a `datasets` folder or a hub id, with `turns`, `messages` or `prompt` in each entry.
-
-    Raises ValueError for a source that cannot be read at all."""
-    name = Path(source).stem if Path(source).exists() else source
-    empty = True
-    for number, entry in enumerate(_entries(source, split), 1):
-        empty = False
-        location = f"{name}:{number}"
-        yield Unusable(location, entry.reason) if isinstance(entry, Unusable) else _prompt(entry, name, location)
-    if empty:
-        raise ValueError(f"{source} holds no prompts; give a file with at least one line")
-
-
-def _entries(source: str, split: str) -> Iterator[dict | Unusable]:
-    if Path(source).is_file():
-        with open(source, encoding="utf-8", errors="replace") as file:
-            for line in file:
-                if line.strip():
-                    yield _parsed(line)
-        return
-    import datasets
-
-    try:
-        if (Path(source) / "dataset_dict.json").is_file() or (Path(source) / "state.json").is_file():
-            loaded = datasets.load_from_disk(source)
-            yield from loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-        else:
-            with waiting(f"reading data set {source}"):
-                loaded = datasets.load_dataset(source, split=split)
-            yield from loaded
-    except Exception as error:  # whatever datasets and the hub raise for a bad source
-        detail = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"prompts {source!r}: no file, and no data set with a split {split!r} ({type(error).__name__}: {detail}); "
-            "check the path"
-        ) from error
-
-
-def _parsed(line: str) -> dict | Unusable:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        return Unusable("", f"no JSON ({error})")
-    return entry if isinstance(entry, dict) else Unusable("", "no JSON object")
-
-
-def _prompt(entry: dict, source: str, location: str) -> Prompt | Unusable:
-    system = None
-    if "messages" in entry:
-        messages = entry["messages"]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-            return Unusable(location, "'messages' is no list of objects with 'role' and 'content'")
-        turns = [message.get("content") for message in messages if message["role"] == "user"]
-        system = next((message.get("content") for message in messages if message["role"] == "system"), None)
-    elif "turns" in entry:
-        turns = entry["turns"]
-    elif "prompt" in entry:
-        turns = [entry["prompt"]]
-    else:
-        return Unusable(location, "none of 'turns', 'messages' and 'prompt'")
-    if not isinstance(turns, list) or not turns:
-        return Unusable(location, "no user turn")
-    if not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        return Unusable(location, "a user turn is empty or no text")
-    return Prompt(tuple(turns), system, str(entry.get("source", source)))
+    return Reading(open_source(name, split), columns).each(prompt)
 
 
 def read_beginnings(path: str) -> list[str]:
     """The lines of a text file, each the beginning of user turns that the target is to invent."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"beginnings {path} cannot be read ({error}); give a text file with one on a line") from error
-    beginnings = [line.rstrip() for line in lines if line.strip()]
+    beginnings = [line.rstrip() for line in read_text(path).split("\n") if line.strip()]
     if not beginnings:
         raise ValueError(f"{path} holds no beginnings of turns; write one on each line")
     return beginnings
@@ -121,9 +59,9 @@ def normal(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def turns_of(path: str) -> set[str]:
-    """All user turns of a file of prompts, normalised, to be kept out of training data."""
-    return {normal(turn) for prompt in prompt_entries(path) if isinstance(prompt, Prompt) for turn in prompt.turns}
+def turns_of(name: str) -> set[str]:
+    """All user turns of a source of prompts, normalised, to be kept out of training data."""
+    return {normal(turn) for prompt in prompt_entries(name) if isinstance(prompt, Prompt) for turn in prompt.turns}
 
 
 def digest(turn: str) -> str:

@@ -10,10 +10,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as compute
 import torch
 from datasets import load_from_disk
 from torch import Tensor
 
+from ...spec.target.load import context_length
 from .documents import tokenizer_fingerprint
 
 COLUMNS = ("input_ids", "loss_mask", "position_ids", "document")
@@ -33,6 +35,12 @@ class Rows:
         """The packs numbered `rows`: `input_ids`, `loss_mask`, `position_ids`, `document`, each (B, L)."""
         taken = self.split[rows]
         return {name: torch.from_numpy(np.stack(taken[name])).to(device, torch.int64) for name in COLUMNS}
+
+    def extremes(self, column: str) -> tuple[int, int]:
+        """The least and the largest number in a column, over all rows."""
+        parts = self.split.with_format("arrow", columns=[column]).iter(batch_size=1000)
+        both = [compute.min_max(compute.list_flatten(part[column])).as_py() for part in parts]
+        return min(part["min"] for part in both), max(part["max"] for part in both)
 
     def tokens_per_row(self, sample: int = 512) -> tuple[float, float]:
         """Mean numbers of real tokens and of counted tokens in a row, over `sample` rows spread evenly."""
@@ -67,6 +75,24 @@ def check_tokenizer(about: dict, tokenizer, folder: str | Path) -> None:
         raise ValueError(
             f"data folder {folder} was prepared with another tokenizer than the target's; prepare it for this target"
         )
+
+
+def check_rows(splits: dict[str, Rows], model, folder: str | Path) -> None:
+    """Raise ValueError for ids beyond the vocabulary of `model`, and for texts longer than its context."""
+    vocabulary, context = model.config.get_text_config().vocab_size, context_length(model)
+    for name, rows in splits.items():
+        least, largest = rows.extremes("input_ids")
+        if not 0 <= least <= largest < vocabulary:
+            raise ValueError(
+                f"{name} of data folder {folder} has token ids from {least} to {largest}, and the target's vocabulary "
+                f"ends at {vocabulary - 1}; prepare it with the target's own tokenizer"
+            )
+        longest = rows.extremes("position_ids")[1] + 1
+        if context is not None and longest > context:
+            raise ValueError(
+                f"{name} of data folder {folder} has texts of {longest} tokens, and the target's context is {context}; "
+                f"prepare it with --length {context} or less"
+            )
 
 
 def fingerprint(splits: dict[str, Rows], about: dict) -> str:

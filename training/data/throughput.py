@@ -4,12 +4,14 @@ Both decode the same prompts with the same batch, lengths and temperatures, taki
 down slows both. Tokens after an end of text do not count. Knows nothing of files.
 """
 
+import contextlib
 import time
 
 from ...spec.console import table
+from ...spec.data.content import Unfit
 from ...spec.engines.executors import choose
 from ...spec.plan.step_times import wait_for
-from ...spec.prompts import left_padded, pad_id, templated_ids
+from ...spec.prompts import check_ids, left_padded, pad_id, templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import end_ids
 from .answers import Sampling
@@ -22,9 +24,14 @@ def compare_with_transformers(
     model, tokenizer, prompts: list[Prompt], temperatures, sampling: Sampling, **decoding
 ) -> float:
     """Print and return the ratio of Paceline's tokens per second to transformers', over all temperatures."""
-    ids = [templated_ids(tokenizer, [{"role": "user", "content": prompt.turns[0]}]) for prompt in prompts]
+    ids = []
+    for prompt in prompts:
+        with contextlib.suppress(Unfit):
+            made = templated_ids(tokenizer, [{"role": "user", "content": prompt.turns[0]}])
+            check_ids(made, model, sampling.max_new_tokens)
+            ids.append(made)
     if not ids:
-        raise ValueError("there is no prompt to compare with")
+        raise ValueError("there is no prompt to compare with that the model can continue; give others")
     batch = decoding["batch"]
     each = sampling.max_new_tokens * len(ids) // ROUNDS
     # Settled once, so that a short warm-up runs what the long runs will.
