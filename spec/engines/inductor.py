@@ -28,6 +28,8 @@ def compiled(function: Callable[[], Any]) -> Callable[[], Any]:
             # Round where eager code does, however kernels are fused, so that all tree sizes give the same numbers.
             "emulate_precision_casts": True,
             "post_grad_custom_pre_pass": MergeLinears(),
+            # Else the sum over a row's numbers is shared by threads where there is a single row, and only there.
+            "cpp.min_chunk_size": 1 << 14,
         },
     )
 

@@ -1,21 +1,23 @@
 """Regions: the layers that a model repeats are traced as calls of one subgraph, which torch.compile compiles once.
 
-A layer is what a `ModuleList` holds several of, whatever the family of the model; layers of several types, as in
-hybrid models, give a region for each type. Where a layer uses only its own slots of the cache, its region gets these in
-place of the cache and is a function of tensors, which torch (from 2.12 on) need not even trace again for the next
-layer. Calls with other shapes or other settings of the layer get a region of their own; torch decides that by its
-guards. Knows nothing of steps.
+A layer is what a `ModuleList` holds several of, whatever the family of the model. Layers of another type, with other
+settings, or with weights of other shapes or in other blocks give a region of their own: torch's guards tell such layers
+apart only the first time that a model is traced in a step, and a draft model is traced several times. Where a layer
+uses only its own slots of the cache, its region gets these in place of the cache and is a function of tensors, which
+torch (from 2.12 on) need not even trace again for the next layer. Calls with other shapes are told apart by torch.
+Knows nothing of steps.
 """
 
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from types import MethodType
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.linears import packed_form
 from ..target.cache import AimedSlots, SlotCache
 
 _MANY = 1 << 20  # of a layer's variants that torch may remember; beyond its own limit of 8 it raises
@@ -35,27 +37,64 @@ def repeated_layers(module: nn.Module) -> list[nn.Module]:
     return found
 
 
+def layer_kinds(layers: list[nn.Module]) -> list[Hashable]:
+    """For each of `layers` what its kind is told by: its type, the plain attributes of its parts, except for those that
+    number the layers, and the shapes and forms of its weights."""
+    described = [_described(layer) for layer in layers]
+    numbering = {
+        (kind, key)
+        for kind in set(map(type, layers))
+        for key in next(attributes for layer, attributes in zip(layers, described) if type(layer) is kind)
+        if _numbers([(at, described[at].get(key)) for at, layer in enumerate(layers) if type(layer) is kind])
+    }
+    return [
+        (type(layer), *(item for item in attributes.items() if (type(layer), item[0]) not in numbering))
+        for layer, attributes in zip(layers, described)
+    ]
+
+
+def _numbers(values: list[tuple[int, object]]) -> bool:
+    """Whether these values at places in a list of layers count the places, from any number on."""
+    whole = all(type(value) is int for _, value in values)
+    return len(values) > 1 and whole and len({value - at for at, value in values}) == 1  # type: ignore[operator]
+
+
+def _described(layer: nn.Module) -> dict[tuple, Hashable]:
+    attributes: dict[tuple, Hashable] = {}
+    for path, part in layer.named_modules():
+        attributes[path, "type"] = type(part)
+        attributes[path, "packed"] = packed_form(part)
+        for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+            attributes[path, name] = tensor.shape, tensor.dtype
+        for name, value in vars(part).items():
+            if type(value) in (bool, int, float, str, torch.dtype):
+                attributes[path, name] = value
+    return attributes
+
+
 def distinct_layers(models: Iterable[nn.Module]) -> int:
     """How many kinds of repeated layers `models` have, the same kind in two models counted twice; at least 1."""
-    return max(1, sum(len(set(map(type, repeated_layers(model)))) for model in models))
+    return max(1, sum(len(set(layer_kinds(repeated_layers(model)))) for model in models))
 
 
 @contextlib.contextmanager
 def layers_as_regions(models: Iterable[nn.Module], run: Callable[[], object]) -> Iterator[int]:
     """Within the block the repeated layers of `models` are traced as regions; yields how many layers these are. `run`
     runs all of them once, to see what they use."""
-    layers = [layer for model in models for layer in repeated_layers(model) if "forward" not in vars(layer)]
+    kinds: dict[nn.Module, Hashable] = {}
+    for model in models:
+        several = [layer for layer in repeated_layers(model) if "forward" not in vars(layer)]
+        kinds |= zip(several, layer_kinds(several))
+    layers = list(kinds)
     numbers = _cache_layers(layers, run)
-    whole: dict[type, Callable] = {}
-    own: dict[type, Callable] = {}
-    for layer in layers:
-        kind = type(layer)
+    regions: dict[tuple, Callable] = {}
+    for layer, kind in kinds.items():
         if layer in numbers:
             layer.__dict__[_NUMBER] = numbers[layer]
-        made, make = (own, _region_of_own_slots) if layer in numbers else (whole, _region)
-        if kind not in made:
-            made[kind] = make(kind.forward)
-        layer.__dict__["forward"] = MethodType(made[kind], layer)
+        key = kind, layer in numbers
+        if key not in regions:
+            regions[key] = (_region_of_own_slots if layer in numbers else _region)(type(layer).forward, len(regions))
+        layer.__dict__["forward"] = MethodType(regions[key], layer)
     try:
         yield len(layers)
     finally:
@@ -106,7 +145,7 @@ def _cache_name(arguments: dict[str, Any]) -> str | None:
     return next((name for name, value in arguments.items() if isinstance(value, SlotCache)), None)
 
 
-def _region_of_own_slots(forward: Callable) -> Callable:
+def _region_of_own_slots(forward: Callable, number: int) -> Callable:
     """`forward` of a layer as a region that is given the layer's own slots in place of the cache."""
 
     def inner(
@@ -116,7 +155,7 @@ def _region_of_own_slots(forward: Callable) -> Callable:
         kwargs[name] = AimedSlots(keys, values, lines, reach, capacity, heads)
         return forward(layer, *args, **kwargs)
 
-    region = _region(inner)
+    region = _region(inner, number)
 
     def outer(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         name = _cache_name(kwargs)
@@ -127,9 +166,16 @@ def _region_of_own_slots(forward: Callable) -> Callable:
     return outer
 
 
-def _region(forward: Callable) -> Callable:
+def _region(forward: Callable, number: int) -> Callable:
+    """`forward` as the region `number`, with a name of its own: torch finds regions by the code of their function."""
+    name = f"region_{number}"
+
+    def inner(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return forward(layer, *args, **kwargs)
+
+    renamed = FunctionType(inner.__code__.replace(co_name=name), inner.__globals__, name, None, inner.__closure__)
     mark = torch.compiler.nested_compile_region
     try:
-        return mark(forward, max_reuse_entries=_MANY)
+        return mark(renamed, max_reuse_entries=_MANY)
     except TypeError:  # torch before 2.12
-        return mark(forward)
+        return mark(renamed)

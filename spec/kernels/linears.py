@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import native
+from .block_linear import BlockLinear
 from .cpu import SWITCH
 from .panels import pack_dense
 
@@ -130,6 +131,17 @@ class Packing:
                 _users[layer] -= 1
                 if not _users[layer] and is_packed_forward(layer.__dict__.get("forward")):
                     del layer.__dict__["forward"]
+
+
+def packed_form(layer: nn.Module) -> tuple | None:
+    """The form of a layer's packed weight, of whichever kind; None where it has none."""
+    if isinstance(layer, BlockLinear):
+        return tuple(layer.ints) if layer.unpacked is None else (layer.bits, layer.group, layer.unpacked.zero)
+    kept = vars(layer).get(_KEPT)
+    if kept is None or kept.packed is None:
+        return None
+    packed: Packed = kept.packed
+    return packed.tensor.shape, packed.tensor.dtype, tuple(packed.format or ())
 
 
 def is_packed_forward(value: object) -> bool:

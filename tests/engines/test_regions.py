@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from paceline.drafters.blocks import in_blocks
+from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import executors
 from paceline.spec.engines.executors import Compiled
-from paceline.spec.engines.regions import distinct_layers, layers_as_regions, repeated_layers
+from paceline.spec.engines.regions import distinct_layers, layer_kinds, layers_as_regions, repeated_layers
 from paceline.spec.plan.step_times import open_idle
+from paceline.spec.target.weights import Weights
 from paceline.spec.tree import TreeShape
 from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
@@ -66,7 +69,45 @@ def test_repeated_layers_are_found_by_structure():
     assert repeated_layers(hybrid) == [hybrid[0], hybrid[2]]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "mixtral"])
+def mixed_blocks(**config):
+    """A model of four layers, every second of which has some weights in other blocks."""
+    model = tiny_llama(num_hidden_layers=4, hidden_size=64, intermediate_size=64, **config)
+    for number, layer in enumerate(model.model.layers):
+        for path, part in list(layer.named_modules()):
+            if isinstance(part, nn.Linear):
+                bits = Weights("q8" if number % 2 and "down" in path else "q4")
+                layer.set_submodule(path, in_blocks(part.weight, part.bias, bits))
+    return model
+
+
+def test_layers_of_other_settings_or_blocks_are_of_another_kind():
+    model = tiny_llama(num_hidden_layers=4)
+    layers = list(model.model.layers)
+    assert len(set(layer_kinds(layers))) == 1, "their numbers do not matter"
+    layers[2].self_attn.scaling *= 2
+    kinds = layer_kinds(layers)
+    assert kinds[0] == kinds[1] == kinds[3] != kinds[2]
+    layers[1].mlp.act_fn = nn.Tanh()
+    assert len(set(layer_kinds(layers))) == 3
+    kinds = layer_kinds(list(mixed_blocks().model.layers))
+    assert kinds[0] == kinds[2] != kinds[1] == kinds[3]
+    hybrid = [*tiny_llama(num_hidden_layers=2).model.layers, *tiny("gemma2").model.layers]
+    assert len({kind[0] for kind in layer_kinds(hybrid)}) == 2
+
+
+def test_layers_of_a_draft_model_that_is_run_several_times_are_told_apart(graphs):
+    """Torch's own guards do not, in the second and later runs within a step."""
+    drafter = ModelDrafter(mixed_blocks(seed=5), "draft")
+    engine = open_idle(tiny_llama(num_hidden_layers=2), "eager", drafter, TreeShape.chain(3), capacity=64).engine
+    with torch.no_grad():
+        Compiled(engine)
+    (graph,) = graphs
+    calls = layer_calls(graph)
+    assert len(calls) == 2 + 3 * 4, "none is traced as a part of the whole"
+    assert len(set(calls)) <= 1 + 2 * 2, "a region for each kind of layer and number of tokens"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_all_layers_are_one_subgraph(graphs, family):
     engine = engine_of(tiny(family))
     work = logits_of(engine)
@@ -140,7 +181,7 @@ def test_layers_that_talk_past_their_arguments_give_the_same_numbers(graphs, kin
 def test_a_model_whose_layers_torch_refuses_is_compiled_whole(graphs, monkeypatch):
     """Regions that fail leave nothing behind, and the step is what it was."""
 
-    def refused(forward):
+    def refused(*args):
         def region(*args, **kwargs):
             raise RuntimeError("no region")
 
