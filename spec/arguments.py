@@ -224,13 +224,6 @@ def check_mask(mask: Tensor, input_ids: Tensor) -> None:
         raise ValueError("attention_mask hides tokens behind the first visible one; pad the prompts on the left only")
 
 
-def check_writable(path: str | Path) -> None:
-    try:
-        open(path, "a").close()
-    except OSError as error:
-        raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
-
-
 def check_length(model: PreTrainedModel, prompt: Tensor, pads: Tensor, new_tokens: int, tree_depth: int) -> None:
     """Raise ValueError for texts longer than the context, or that cross a length at which its attention changes."""
     config = model.config.get_text_config()

@@ -38,7 +38,6 @@ from .arguments import (
     check_model,
     check_prompt,
     check_seed,
-    check_writable,
     setting,
     whole_number,
 )
@@ -46,6 +45,7 @@ from .criteria import Lockstep, ScoreBook
 from .engines.executors import choose
 from .engines.reuse import PromptCache, check_reuse
 from .engines.runs import RunSpec, open_run
+from .files import check_writable
 from .loop import decode
 from .noise import stream_keys
 from .plan.store import automatic_shape, read_shape
@@ -126,7 +126,7 @@ def generate(
     attach(model)
     drafting = _drafter(drafter, model)
     if trace_file is not None:
-        check_writable(trace_file)
+        check_writable(trace_file, appended=True)
     shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafting)
     if seed is None and setting(model, kwargs, "do_sample"):
         seed = int(torch.randint(2**53, (), device="cpu"))

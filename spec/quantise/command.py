@@ -13,8 +13,9 @@ from tqdm import tqdm
 from .. import provenance
 from ..cli.commands import load_model
 from ..console import table, waiting
+from ..files import check_absent, new_folder
 from .calibration import EXAMPLE, Texts, read_texts
-from .folder import is_quantised, new_folder, write_model
+from .folder import is_quantised, write_model
 from .model import Recipe, check_model, quantise_model
 from .quality import Quality, compare, logits_on
 
@@ -33,25 +34,26 @@ def quantise(args: Namespace) -> None:
         )
     if is_quantised(args.model):
         raise ValueError(f"{args.model} is quantised already; give the model that it was made of")
+    check_absent(args.output)
     recipe = Recipe(args.bits, args.group, args.head_bits, seed=args.seed)
+    model, tokenizer = load_model(args)
+    check_model(model, recipe)
+    with waiting(f"reading {args.calibrate}, and answering its prompts"):
+        texts = read_texts(model, tokenizer, args.calibrate, args.texts)
+    rows = {}
+    with waiting(f"measuring {args.model} on {len(texts.held_out)} texts that are held out"):
+        original = logits_on(model, texts.held_out)
+        rows["16 bits"] = compare(original, original, texts.held_out)
+    with waiting("rounding to the nearest codes, for comparison"):
+        nearest = Recipe(args.bits, args.group, args.head_bits, "nearest")
+        quantise_model(model, nearest, [])
+        rows["to the nearest codes"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
+    del model
+    model, _ = load_model(args)
+    seconds = _calibrated(model, recipe, texts)
+    with waiting("measuring what came out"):
+        rows["calibrated"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
     with new_folder(args.output) as work:
-        model, tokenizer = load_model(args)
-        check_model(model, recipe)
-        with waiting(f"reading {args.calibrate}, and answering its prompts"):
-            texts = read_texts(model, tokenizer, args.calibrate, args.texts)
-        rows = {}
-        with waiting(f"measuring {args.model} on {len(texts.held_out)} texts that are held out"):
-            original = logits_on(model, texts.held_out)
-            rows["16 bits"] = compare(original, original, texts.held_out)
-        with waiting("rounding to the nearest codes, for comparison"):
-            nearest = Recipe(args.bits, args.group, args.head_bits, "nearest")
-            quantise_model(model, nearest, [])
-            rows["to the nearest codes"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
-        del model
-        model, _ = load_model(args)
-        seconds = _calibrated(model, recipe, texts)
-        with waiting("measuring what came out"):
-            rows["calibrated"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
         _write(args, model, tokenizer, work, texts, rows, seconds)
     print(_shown(rows))
     print(f"\n{args.output} is a target like any other: paceline generate --model {args.output} --chat ...")

@@ -10,11 +10,6 @@ which would fill the missing weights with random numbers. Knows nothing of how a
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,26 +30,6 @@ if TYPE_CHECKING:
 SECTION = "quantisation"  # of config.json
 FORMAT = 1
 WEIGHTS = "quantised.safetensors"
-
-
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which becomes `path` when the block ends; an error or Ctrl-C leaves
-    nothing. Raises ValueError where `path` exists or cannot be made."""
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there already; remove it or give another folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be made ({error.strerror}); give a folder that can be written") from error
-    try:
-        yield work
-        work.chmod(0o755)  # as a folder is made usually; a temporary one is closed to others
-        os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def write_model(model: "PreTrainedModel", tokenizer: Any, folder: Path, about: dict) -> None:

@@ -62,6 +62,8 @@ def load_target(
         placed = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if placed.type == "meta":
+        raise ValueError("device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'")
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
     if Path(where).is_file():
         model, tokenizer = _load_gguf(str(name_or_path), where, wanted, dtype, placed, with_tokenizer)

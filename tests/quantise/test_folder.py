@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 from paceline import load_target
-from paceline.spec.quantise.folder import WEIGHTS, new_folder, packed, unpacked
+from paceline.spec.files import new_folder
+from paceline.spec.quantise.folder import WEIGHTS, packed, unpacked
 from safetensors.torch import load_file, save_file
 
 from support.blocks import some_texts
