@@ -34,7 +34,7 @@ def generate(args) -> None:
 
 
 def _generate(args, sampling, temperatures: list[float]) -> None:
-    from .answers import answer
+    from .answers import answer, check_template
     from .ledger import Ledger
 
     excluded = turns_of(args.exclude) if args.exclude else set()
@@ -51,9 +51,11 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
             answer_by(server, ledger.open_jobs(entries, temperatures, args.repeats, args.seed), ledger, args.batch)
         else:
             model, tokenizer, decoding = _local(args)
-            entries = _entries(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
+            check_template(tokenizer)
+            entries = _entries(args, model, tokenizer, ledger, beginnings or [""], sampling, excluded, decoding)
             jobs = ledger.open_jobs(entries, temperatures, args.repeats, args.seed)
             answer(model, tokenizer, jobs, ledger, sampling, **decoding)
+        ledger.begin()  # also where every prompt was skipped
     finally:
         ledger.close()
     print(ledger.summary())
@@ -72,14 +74,13 @@ def _local(args):
 
 
 def _entries(
-    args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
+    args, model, tokenizer, ledger, beginnings: list[str], sampling, excluded: set[str], decoding: dict
 ) -> list[Prompt | Unusable]:
     if args.source is None:
         return list(sift(prompt_entries(args.prompts, args.split), excluded))
     from .answers import invent
 
-    turns = Path(args.output).with_suffix(".turns.jsonl")
-    return list(sift(invent(model, tokenizer, turns, beginnings, args.count, sampling, **decoding), excluded))
+    return list(sift(invent(model, tokenizer, ledger, beginnings, args.count, sampling, **decoding), excluded))
 
 
 def _compare(args, sampling, temperatures: list[float]) -> None:
