@@ -7,7 +7,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -27,8 +27,9 @@ def check_writable(path: str | Path, appended: bool = False, make_folders: bool 
         if path.exists() and (appended or not (path.is_file() or path.is_dir())):
             return
         target = path.resolve()
-        with folders_above(target, keep=False) if make_folders else nullcontext():
-            _try_to_make(target if appended else _unfinished(target))
+        while make_folders and not target.parent.exists():
+            target = target.parent
+        _try_to_make(target if appended else _unfinished(target))
     except OSError as error:
         raise _not_written(path, error) from error
 
@@ -46,9 +47,9 @@ def _not_written(path: Path, error: OSError) -> ValueError:
 
 
 @contextmanager
-def folders_above(path: Path, keep: bool = True) -> Iterator[None]:
-    """The folders above `path` are there in the block. Those that were made for it go when it ends in an error, or
-    without `keep` in any case. Raises ValueError where they cannot be made."""
+def folders_above(path: Path) -> Iterator[None]:
+    """The folders above `path` are there in the block. Those that were made for it go where it ends in an error. Raises
+    ValueError where they cannot be made."""
     made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     try:
         try:
@@ -57,12 +58,10 @@ def folders_above(path: Path, keep: bool = True) -> Iterator[None]:
             raise _not_written(path, error) from error
         yield
     except BaseException:
-        keep = False
-        raise
-    finally:
-        for folder in [] if keep else made:
+        for folder in made:
             with suppress(OSError):  # it was not made, or another process uses it by now
                 folder.rmdir()
+        raise
 
 
 def _unfinished(path: Path) -> Path:

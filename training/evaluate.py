@@ -6,7 +6,6 @@ and the prompts are decoded with it. Estimate and measurement are written to one
 behind them and how they were made.
 """
 
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -17,10 +16,11 @@ from tqdm import tqdm
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
 from ..spec.cli.commands import check_drawing, load
+from ..spec.cli.outputs import refuse_overlap
 from ..spec.cli.planning import first_turns
 from ..spec.console import table
 from ..spec.engines.executors import choose
-from ..spec.files import write_json
+from ..spec.files import check_writable, write_json
 from ..spec.plan.calibration import calibrate
 from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
@@ -50,9 +50,9 @@ def evaluate(args) -> None:
     folder = _own_folder(args.drafter)
     if folder is None and not args.output:
         raise ValueError(f"{args.drafter} is no drafter folder here to keep its acceptance in; give a file with -o")
-    kept = Path(args.output or folder / "acceptance.json")
-    if not os.access(kept.parent, os.W_OK):
-        raise ValueError(f"{kept.parent} is no folder that can be written to; keep the acceptance elsewhere with -o")
+    kept = Path(args.output).resolve() if args.output else folder / "acceptance.json"
+    if not args.output:
+        _check_folder(kept, folder / "README.md", reads=args.prompts)
     overlap = _overlap(folder, args.prompts)
     model, tokenizer, drafter = load(args)
     if drafter is None:
@@ -91,6 +91,16 @@ def _own_folder(name: str) -> Path | None:
     """The local drafter folder called `name`; None where there is none."""
     path = Path(name) if Path(name).is_dir() else shipped_folder(name)
     return path if path is not None and read_folder(path) is not None else None
+
+
+def _check_folder(*written: Path, reads: str) -> None:
+    """Raise ValueError where a drafter's folder cannot take its acceptance and card."""
+    refuse_overlap([reads], written)
+    for path in written:
+        try:
+            check_writable(path)
+        except ValueError as error:
+            raise ValueError(f"{error} with -o") from error
 
 
 def _overlap(folder: Path | None, prompts: str) -> int | None:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import datasets
 
-from ...spec.files import write_json
+from ...spec.files import folders_above, write_json
 from .documents import (
     Document,
     Reader,
@@ -89,13 +89,14 @@ def prepare(sources: list[str], out: str | Path, tokenizer, target: str, ends: f
     if settings.tokens is None and any(map(_is_mixture, files)):
         raise ValueError("a mixture has no end; say with --tokens how many tokens to take of it")
     _estimate(reader, files, out, settings)
-    work.mkdir(parents=True)
-    try:
-        counts = _write(reader, files, work, settings, about)
-        write_json(work / "data" / "paceline.json", about | {"counts": counts}, sort_keys=True)
-        os.replace(work / "data", out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with folders_above(out):
+        work.mkdir()
+        try:
+            counts = _write(reader, files, work, settings, about)
+            write_json(work / "data" / "paceline.json", about | {"counts": counts}, sort_keys=True)
+            os.replace(work / "data", out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return about | {"counts": counts}
 
 
@@ -143,8 +144,7 @@ def _estimate(reader: Reader, files: list[Path], out: Path, settings: Settings) 
     tokens = int(sum(len(made_document.tokens) for made_document in made) * max(1.0, size / max(seen, 1)))
     tokens += mixtures * (settings.tokens or 0)
     disk = tokens * BYTES_PER_TOKEN
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
     also = f" and {mixtures} mixtures" if mixtures else ""
     print(
         f"{len(files)} files of {size / 1e6:.1f} MB{also}: about {tokens:,} tokens (from {len(made)} documents), "
