@@ -11,14 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
 from ..spec.cli.commands import check_drawing, load
 from ..spec.cli.outputs import refuse_overlap
 from ..spec.cli.planning import first_turns
-from ..spec.console import table
+from ..spec.console import Bar, table
 from ..spec.engines.executors import choose
 from ..spec.files import check_writable, write_json
 from ..spec.plan.calibration import calibrate
@@ -138,8 +137,9 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
     else:
         batches, text = _answers(model, prompts, args.max_new_tokens), "the target's own greedy answers to the prompts"
     answers: list[torch.Tensor] = []
-    for batch in tqdm(batches, desc="judging", unit="batch", disable=None):
-        answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
+    with Bar(batches, desc="judging", unit="batch") as bar:
+        for batch in bar:
+            answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
     if not answers:
         raise ValueError("there is no token of the target's own in the text to judge the drafter on; give more")
     depths = answers[0].shape[1]
@@ -187,7 +187,7 @@ def _held_out(folder: str, tokenizer) -> list[Batch]:
 def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
     """The target's own greedy answers as batches of rows of similar length, one document per row."""
     texts: list[tuple[list[int], list[int]]] = []  # tokens, and which of them are the answer's
-    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False, disable=None) as bar:
+    with Bar(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
 
         def finish(text: Text, new: list[int], failed: bool) -> None:
             if failed:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from .outputs import AppendedOutput, DrafterInput, Input, Output, OutputFolder, StreamedOutput
+from .outputs import AppendedOutput, DrafterInput, Input, OutputFolder, StreamedOutput
 from .parser import Parser, add_command
 
 
@@ -23,16 +23,14 @@ def generate(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="text to continue")
     source.add_argument(
-        "--prompt-file", type=Input, metavar="FILE", help="file with the text to continue; - is standard input"
+        "--prompt-file", type=Input, metavar="FILE", help="with the text to continue; - is standard input"
     )
     source.add_argument("--chat", metavar="TEXT", help="a user's message, put into the model's chat template")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="at most (default 128)")
     _drawing_options(parser, "match, residual or typical")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus, when sampling (default 1)")
     parser.add_argument("--seed", type=int, metavar="S", help="of the sampling noise (default: drawn, and printed)")
-    parser.add_argument(
-        "--trace", type=AppendedOutput, metavar="FILE", help="append one JSON line per step to this file"
-    )
+    parser.writes("--trace", kind=AppendedOutput, metavar="FILE", help="append one JSON line per step to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     _model_options(parser)
 
@@ -40,7 +38,7 @@ def generate(parser: Parser) -> None:
 def check(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
-        "--model", type=Input, metavar="NAME", help="check with this model: folder, GGUF file, short name or hub id"
+        "--model", type=Input, metavar="NAME", help="check this model: folder, GGUF file, short name or hub id"
     )
     shapes = "random weights in the shape of a known model, no download (default %(default)s)"
     what.add_argument("--shape", default="smollm2-135m", metavar="NAME", help=shapes)
@@ -48,20 +46,15 @@ def check(parser: Parser) -> None:
     parser.add_argument("--executors", default="all", metavar="LIST", help="some, with commas between (default all)")
     budget = "that the check may take, within a fifth (default 100)"
     parser.add_argument("--budget", type=_seconds, default=100.0, metavar="SECONDS", help=budget)
-    parser.add_argument("-o", "--output", type=Output, metavar="FILE", help="everything that was found, raw, as JSON")
-    parser.add_argument(
-        "--markdown", type=StreamedOutput, metavar="FILE", help="the tables as Markdown; - is standard output"
-    )
+    parser.writes("-o", "--output", metavar="FILE", help="everything that was found, raw, as JSON")
+    parser.writes("--markdown", kind=StreamedOutput, metavar="FILE", help="tables as Markdown; - is standard output")
     _device_options(parser)
 
 
 def bench(parser: Parser) -> None:
-    parser.add_argument(
-        "prompts", type=Input, metavar="PROMPTS", help="JSONL with turns or prompt, perhaps id and category"
-    )
-    parser.add_argument(
-        "-o", "--output", type=AppendedOutput, required=True, metavar="RUN", help="JSONL to append to; a run goes on"
-    )
+    parser.reads("prompts", metavar="PROMPTS", help="JSONL with turns or prompt, perhaps id and category")
+    run = "JSONL to append to; a run goes on"
+    parser.writes("-o", "--output", kind=AppendedOutput, required=True, metavar="RUN", help=run)
     parser.add_argument(
         "--methods", nargs="+", default=["ngram"], metavar="METHOD",
         help="ar, ngram, a draft model or drafter folder, transformers, transformers-lookup, "
@@ -80,36 +73,28 @@ def bench(parser: Parser) -> None:
 
 
 def report(parser: Parser) -> None:
-    parser.add_argument(
-        "runs", nargs="+", type=Input, metavar="RUN", help="files of paceline bench, compared side by side"
-    )
-    parser.add_argument("-o", "--output", type=StreamedOutput, metavar="FILE", help="the page, one HTML file")
-    parser.add_argument(
-        "--markdown", type=StreamedOutput, metavar="FILE", help="the tables as Markdown; - is standard output"
-    )
-    parser.add_argument("--json", type=StreamedOutput, metavar="FILE", help="all figures; - is standard output")
+    parser.reads("runs", nargs="+", metavar="RUN", help="files of paceline bench, compared side by side")
+    parser.writes("-o", "--output", kind=StreamedOutput, metavar="FILE", help="the page, one HTML file")
+    parser.writes("--markdown", kind=StreamedOutput, metavar="FILE", help="tables as Markdown; - is standard output")
+    parser.writes("--json", kind=StreamedOutput, metavar="FILE", help="all figures; - is standard output")
     steps = "one SVG of some steps of a text with their drafted trees; docs/picture.svg was made so, of one prompt"
-    parser.add_argument("--picture", type=StreamedOutput, metavar="FILE", help=steps)
+    parser.writes("--picture", kind=StreamedOutput, metavar="FILE", help=steps)
 
 
 def compare(parser: Parser) -> None:
-    parser.add_argument(
-        "runs", nargs=2, type=Input, metavar="FILE", help="A, then B: of paceline bench, or of paceline check"
-    )
+    parser.reads("runs", nargs=2, metavar="FILE", help="A, then B: of paceline bench, or of paceline check")
 
 
 def plan(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--calibrate", type=Input, metavar="PROMPTS", help="prompts to try: JSONL with turns or prompt")
     source.add_argument(
-        "--from", dest="run", type=Input, metavar="RUN", help="take the acceptance that paceline bench measured"
+        "--from", dest="run", type=Input, metavar="RUN", help="with the acceptance that a bench measured"
     )
     parser.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     _drawing_options(parser, "match or residual")
-    parser.add_argument(
-        "-o", "--output", type=Output, metavar="FILE", help="write the plan here too, for --tree FILE.json"
-    )
+    parser.writes("-o", "--output", metavar="FILE", help="write the plan here too, for --tree FILE.json")
     _model_options(parser, tree="")
 
 
@@ -131,14 +116,10 @@ def data(parser: Parser) -> None:
 
 def data_generate(parser: Parser) -> None:
     prompts = "JSONL with turns, messages or prompt; a datasets folder or id"
-    parser.add_argument("prompts", nargs="?", type=Input, metavar="PROMPTS", help=prompts)
-    parser.add_argument(
-        "-o", "--output", type=AnswersOutput, metavar="FILE", help="JSONL to append to; a run that was killed goes on"
-    )
+    parser.reads("prompts", nargs="?", metavar="PROMPTS", help=prompts)
+    parser.writes("-o", "--output", kind=AnswersOutput, metavar="FILE", help="JSONL to append to; a killed run goes on")
     parser.add_argument("--source", choices=["self"], help="self: the target invents the user turns too")
-    parser.add_argument(
-        "--beginnings", type=Input, metavar="FILE", help="of invented turns: a text file, one on each line"
-    )
+    parser.reads("--beginnings", metavar="FILE", help="of invented turns: a text file, one on each line")
     parser.add_argument("--count", type=_positive, default=1000, metavar="N", help="of those (default 1000)")
     parser.add_argument("--split", default="train", metavar="NAME", help="of a data set (default train)")
     parser.add_argument("--temperatures", default="0,0.7,1.0", metavar="LIST", help="default 0,0.7,1.0")
@@ -148,9 +129,7 @@ def data_generate(parser: Parser) -> None:
     parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="texts at a time (default 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
     parser.add_argument("--limit-tokens", type=_positive, metavar="N", help="begin no text beyond this many tokens")
-    parser.add_argument(
-        "--exclude", type=Input, metavar="FILE", help="prompts of this file are left out, wherever they occur"
-    )
+    parser.reads("--exclude", metavar="FILE", help="prompts of this file are left out, wherever they occur")
     parser.add_argument("--server", metavar="URL", help="ask this OpenAI-compatible server (.../v1) instead")
     parser.add_argument(
         "--compare-transformers", action="store_true", help="time transformers' generate() beside ours, write nothing"
@@ -160,18 +139,13 @@ def data_generate(parser: Parser) -> None:
 
 
 def data_prepare(parser: Parser) -> None:
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        type=Input,
-        metavar="SOURCE",
-        help="JSONL with messages or text, text file, folder, mixture (YAML)",
+    parser.reads(
+        "sources", nargs="+", metavar="SOURCE", help="JSONL with messages or text, text file, folder, mixture (YAML)"
     )
-    parser.add_argument("-o", "--output", type=OutputFolder, required=True, metavar="FOLDER", help="data set to make")
-    parser.add_argument(
-        "--model", type=Input, default="smollm2-135m", metavar="NAME", help="the target, for its tokenizer"
-    )
-    parser.add_argument("--tokenizer", type=Input, metavar="NAME", help="folder or hub id of a tokenizer, instead")
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="data set to make")
+    target = "the target, for its tokenizer (default %(default)s)"
+    parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
+    parser.reads("--tokenizer", metavar="NAME", help="folder or hub id of a tokenizer, instead")
     parser.add_argument("--tokens", type=_positive, metavar="N", help="how many to take of a mixture")
     parser.add_argument("--length", type=_positive, default=1024, metavar="N", help="of a row (default 1024)")
     parser.add_argument("--held-out", type=float, default=0.02, metavar="SHARE", help="of documents (default 0.02)")
@@ -180,26 +154,20 @@ def data_prepare(parser: Parser) -> None:
 
 
 def train(parser: Parser) -> None:
-    parser.add_argument("config", type=Input, metavar="CONFIG", help="a YAML file, or the name of a recipe in configs/")
+    parser.reads("config", metavar="CONFIG", help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optimisation.batch=16")
     parser.add_argument("--plan", action="store_true", help="print parameters, tokens, steps, time and disk, and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.folder")
 
 
 def evaluate(parser: Parser) -> None:
-    parser.add_argument(
-        "drafter", type=DrafterInput, metavar="DRAFTER", help="its folder; or ngram, a name or a model, with -o"
-    )
+    parser.reads("drafter", kind=DrafterInput, metavar="DRAFTER", help="its folder; or ngram, a name, a model, with -o")
     parser.set_defaults(draft_weights="16")  # what is judged are the weights as they were trained
-    parser.add_argument(
-        "--prompts", type=Input, required=True, metavar="FILE", help="to decode: JSONL with turns or prompt"
-    )
-    parser.add_argument("--data", type=Input, metavar="FOLDER", help="judge on the held-out rows of this prepared data")
+    parser.reads("--prompts", required=True, metavar="FILE", help="to decode: JSONL with turns or prompt")
+    parser.reads("--data", metavar="FOLDER", help="judge on the held-out rows of this prepared data")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="per prompt (default 128)")
     _drawing_options(parser, "match or residual")
-    parser.add_argument(
-        "-o", "--output", type=Output, metavar="FILE", help="write here, and leave the drafter's folder as it is"
-    )
+    parser.writes("-o", "--output", metavar="FILE", help="write here, and leave the drafter's folder as it is")
     _model_options(parser, drafter=False, tree="the plan that is kept, or one made of what is counted")
 
 
@@ -210,17 +178,15 @@ def push(parser: Parser) -> None:
 
 
 def quantise(parser: Parser) -> None:
-    parser.add_argument("model", type=Input, metavar="MODEL", help="folder, short name or hub id")
-    parser.add_argument(
-        "-o", "--output", type=OutputFolder, required=True, metavar="FOLDER", help="to make, a target for --model"
-    )
+    parser.reads("model", metavar="MODEL", help="folder, short name or hub id")
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --model")
     parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="of a weight (default 4)")
     groups = "weights that share a scale: 32, 64 or 128 (default 64)"
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=64, metavar="N", help=groups)
     heads = "of the LM head: 4, 8 or 16 (default 8)"
     parser.add_argument("--head-bits", type=int, choices=[4, 8, 16], default=8, metavar="N", help=heads)
     texts = "JSONL with prompt or turns, which the model answers, or with messages or text, taken as they are"
-    parser.add_argument("--calibrate", type=Input, metavar="FILE", help=texts)
+    parser.reads("--calibrate", metavar="FILE", help=texts)
     several = "to calibrate on, and half as many to measure on (default 48)"
     parser.add_argument("--texts", type=_positive, default=48, metavar="N", help=several)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
@@ -268,9 +234,8 @@ def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafte
 
 
 def _device_options(group) -> None:
-    group.add_argument(
-        "--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto (default %(default)s)"
-    )
+    dtypes = "float32, bfloat16, float16 or auto (default %(default)s)"
+    group.add_argument("--dtype", default="auto", metavar="TYPE", help=dtypes)
     weights = "16, or the blocks of a quantised model: q4, q8, and faster by 8-bit activations q4-int8, q8-int8"
     group.add_argument("--weights", default="16", metavar="FORM", help=f"{weights} (default 16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")

@@ -8,11 +8,9 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from .. import provenance
 from ..cli.commands import load_model
-from ..console import table, waiting
+from ..console import Bar, table, waiting
 from ..files import check_absent, new_folder
 from .calibration import EXAMPLE, Texts, read_texts
 from .folder import is_quantised, write_model
@@ -63,7 +61,7 @@ def _calibrated(model: "PreTrainedModel", recipe: Recipe, texts: Texts) -> float
     """Quantise `model` in place with a progress bar; returns the seconds."""
     begun, tokens = time.perf_counter(), sum(map(len, texts.calibration))
     print(f"calibrating on {len(texts.calibration)} texts of {tokens} tokens, layer by layer", file=sys.stderr)
-    with tqdm(desc="quantising", unit="layer", disable=None) as bar:
+    with Bar(desc="quantising", unit="layer") as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total = of

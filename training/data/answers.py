@@ -6,8 +6,7 @@ run was killed and resumed (up to near-ties in low precision). Knows nothing of 
 
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
+from ...spec.console import Bar
 from ...spec.prompts import templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import context_length, end_ids
@@ -133,7 +132,7 @@ def invent(
     prefix = user_prefix(tokenizer)
     begun = [tokenizer(prefix + beginning, add_special_tokens=False)["input_ids"] for beginning in beginnings]
     ends = end_ids(model)
-    with tqdm(total=count, unit="turn", desc="inventing", disable=None) as bar:
+    with Bar(total=count, unit="turn", desc="inventing") as bar:
         turns = {record["id"]: record for record in ledger.turns.records if record["id"] < count}
         bar.update(len(turns))
 

@@ -12,9 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from ...spec.cli.outputs import companion
+from ...spec.console import Bar
 from ...spec.files import write_json
 from ..records import Journal
 from .prompts import Prompt, Unusable
@@ -55,7 +54,7 @@ class Ledger:
         self.limit_tokens = limit_tokens
         self.names: set[str] = set()  # every job that the input asks for
         self.held: list[dict] = []  # problems from before the first result
-        self.bar: tqdm | None = None
+        self.bar: Bar | None = None
         self.started, self.since = time.perf_counter(), 0
         self.answers.records, self.problems.records = [], []
 
@@ -105,7 +104,7 @@ class Ledger:
                 elif name not in self.done and name not in self.skipped:
                     jobs.append(Job(name, entry, temperature, job_seed(seed, name)))
         asked = len(self.names)
-        self.bar = tqdm(total=asked, initial=asked - len(jobs), unit="text", desc="answering", disable=None)
+        self.bar = Bar(total=asked, initial=asked - len(jobs), unit="text", desc="answering")
         self.started = time.perf_counter()
         return jobs
 
