@@ -88,7 +88,7 @@ def companion(path: str | Path, ending: str) -> Path:
     """The file with that ending that belongs to `path`: answers.run.json to answers.jsonl, and answers.v2.run.json to
     answers.v2."""
     path = Path(path)
-    return path.with_name(path.name.removesuffix(".jsonl") + ending)
+    return path.parent / (path.name.removesuffix(".jsonl") + ending)
 
 
 def check_files(values: Iterable[object]) -> None:

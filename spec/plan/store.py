@@ -55,8 +55,11 @@ def read_shape(
     if tree is None:
         assert drafter is not None
         return drafter.default_shape
-    planned = isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json"))
-    shape = Plan.load(tree).shape if planned else TreeShape.parse(tree)
+    shape: TreeShape | DynamicShape
+    if isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json")):
+        shape = Plan.load(tree).shape
+    else:
+        shape = TreeShape.parse(tree)
     if isinstance(drafter, NoDrafter) and len(shape) > 1:
         raise ValueError(f"tree={tree!r} is of guesses and there is no drafter to make them; pass one, or no tree")
     return shape
