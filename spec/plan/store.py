@@ -10,7 +10,7 @@ import torch
 
 from ..engines.module_state import fingerprint
 from ..files import cache_folder
-from ..proposal import Drafter, NoDrafter, parts_of
+from ..proposal import Drafter, parts_of
 from ..target.weights import weights_form
 from ..tree import DynamicShape, TreeShape
 from .trees import Plan
@@ -50,16 +50,10 @@ def automatic_shape(
 def read_shape(
     tree: str | Path | Sequence[int] | TreeShape | DynamicShape | None, drafter: Drafter | None
 ) -> TreeShape | DynamicShape:
-    """The shape for a value of `tree=` other than "auto"; None is the default of `drafter`, needed only then. Raises
-    ValueError for what is no tree, and for a tree where no drafter makes guesses."""
+    """The shape for a value of `tree=` other than "auto"; None is the default of `drafter`, needed only then."""
     if tree is None:
         assert drafter is not None
         return drafter.default_shape
-    shape: TreeShape | DynamicShape
     if isinstance(tree, Path) or (isinstance(tree, str) and tree.endswith(".json")):
-        shape = Plan.load(tree).shape
-    else:
-        shape = TreeShape.parse(tree)
-    if isinstance(drafter, NoDrafter) and len(shape) > 1:
-        raise ValueError(f"tree={tree!r} is of guesses and there is no drafter to make them; pass one, or no tree")
-    return shape
+        return Plan.load(tree).shape
+    return TreeShape.parse(tree)

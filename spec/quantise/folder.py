@@ -40,6 +40,7 @@ def write_model(model: "PreTrainedModel", tokenizer: Any, folder: Path, about: d
         has_offsets = blocks.offsets is not None
         form = {"bits": blocks.bits, "group": blocks.group, "offsets": has_offsets}
         layers[name] = {**form, "rotation": rotation and rotation.block}
+        tensors.pop(f"{name}.packed", None)  # the same blocks in the form of this processor
         tensors[f"{name}.codes"] = packed(blocks.codes) if blocks.bits == 4 else blocks.codes
         tensors[f"{name}.scales"] = blocks.scales
         if has_offsets:

@@ -14,7 +14,6 @@ from paceline.spec.cli import catalogue, commands
 from paceline.spec.console import Bar
 
 from support.models import noisy_copy, tiny_llama
-from support.sentences import sentence
 
 # Defaults that help tells in words: where the value is decided, a test below or elsewhere shows it.
 WORDED = {
@@ -90,14 +89,6 @@ def test_a_tree_without_a_drafter_is_refused(folder, tmp_path, monkeypatch, caps
     assert cli.main([*command, *none, "--tree", "4x2", "--model", str(folder / "target")]) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and ("--tree 4x2 is of guesses" in said or command == ["demo"])
-
-
-def test_a_tree_without_a_drafter_is_refused_by_functions_too(target, ragged):
-    words = "tree='4x2' is of guesses", "there is no drafter"
-    sentence(lambda: paceline.generate(target, ragged[0], tree="4x2", max_new_tokens=2), *words)
-    sentence(lambda: paceline.patch(target, None, tree="4x2"), *words)
-    text = paceline.generate(target, ragged[0], tree="chain:0", max_new_tokens=2)
-    assert torch.equal(text, paceline.generate(target, ragged[0], max_new_tokens=2))
 
 
 @pytest.mark.parametrize("name", ["plan", "profile"])
