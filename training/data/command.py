@@ -95,8 +95,11 @@ def _compare(args, sampling, temperatures: list[float]) -> None:
 
 def prepare(args) -> None:
     """`paceline data prepare`."""
+    from datasets import disable_progress_bars
+
     from .prepare import Settings, prepare
 
+    disable_progress_bars()
     name = args.tokenizer or args.model
     tokenizer, ends = load_tokenizer(name, args.trust_remote_code)
     settings = Settings(args.length, args.held_out, args.seed, args.tokens)
