@@ -64,6 +64,8 @@ def load_target(
         placed = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if placed.type == "meta":
+        raise ValueError("device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'")
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
     if is_adapter(where := _adapter_folder(where)):
         return _load_adapted(where, wanted, dtype, placed, trust_remote_code, with_tokenizer)
