@@ -34,7 +34,8 @@ RIGHT = {  # values that make sense, by the name of the option
     "executor": ["eager", "auto"], "methods": ["ngram", "ar", "draft:tree=2x1", "ngram:name=short"],
     "temperatures": ["0", "0,0.5"], "source": ["self"], "server": ["localhost"], "overrides": ["target.dtype=none"],
     "shape": ["smollm2-135m"], "executors": ["all", "eager"], "split": ["train"], "prompt": ["AB"], "chat": ["AB"],
-    "folder": ["heads"], "hub_id": ["someone/drafter"],
+    "folder": ["heads"], "hub_id": ["someone/drafter"], "columns": ["prompt=prompt"],
+    "max_new_tokens": ["1", "2", "3"],
 }  # fmt: skip
 WRONG = {
     "verify": ["luck", ""], "tree": ["tall", "auto", "9999x9999", "p.jsonl", "nowhere.json", ""],
@@ -45,7 +46,8 @@ WRONG = {
     "temperatures": ["hot", "-1", "nan", ""], "source": ["you"], "server": ["ftp://here"], "split": ["test"],
     "overrides": ["objective.kind=none", "run.folder", "optimisation.batch=-1", "=", "data.folder=empty", "a.b.c=["],
     "shape": ["gpt-9"], "executors": ["eager,fast", ""], "prompt": [""], "chat": [""], "folder": ["target", "nowhere"],
-    "hub_id": ["no one"],
+    "hub_id": ["no one"], "columns": ["prompt", "=", "luck=prompt", "prompt=nothing", ""],
+    "max_new_tokens": ["0", "-1", "x", "1.5", "", "99", "9" * 15],
 }  # fmt: skip
 ANYTHING = [
     "p.jsonl", "other.jsonl", "answers.jsonl", "notes.txt", "run.jsonl", "second.jsonl", "plan.json", "mine.yaml",
@@ -217,6 +219,7 @@ def check_success(arguments, changed):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::paceline.spec.arguments.BeyondContext")
 def test_random_command_lines(desk, monkeypatch, capsys, one_thread):
     monkeypatch.chdir(desk)
     native.prepare()  # in the usual cache folder, where it has been built before

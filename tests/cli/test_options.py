@@ -21,6 +21,7 @@ WORDED = {
     "turns": "all",
     "threads": "its own choice",
     "device": "cuda where there is one",
+    "length": "1024, or the target's context where that is shorter",
     "tree": "the drafter's own",
 }
 
@@ -80,15 +81,22 @@ def folder(tmp_path_factory, tokenizer):
     return path
 
 
+def refusal(said):
+    """The lines of a refused command, without that which tells what was read."""
+    return [line for line in said.splitlines() if not line.startswith("p.jsonl: read as prompts, 3 of 3 records")]
+
+
 @pytest.mark.parametrize(
-    "command", [["generate", "--prompt", "A"], ["data", "generate", "p", "-o", "o"], ["demo"], ["evaluate", "none"]]
+    "command",
+    [["generate", "--prompt", "A"], ["data", "generate", "p.jsonl", "-o", "o"], ["demo"], ["evaluate", "none"]],
 )
 def test_a_tree_without_a_drafter_is_refused(folder, tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
-    none = ["--prompts", "p", "-o", "o"] if command[0] == "evaluate" else ["--drafter", "none"]
-    assert cli.main([*command, *none, "--tree", "4x2", "--model", str(folder / "target")]) == 2
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1 and ("--tree 4x2 is of guesses" in said or command == ["demo"])
+    none = ["--prompts", "p.jsonl", "-o", "o"] if command[0] == "evaluate" else ["--drafter", "none"]
+    arguments = [str(folder / part) if part == "p.jsonl" else part for part in [*command, *none]]
+    assert cli.main([*arguments, "--tree", "4x2", "--model", str(folder / "target")]) == 2
+    (said,) = refusal(capsys.readouterr().err)
+    assert "--tree 4x2 is of guesses" in said or command == ["demo"]
 
 
 @pytest.mark.parametrize("name", ["plan", "profile"])
@@ -102,9 +110,10 @@ def test_commands_that_draft_no_tree_of_the_user_take_none(name, capsys):
 @pytest.mark.parametrize("command", [["generate", "--prompt", "A"], ["profile"], ["demo"], ["evaluate", "ngram"]])
 def test_the_meta_device_is_refused_in_a_sentence(folder, tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
-    more = ["--prompts", "p", "-o", "o"] if command[0] == "evaluate" else []
+    more = ["--prompts", str(folder / "p.jsonl"), "-o", "o"] if command[0] == "evaluate" else []
     assert cli.main([*command, *more, "--model", str(folder / "target"), "--device", "meta"]) == 2
-    assert capsys.readouterr().err == "paceline: device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'\n"
+    (said,) = refusal(capsys.readouterr().err)
+    assert said == "paceline: device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'"
 
 
 class Terminal(io.StringIO):
@@ -138,7 +147,7 @@ def test_no_bar_stands_beside_an_error(folder, tmp_path, monkeypatch, command, w
     command = [str(folder / part) if part == "p.jsonl" else part for part in command]
     assert cli.main([*command, "--model", str(folder / "target")]) == 2
     assert "0%|" in terminal.getvalue(), "a bar was there"
-    (line,) = screen(terminal.getvalue())
+    (line,) = refusal("\n".join(screen(terminal.getvalue())))
     assert line.startswith("paceline: ") and words in line
     assert not list(tmp_path.iterdir())
 

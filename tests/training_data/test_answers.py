@@ -76,7 +76,9 @@ def test_a_run_without_a_result_leaves_nothing_and_binds_nobody(folder, tmp_path
     source, out = write(tmp_path / "p.jsonl", PROMPTS[:1]), tmp_path / "new" / "out.jsonl"
     for mistyped in (["--model", folder + "x"], ["--drafter", "./nothing"], ["--tree", "tall", "--drafter", "ngram"]):
         assert generate(folder, source, "-o", out, *mistyped) == 2
-        assert capsys.readouterr().err.count("\n") == 1 and not out.parent.exists()
+        read, said = capsys.readouterr().err.splitlines()
+        assert read == "p.jsonl: read as prompts, 1 of 1 records" and said.startswith("paceline: ")
+        assert not out.parent.exists()
     assert generate(folder, source, "-o", out, "--temperatures", "0") == 0
     assert len(lines(out)) == 1
 
