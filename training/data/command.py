@@ -1,6 +1,7 @@
 """The commands `paceline data generate` and `paceline data prepare`: from options to function calls, and output."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,14 +59,22 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
                 asked = _invented(args, model, tokenizer, ledger, beginnings or [""], sampling, excluded, decoding)
             jobs = ledger.open_jobs(asked, temperatures, args.repeats, args.seed)
             answer(model, tokenizer, jobs, ledger, sampling, **decoding)
-        ledger.begin()  # also where every prompt was skipped
+        _check_answered(ledger)
+        ledger.begin()  # also where nothing was left to answer
     finally:
         ledger.close()
     print(ledger.summary())
-    if not ledger.done and not ledger.failed:
-        raise ValueError(f"no prompt could be answered; {ledger.problems.path} says why of each")
     if ledger.failed:
         print(f"run the same command again to try the failed ones again; see {ledger.problems.path}", file=sys.stderr)
+
+
+def _check_answered(ledger) -> None:
+    """Raise ValueError where every prompt was skipped; of that nothing is written."""
+    if ledger.done or ledger.failed:
+        return
+    reasons = Counter(problem["reason"] for problem in ledger.held)
+    said = "; ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(2))
+    raise ValueError(f"no prompt could be answered ({said or f'see {ledger.problems.path}'}); give others")
 
 
 def _local(args):
