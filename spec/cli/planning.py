@@ -78,7 +78,7 @@ def _plan_by_replay(
 
     prompts = [prompt for _, prompt in first_turns(args.calibrate, tokenizer, model, args.prompts)]
     parts = parts_of(drafter)
-    dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
+    dense = load_drafter(args.drafter, model, tokenizer=tokenizer) if args.draft_weights != "16" else drafter
     others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
     both = measure(model, [drafter, dense] if others else [drafter], executor, drawing)
     measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))

@@ -34,13 +34,22 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 class SlotModel:
-    """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once."""
+    """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once. `reads` (V,) are
+    the model's own ids of the tokens that it is given, where it has another vocabulary."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, capacity: int, taps: tuple[Tap, ...] = ()):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        capacity: int,
+        taps: tuple[Tap, ...] = (),
+        reads: Tensor | None = None,
+    ):
         masks.install()
         attention.install()
         config = model.config.get_text_config()
         self.model: PreTrainedModel | None = model
+        self.reads = reads
         self.cache_argument = cache_argument(model)
         self.capacity = capacity
         self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
@@ -90,13 +99,13 @@ class SlotModel:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
-        taps = self.traits.taps
+        taps, ids = self.traits.taps, tokens.clamp(min=0)
         hearing: AbstractContextManager[dict[Tap, Tensor]] = nullcontext({})
         if taps or idle_head:
             hearing = listening(idle_head)
         with showing(view), hearing as heard:
             out = self.model(
-                input_ids=tokens.clamp(min=0),
+                input_ids=ids if self.reads is None else self.reads[ids],
                 position_ids=view.query_positions.clamp(0, self.last_position),
                 use_cache=True,
                 logits_to_keep=keep,

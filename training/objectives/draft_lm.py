@@ -103,7 +103,7 @@ class DraftObjective(Objective):
     @classmethod
     def judge(cls, drafter: ModelDrafter, model, depths: int) -> Judge:
         return lambda batch: (
-            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary),
+            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary, reads=drafter.reads),
             next_tokens(batch)[1],
         )
 
@@ -189,14 +189,23 @@ class Known:
 
 @torch.no_grad()
 def draft_ranks(
-    model, batch: Batch, depths: int, chunk: int = 256, head: nn.Module | None = None, known: Tensor | None = None
+    model,
+    batch: Batch,
+    depths: int,
+    chunk: int = 256,
+    head: nn.Module | None = None,
+    known: Tensor | None = None,
+    reads: Tensor | None = None,
 ) -> Tensor:
     """`Objective.label_ranks` of any causal LM that drafts: (n, depths), ties in the order of ids.
 
-    `head` (the model's own if None) gives the logits of the tokens `known` (V',), or of all."""
+    `head` (the model's own if None) gives the logits of the tokens `known` (V',), or of all; `reads` (V,) are its own
+    ids of the batch's tokens, where these are of another vocabulary."""
     labels, counted = next_tokens(batch)  # (B, T-1)
+    vocab_size = model.config.get_text_config().vocab_size if reads is None else len(reads)
+    if reads is not None:
+        batch = {**batch, "input_ids": reads[batch["input_ids"]]}
     hidden = last_hidden_states(model, batch)[counted]  # (N, H)
-    vocab_size = model.config.get_text_config().vocab_size
     index_of_token = None if known is None else places(known, vocab_size)
     head, ranks = head or model.get_output_embeddings(), []
     for states, label in zip(hidden.split(chunk), labels[counted, None].split(chunk)):
