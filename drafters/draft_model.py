@@ -52,9 +52,11 @@ class ModelDrafter:
         rows = vocabulary if shared is None else shared.rows
         self.vocabulary = _placed(vocabulary if shared is None else shared.ids, model)
         self.reads = _placed(None if shared is None else shared.reads, model)
-        self.model, self.head_numbers = model, numbers(model.get_output_embeddings())
+        self.model, self.head_numbers = model, 0
         if rows is not None:
-            self.model = with_head(model, head_of_rows(model.get_output_embeddings(), rows.to(model.device)))
+            head = model.get_output_embeddings()
+            self.model = with_head(model, head_of_rows(head, rows.to(model.device)))
+            self.head_numbers = numbers(head)
         on_cpu = model.device.type == "cpu"
         self.default_shape = default_tree(rates, DEEPEST, on_cpu) if rates else TreeShape.chain(DEEPEST)
         self.traits = DrafterTraits(

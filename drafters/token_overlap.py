@@ -87,7 +87,8 @@ def shared_tokens(tokenizer: Any, draft_tokenizer: Any, size: int, draft_size: i
     reads[torch.tensor([*read], dtype=torch.int64)] = torch.tensor([*read.values()], dtype=torch.int64)
     ids = sorted(pairs)
     rows = [pairs[token] for token in ids]
-    return SharedTokens(torch.tensor(ids), torch.tensor(rows), reads, agree, len(texts))
+    common = torch.tensor([ids, rows], dtype=torch.int64)
+    return SharedTokens(common[0], common[1], reads, agree, len(texts))
 
 
 def _texts(tokenizer: Any, size: int) -> dict[int, bytes]:
