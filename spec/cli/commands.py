@@ -37,7 +37,7 @@ def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase",
     if args.drafter != "none":
         from ... import load_drafter
 
-        drafter = load_drafter(args.drafter, model, args.draft_weights)
+        drafter = load_drafter(args.drafter, model, args.draft_weights, tokenizer)
     return model, tokenizer, drafter
 
 

@@ -60,8 +60,7 @@ def plan(args: Namespace) -> None:
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
         _show([part.name for part in parts], rates, measured, planned)
     else:
-        encoded = [prompt for _, prompt in first_turns(prompts, tokenizer, model, args.max_new_tokens)]
-        planned = _plan_by_replay(args, model, encoded, drafter, executor, drawing)
+        planned = _plan_by_replay(args, model, tokenizer, prompts, drafter, executor, drawing)
     drafting = drafter if len(planned.shape) > 1 else NoDrafter()
     seconds = step_times.alone(model, step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing))
     print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
@@ -75,7 +74,8 @@ def plan(args: Namespace) -> None:
 def _plan_by_replay(
     args: Namespace,
     model: "PreTrainedModel",
-    prompts: list[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[BenchPrompt],
     drafter: Drafter,
     executor: str,
     drawing: DraftSampling,
@@ -83,12 +83,13 @@ def _plan_by_replay(
     """The plan for `drafter` by replay of the prompts, printed; beside it, of one in 4 bits, that of 16 bits."""
     from ... import load_drafter
 
+    encoded = [prompt for _, prompt in first_turns(prompts, tokenizer, model, args.max_new_tokens)]
     parts = parts_of(drafter)
-    dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
+    dense = load_drafter(args.drafter, model, tokenizer=tokenizer) if args.draft_weights != "16" else drafter
     others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
     both = measure(model, [drafter, dense] if others else [drafter], executor, drawing)
     measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
-    how = prompts, args.verify, args.temperature, args.max_new_tokens
+    how = encoded, args.verify, args.temperature, args.max_new_tokens
     found = calibrated(model, parts, measured, *how)
     _show([part.name for part in parts], found.rates, measured, found.plan)
     if len(parts) > 1:
