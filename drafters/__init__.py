@@ -3,28 +3,38 @@
 A drafter implements the protocol in `paceline.spec.proposal` and knows nothing of verification.
 """
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .kinds import KINDS, MODEL
+from .kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..spec.proposal import Drafter
+    from .draft_vocabulary import Tokenizers
 
 
 def load_drafter(
-    name_or_path: "str | Path | Drafter | PreTrainedModel", target: "PreTrainedModel", weights: str = "16"
+    name_or_path: "str | Path | Drafter | PreTrainedModel",
+    target: "PreTrainedModel",
+    weights: str = "16",
+    tokenizer: Any = None,
+    draft_tokenizer: Any = None,
 ) -> "Drafter":
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
     target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
     those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: trained
-    heads, or a causal LM with the target's vocabulary, loaded in the target's dtype onto its device. A causal LM that
-    is already loaded may be passed instead of a name, and a drafter is returned as it is.
+    heads, or a causal LM, loaded in the target's dtype onto its device. A causal LM that is already loaded may be
+    passed instead of a name, and a drafter is returned as it is.
+
+    A causal LM may have another vocabulary than the target, or another tokenizer: it then drafts the tokens that both
+    have. They are compared by `tokenizer`, the target's, and `draft_tokenizer`; each is taken from where its model was
+    loaded from, if it is not given.
 
     `weights` are "16", dense ones; "q4" or "q4-int8", blocks of 4 bits: a GGUF file's or a quantised folder's own (or
     "q8"), and other weights rounded to the nearest; or "auto", the quickest of these here. The text stays the target's.
@@ -44,7 +54,7 @@ def load_drafter(
             raise ValueError(
                 f"weights={weights!r} is for a drafter that is loaded by name, and this one is loaded already"
             )
-        return _around(name_or_path, target)
+        return _around(name_or_path, target, (tokenizer, draft_tokenizer))
     name = str(name_or_path)
     if name == "auto":
         return _best(target, weights)
@@ -55,10 +65,10 @@ def load_drafter(
         from .beside import Beside
 
         return Beside(load_drafter(first, target, weights), load_drafter(second, target, weights))
-    return _trained(name_or_path, target, weights)
+    return _trained(name_or_path, target, weights, (tokenizer, draft_tokenizer))
 
 
-def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
+def _around(model: Any, target: "PreTrainedModel", tokenizers: "Tokenizers") -> "Drafter":
     """`model` itself if it is a drafter; for a causal LM its `ModelDrafter`, the same object on every call."""
     import torch
 
@@ -74,8 +84,7 @@ def _around(model: Any, target: "PreTrainedModel") -> "Drafter":
             f"drafter is a {type(model).__name__}, the target itself, whose drafts cost as much as the text; pass a "
             "smaller model or 'ngram'"
         )
-    drafter = ModelDrafter.around(model)
-    drafter.check_vocabulary(target)
+    drafter = ModelDrafter.around(model, target, tokenizers)
     drafter.check_device(target.device)
     return drafter
 
@@ -89,11 +98,11 @@ def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
     folder = best_shipped(target)
     if folder is None:
         return NgramDrafter()
-    drafter = _trained(folder, target, weights)
+    drafter = _trained(folder, target, weights, (None, None))
     return Beside(drafter, NgramDrafter()) if drafter.traits.follows_any_tree else drafter
 
 
-def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str) -> "Drafter":
+def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str, tokenizers: "Tokenizers") -> "Drafter":
     """Heads or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.target.load import NAMED
     from .folder import read_folder
@@ -101,15 +110,18 @@ def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str) 
 
     source = shipped_folder(name_or_path) or name_or_path
     folder = None if str(source) in NAMED else read_folder(source)
-    if folder is not None:
+    if folder is None:
+        from .draft_model import ModelDrafter
+
+        load: Callable[[], Drafter] = partial(ModelDrafter.load, source, None, target, tokenizers)
+    else:
         folder.check_target(target)
-    kind = KINDS[MODEL if folder is None else folder.kind].drafter_class()
-    load = partial(kind.load, source, folder, target)
+        load = partial(KINDS[folder.kind].drafter_class().load, source, folder, target)
     if weights == "16":
         return load()
     from .draft_weights import made, quickest
     from .kept import state_of
 
-    make = partial(made, load, source, folder, target)
+    make = partial(made, load, source, folder, target, tokenizers)
     described = str(source), state_of(str(source), target)
     return quickest(make, described, target) if weights == "auto" else make(weights)

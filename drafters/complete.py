@@ -18,24 +18,33 @@ if TYPE_CHECKING:
 
 
 def complete(
-    name_or_path: str | Path, target: "PreTrainedModel", dtype: torch.dtype | None = None
+    name_or_path: str | Path,
+    target: "PreTrainedModel",
+    dtype: torch.dtype | None = None,
+    of_any_target: bool = False,
 ) -> "PreTrainedModel":
     """The draft model of a folder, hub id or short name, in the target's dtype (or `dtype`) on the target's device;
     tensors that were left out are taken from the target.
 
-    Raises ValueError where it cannot be loaded or shares weights with another target."""
+    Raises ValueError where it cannot be loaded, and where it was made for another target, unless it may be
+    `of_any_target` with the same shapes."""
     folder = None if str(name_or_path) in NAMED else read_folder(name_or_path)
-    if folder is not None:
+    if folder is not None and not of_any_target:
         folder.check_target(target)
     if folder is None or not folder.config.get("paceline_left_out"):
         return load_target(name_or_path, dtype or target.dtype, target.device, with_tokenizer=False)[0]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder.path), dtype=dtype or target.dtype)
-    tensors = folder.tensors()
+    tensors, expected = folder.tensors(), model.state_dict()
     for name, path_in_target in folder.config["paceline_left_out"].items():
         module, key = path_in_target.split(".")
-        tensors[name] = dense_parameters(getattr(target, f"get_{module}")())[key].cpu()
-    folder.check_tensors(tensors, model.state_dict())
+        tensors[name] = dense_parameters(getattr(target, f"get_{module}")()).get(key, torch.empty(0)).cpu()
+        if tensors[name].shape != expected[name].shape:
+            raise ValueError(
+                f"drafter {folder.path} shares {name} of shape {list(expected[name].shape)} with its target, and this "
+                f"one's is {list(tensors[name].shape)}; use a drafter of the same base model"
+            )
+    folder.check_tensors(tensors, expected)
     model.load_state_dict(tensors)
     return model.to(target.device).eval()

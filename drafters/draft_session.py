@@ -21,9 +21,15 @@ from .static_tree import StaticTree
 class ModelDraftSession:
     """One run of a draft model: its cache, and the forward that every step begins with."""
 
-    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        request: DraftRequest,
+        vocabulary: Tensor | None = None,
+        reads: Tensor | None = None,
+    ):
         self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
-        self.slots = SlotModel(model, request.batch, request.capacity)
+        self.slots = SlotModel(model, request.batch, request.capacity, reads=reads)
 
     @property
     def packable(self) -> list[torch.nn.Module]:
@@ -59,8 +65,14 @@ class ModelDraftSession:
 class StaticDraftSession(ModelDraftSession):
     """A fixed tree: the inner nodes of each level are forwarded together."""
 
-    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
-        super().__init__(model, request, vocabulary)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        request: DraftRequest,
+        vocabulary: Tensor | None = None,
+        reads: Tensor | None = None,
+    ):
+        super().__init__(model, request, vocabulary, reads)
         self.static = StaticTree(request, vocabulary)
 
     def propose(self, state: DecodeState) -> Proposal:

@@ -20,6 +20,7 @@ from ..spec.target.load import NAMED, load_target
 from ..spec.target.weights import CHOICES, Weights, block_layers, weights_form
 from ..spec.tree import TreeShape
 from .draft_model import ModelDrafter
+from .draft_vocabulary import Tokenizers, fit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,12 +44,13 @@ def made(
     source: str | Path,
     folder: "DrafterFolder | None",
     target: "PreTrainedModel",
+    tokenizers: Tokenizers,
     name: str,
 ) -> Drafter:
     """The drafter with weights `name`: in the blocks of its `source`, or what `load` gives, rounded to the nearest."""
     if name == "16":
         return load()
-    if folder is None and (drafter := own_blocks(source, target, name)) is not None:
+    if folder is None and (drafter := own_blocks(source, target, tokenizers, name)) is not None:
         return drafter
     if Weights(name).bits == 8:
         raise ValueError(
@@ -57,18 +59,19 @@ def made(
     return rounded(load(), name)
 
 
-def own_blocks(source: str | Path, target: "PreTrainedModel", weights: str) -> Drafter | None:
+def own_blocks(source: str | Path, target: "PreTrainedModel", tokenizers: Tokenizers, weights: str) -> Drafter | None:
     """The draft model of a GGUF file or quantised folder, in its own blocks; None for a source without blocks."""
     if not (str(source) in NAMED or str(source).lower().endswith(".gguf") or is_quantised(source)):
         return None
     model, _ = load_target(
         source, target.dtype, target.device, with_tokenizer=False, weights=weights.removesuffix("-int8")
     )
-    drafter = ModelDrafter(model, f"{Path(str(source)).name} in {weights}")
+    name = Path(str(source)).name
+    shared = fit(model, name, target, tokenizers, fetch=True)
+    drafter = ModelDrafter(model, f"{name} in {weights}", shared=shared)
     if Weights(weights).int8_activations:  # after the model's self-test, which looks for errors larger than theirs
-        for layer in block_layers(model).values():
+        for layer in block_layers(drafter.model).values():
             layer.round_activations()
-    drafter.check_vocabulary(target)
     return drafter
 
 

@@ -24,8 +24,14 @@ _EDGE = 1e-3
 class DynamicDraftSession(ModelDraftSession):
     """One run on a `DynamicShape`: N nodes, D levels, W paths forwarded per level, W children each."""
 
-    def __init__(self, model: PreTrainedModel, request: DraftRequest, vocabulary: Tensor | None = None):
-        super().__init__(model, request, vocabulary)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        request: DraftRequest,
+        vocabulary: Tensor | None = None,
+        reads: Tensor | None = None,
+    ):
+        super().__init__(model, request, vocabulary, reads)
         assert isinstance(request.shape, DynamicShape), "StaticDraftSession fills the others"
         self.shape, shape, device = request.shape, request.shape, request.device
         forwarded = 1 + shape.width * (shape.max_depth - 1)

@@ -4,6 +4,7 @@ The config says what kind of drafter it is (`paceline_drafter`) and for which ta
 (`paceline_target`: name and fingerprint). Nothing is unpickled. Knows no kind of drafter in particular.
 """
 
+import hashlib
 import json
 import os
 from contextlib import nullcontext
@@ -97,6 +98,12 @@ class DrafterFolder:
             return rates and [[float(p) for p in row] for row in rates]
         except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file} is no record of acceptance ({error}); delete it or evaluate again") from error
+
+
+def origin_of(folder: DrafterFolder) -> dict:
+    """What a drafter that goes on from the one in `folder` records of it, as `paceline_start`."""
+    digest = hashlib.sha256((folder.path / "model.safetensors").read_bytes()).hexdigest()
+    return {"name": folder.path.name, "target": folder.config.get("paceline_target"), "sha256": digest}
 
 
 def write_folder(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:

@@ -48,7 +48,6 @@ KINDS = {
     "medusa": Kind(".medusa:MedusaDrafter", "..training.objectives.heads:MedusaObjective", follows_any_tree=True),
     "draft_lm": Kind(".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective"),
 }
-MODEL = "draft_lm"  # the kind of an ordinary causal LM, whose config names no kind
 
 
 def _class(name: str) -> Any:

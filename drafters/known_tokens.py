@@ -4,14 +4,21 @@ The output stays the same: a token that is never drafted can still come from the
 Lists of known ids are ascending. Knows nothing of networks or training.
 """
 
+import copy
+import functools
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..spec.kernels.block_linear import BlockLinear
 from ..spec.target.weights import Linear, dense_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 FILE = "known_tokens.safetensors"  # in the folder of a draft model
 
@@ -34,11 +41,35 @@ def trimmed_head(head: Linear, ids: Tensor, dtype: torch.dtype) -> nn.Linear:
     """A frozen copy of a linear LM head that gives the logits of the tokens `ids` (V',) only; in `dtype` where the
     head's weight is in blocks."""
     weight, bias = dense_rows(head, ids, dtype), getattr(head, "bias", None)
-    made = nn.Linear(weight.shape[1], len(ids), bias is not None, device=weight.device, dtype=weight.dtype)
+    return _linear(weight, None if bias is None else bias.detach()[ids])
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
     made.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach()[ids], requires_grad=False)
+        made.bias = nn.Parameter(bias, requires_grad=False)
     return made
+
+
+def head_of_rows(head: Linear, rows: Tensor) -> Linear:
+    """A linear LM head with the outputs `rows` (V',) of another: in blocks as that is, on its memory where they are
+    its first ones."""
+    if isinstance(head, BlockLinear):
+        return head.of_rows(rows)
+    first = torch.equal(rows, torch.arange(len(rows), device=rows.device))
+    chosen = slice(len(rows)) if first else rows
+    bias = getattr(head, "bias", None)
+    return _linear(head.weight.detach()[chosen], None if bias is None else bias.detach()[chosen])
+
+
+def with_head(model: "PreTrainedModel", head: nn.Module) -> "PreTrainedModel":
+    """`model` with another LM head, on the same weights; `model` itself keeps its own."""
+    copied = copy.copy(model)
+    copied._modules = dict(copied._modules)
+    copied.__dict__.pop("_paceline_drafter", None)
+    copied.set_output_embeddings(head)
+    return copied
 
 
 class WidenedHead(nn.Module):
@@ -58,6 +89,20 @@ class WidenedHead(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:  # (..., H) -> (..., V)
         logits = self.head(hidden)
         return logits.new_full((*logits.shape[:-1], self.vocab_size), -torch.inf).index_copy(-1, self.ids, logits)
+
+
+def reading(model: "PreTrainedModel", reads: Tensor) -> "PreTrainedModel":
+    """`model`, a copy of the caller's own, from now on for token ids of another vocabulary: `reads` (V,) are its own
+    ids for them."""
+    plain, model.config = model.forward, copy.deepcopy(model.config)
+    model.config.get_text_config().vocab_size = len(reads)
+
+    @functools.wraps(plain)
+    def forward(input_ids: Tensor, **options: Any) -> Any:
+        return plain(input_ids=reads[input_ids], **options)
+
+    model.forward = forward
+    return model
 
 
 def write_known(folder: str | Path, ids: Tensor) -> None:

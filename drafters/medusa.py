@@ -57,6 +57,7 @@ class MedusaHeads(nn.Module):
         head = linear_head(target)
         self.settings = settings
         self.target = target_identity(target)
+        self.origin: dict | None = None  # the heads that these went on from, as `origin_of` describes them
         self.vocab_size, self.hidden_size = linear_shape(head)
         count, size, device = settings.heads, self.hidden_size, target.device
         self.weight = nn.Parameter(torch.zeros(settings.blocks, count, size, size, device=device))
@@ -149,6 +150,7 @@ class MedusaHeads(nn.Module):
         """Write a drafter folder, the weights in `dtype`. Tensors of the target are not stored."""
         sizes = {"vocab_size": self.vocab_size, "hidden_size": self.hidden_size, "known_tokens": len(self.vocabulary)}
         config = {"paceline_drafter": "medusa", "paceline_target": self.target, **asdict(self.settings), **sizes}
+        config |= {} if self.origin is None else {"paceline_start": self.origin}
         tensors = {
             name: tensor.to(dtype) if tensor.is_floating_point() else tensor
             for name, tensor in self.state_dict().items()
@@ -176,6 +178,7 @@ class MedusaHeads(nn.Module):
         heads = cls.make(settings, target, vocabulary)
         folder.check_tensors(tensors, heads.state_dict())
         heads.load_state_dict(tensors)
+        heads.origin = config.get("paceline_start")
         return heads.to(target.dtype).requires_grad_(False).eval()
 
 

@@ -210,13 +210,6 @@ def check_mask(mask: Tensor, shape: torch.Size | None = None) -> None:
         raise ValueError("attention_mask hides tokens behind the first visible one; pad the prompts on the left only")
 
 
-def check_writable(path: str | Path) -> None:
-    try:
-        open(path, "a").close()
-    except OSError as error:
-        raise ValueError(f"trace_file {path} cannot be written ({error.strerror}); choose another place") from error
-
-
 class BeyondContext(UserWarning):
     """A limit beyond the context of a model."""
 

@@ -5,7 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+from tqdm import tqdm
 
 from .trace import COMPILING, Event
 
@@ -50,6 +52,19 @@ def quietly() -> Iterator[None]:
         hub.set_verbosity(heard)
         if shown:
             logging.enable_progress_bar()
+
+
+class Bar(tqdm):
+    """A progress bar on a terminal, to be used in a `with` block. Where that ends in an error the bar goes, so that the
+    sentence that follows stands alone."""
+
+    def __init__(self, *values: Any, **options: Any):
+        super().__init__(*values, **{"file": sys.stderr, "dynamic_ncols": True, "disable": None, **options})
+
+    def close(self) -> None:
+        if isinstance(sys.exception(), Exception):
+            self.leave = False
+        super().close()
 
 
 class Streamer:

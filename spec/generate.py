@@ -37,7 +37,6 @@ from .arguments import (
     check_length,
     check_mask,
     check_model,
-    check_writable,
     own_inputs,
     setting,
 )
@@ -45,6 +44,7 @@ from .criteria import Lockstep, ScoreBook
 from .engines.executors import choose
 from .engines.reuse import PromptCache, check_reuse
 from .engines.runs import RunSpec, open_run
+from .files import check_writable
 from .inputs.numbers import check_seed, whole_number
 from .inputs.prompt_batch import PromptBatch
 from .loop import decode
@@ -135,7 +135,7 @@ def generate(
     attach(model)
     drafting = _drafter(drafter, model)
     if trace_file is not None:
-        check_writable(trace_file)
+        check_writable(trace_file, appended=True)
     shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafting)
     if seed is None and setting(model, kwargs, "do_sample"):
         seed = int(torch.randint(2**53, (), device="cpu"))

@@ -21,8 +21,9 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from . import loop
-from .arguments import CONFIG, IDLE, WITHOUT_EFFECT, check_writable, inputs_of, setting
+from .arguments import CONFIG, IDLE, WITHOUT_EFFECT, inputs_of, setting
 from .engines.executors import executor_names
+from .files import check_writable
 from .generate import SpeculativeOutput, generate
 from .metrics import summary
 from .plan.store import read_shape
@@ -211,7 +212,7 @@ def _checked(model: PreTrainedModel, drafter: Any, settings: dict[str, Any]) -> 
         if name in settings and settings[name] not in names:
             raise ValueError(f"{name}={settings[name]!r} is none of {', '.join(names)}")
     if file := settings.get("trace_file"):
-        check_writable(file)
+        check_writable(file, appended=True)
     active, current = (vars(model).get(key) for key in ("_paceline_patch", "generate"))
     if current is not None and current is not getattr(active, "function", None):
         raise ValueError("model.generate is somebody's own, which speculation would pass by; patch the model before it")

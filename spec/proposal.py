@@ -104,6 +104,7 @@ class DrafterTraits:
     deepest: int = 8  # levels of a tree planned for it
     modules: tuple[nn.Module, ...] = ()  # the modules that it runs; drafters of equal weights are equal
     vocabulary: Tensor | None = None  # (V',): the ids that it drafts, ascending; None: all
+    reads: Tensor | None = None  # (V,): what each id is in its own vocabulary, where that is another one
     causal_lm: "PreTrainedModel | None" = None  # the draft as an ordinary causal LM with logits of the whole vocabulary
     parts: tuple["Drafter", ...] = ()  # the drafters of which this one is a combination
     remembers: bool = True  # its sessions keep of a text what reading one more token would not give them

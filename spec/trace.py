@@ -92,7 +92,10 @@ class Trace:
         return metrics.prometheus(self.summary(), labels)
 
     def append_to(self, path: str | Path) -> None:
-        """Append the events to a JSONL file, one line each, marked with this call's `run` id."""
+        """Append the events to a JSONL file, one line each, marked with this call's `run` id. Without any, no file is
+        made."""
+        if not self.events:
+            return
         with open(path, "a", encoding="utf-8") as file:
             for event in self.events:
                 record = asdict(event)

@@ -41,7 +41,7 @@ COMMANDS = (
     "demo", "generate", "plan", "profile", "check", "bench", "report", "compare", "data generate", "data prepare",
     "train", "evaluate", "push", "quantise", "drafters", "models",
 )  # fmt: skip
-OTHERS = {"--no-deps", "--debug", "--help"}  # options that are not of one command
+OTHERS = {"--no-deps", "--debug", "--help", "--version"}  # options that are not of one command
 
 
 # Links.

@@ -15,6 +15,7 @@ import jinja2
 import yaml
 from safetensors import safe_open
 
+from ..drafters.shipped import shipped_folder
 from ..spec.files import whole, write_json
 from ..spec.plan.trees import Acceptance
 from .config import Config
@@ -35,7 +36,7 @@ def write_record(folder: Path, about: dict, config: Config) -> None:
     }
     write_json(folder / "training.json", record, sort_keys=True)
     digests, earlier = read_digests(config.data.folder), config.objective.get("start")
-    earlier_digests = read_digests(earlier) if earlier else set()
+    earlier_digests = read_digests(shipped_folder(earlier) or earlier) if earlier else set()
     if digests is not None and earlier_digests is not None:
         write_digests(folder / DIGESTS, digests | earlier_digests)
 

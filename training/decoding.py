@@ -3,9 +3,9 @@
 import contextlib
 from dataclasses import dataclass
 
-from tqdm import tqdm
 from transformers import GenerationConfig
 
+from ..spec.console import Bar
 from ..spec.generate import generate
 from ..spec.prompts import left_padded
 from ..spec.trace import Event
@@ -35,15 +35,16 @@ def decode(model, prompts: Prompts, drafter, shape, settings: Settings) -> list[
     order = sorted(range(len(prompts)), key=lambda number: prompts[number][1]["input_ids"].shape[1])
     events_of_prompts: list[list[Event]] = [[] for _ in prompts]
     settings_of_call = dict(verify=settings.verify, executor=settings.executor, max_new_tokens=settings.max_new_tokens)
-    for start in tqdm(range(0, len(order), BATCH), desc="decoding", unit="batch", leave=False, disable=None):
-        numbers = order[start : start + BATCH]
-        ids = [prompts[number][1]["input_ids"][0].tolist() for number in numbers]
-        batch = left_padded(ids, 0, model.device)
-        options = {**settings_of_call, **settings.sampling, "seed": numbers, "return_dict_in_generate": True}
-        with _own_law(model):
-            out = generate(model, **batch, drafter=drafter, tree=shape, **options)
-        for row, events in out.trace.rows():
-            events_of_prompts[numbers[row]] = events
+    with Bar(range(0, len(order), BATCH), desc="decoding", unit="batch", leave=False) as bar:
+        for start in bar:
+            numbers = order[start : start + BATCH]
+            ids = [prompts[number][1]["input_ids"][0].tolist() for number in numbers]
+            batch = left_padded(ids, 0, model.device)
+            options = {**settings_of_call, **settings.sampling, "seed": numbers, "return_dict_in_generate": True}
+            with _own_law(model):
+                out = generate(model, **batch, drafter=drafter, tree=shape, **options)
+            for row, events in out.trace.rows():
+                events_of_prompts[numbers[row]] = events
     return events_of_prompts
 
 

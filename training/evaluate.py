@@ -6,22 +6,21 @@ and the prompts are decoded with it. Estimate and measurement are written to one
 behind them and how they were made.
 """
 
-import os
 import shlex
 import sys
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from ..drafters.folder import read_folder
 from ..drafters.shipped import shipped_folder
 from ..spec.cli.commands import check_drawing, load
+from ..spec.cli.outputs import refuse_overlap
 from ..spec.cli.planning import first_turns, named_prompts
-from ..spec.console import table
+from ..spec.console import Bar, table
 from ..spec.data.sources import open_source
 from ..spec.engines.executors import choose
-from ..spec.files import write_json
+from ..spec.files import check_writable, write_json
 from ..spec.plan.calibration import calibrate
 from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
@@ -51,9 +50,9 @@ def evaluate(args) -> None:
     folder = _own_folder(args.drafter)
     if folder is None and not args.output:
         raise ValueError(f"{args.drafter} is no drafter folder here to keep its acceptance in; give a file with -o")
-    kept = Path(args.output or folder / "acceptance.json")
-    if not os.access(kept.parent, os.W_OK):
-        raise ValueError(f"{kept.parent} is no folder that can be written to; keep the acceptance elsewhere with -o")
+    kept = Path(args.output).resolve() if args.output else folder / "acceptance.json"
+    if not args.output:
+        _check_folder(kept, folder / "README.md", reads=args.prompts)
     asked = named_prompts(args, args.prompts)
     overlap = _overlap(folder, asked, args.prompts)
     model, tokenizer, drafter = load(args)
@@ -95,6 +94,16 @@ def _own_folder(name: str) -> Path | None:
     return path if path is not None and read_folder(path) is not None else None
 
 
+def _check_folder(*written: Path, reads: str) -> None:
+    """Raise ValueError where a drafter's folder cannot take its acceptance and card."""
+    refuse_overlap([reads], written)
+    for path in written:
+        try:
+            check_writable(path)
+        except ValueError as error:
+            raise ValueError(f"{error} with -o") from error
+
+
 def _overlap(folder: Path | None, prompts: list[BenchPrompt], name: str) -> int | None:
     """How many user turns of the prompts the drafter was trained on; None where that is not recorded."""
     trained = read_digests(folder) if folder is not None else None
@@ -130,8 +139,9 @@ def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Setti
     else:
         batches, text = _answers(model, prompts, args.max_new_tokens), "the target's own greedy answers to the prompts"
     answers: list[torch.Tensor] = []
-    for batch in tqdm(batches, desc="judging", unit="batch", disable=None):
-        answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
+    with Bar(batches, desc="judging", unit="batch") as bar:
+        for batch in bar:
+            answers += spans(*judge({name: values.to(model.device) for name, values in batch.items()}))
     if not answers:
         raise ValueError("there is no token of the target's own in the text to judge the drafter on; give more")
     depths = answers[0].shape[1]
@@ -180,7 +190,7 @@ def _held_out(folder: str, model, tokenizer) -> list[Batch]:
 def _answers(model, prompts: Prompts, new_tokens: int) -> list[Batch]:
     """The target's own greedy answers as batches of rows of similar length, one document per row."""
     texts: list[tuple[list[int], list[int]]] = []  # tokens, and which of them are the answer's
-    with tqdm(total=len(prompts), desc="answering", unit="prompt", leave=False, disable=None) as bar:
+    with Bar(total=len(prompts), desc="answering", unit="prompt", leave=False) as bar:
 
         def finish(text: Text, new: list[int], failed: bool) -> None:
             if failed:

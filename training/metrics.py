@@ -5,8 +5,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
+from ..spec.console import Bar
 from ..spec.files import whole
 
 
@@ -55,7 +54,7 @@ class Report:
         if accelerator.is_main_process:
             _forget_after(self.path, done)
         accelerator.init_trackers("paceline", config=_flat(settings))
-        self.bar = tqdm(total=steps, initial=done, unit="step", disable=None if accelerator.is_main_process else True)
+        self.bar = Bar(total=steps, initial=done, unit="step", disable=None if accelerator.is_main_process else True)
 
     def write(self, step: int, values: dict[str, float | None]) -> None:
         if not self.accelerator.is_main_process:

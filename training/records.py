@@ -10,19 +10,24 @@ from pathlib import Path
 
 
 class Journal:
-    """Appends JSON objects to `path`, one a line, each synced to disk before `add` returns.
+    """Appends JSON objects to `path`, one a line, each synced to disk before `add` returns. The first makes the file.
 
     `records` are those already in the file. Raises ValueError for a file that holds anything else."""
 
     def __init__(self, path: str | Path):
-        self.path = Path(path)
+        self.path, self.file = Path(path), None
+        self.records: list[dict] = []
+        if self.path.exists():
+            self._open()
+            try:
+                self.records = list(self._whole_lines())
+            except ValueError:
+                self.close()
+                raise
+
+    def _open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b")  # noqa: SIM115 (kept open, closed by `close`)
-        try:
-            self.records = list(self._whole_lines())
-        except ValueError:
-            self.close()
-            raise
 
     def _whole_lines(self):
         self.file.seek(0)
@@ -43,12 +48,20 @@ class Journal:
         self.file.truncate(end)
 
     def add(self, record: dict) -> None:
+        if self.file is None:
+            self._open()
         self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
         self.file.flush()
         os.fsync(self.file.fileno())
 
+    def clear(self) -> None:
+        """Forget all records."""
+        if self.file is not None:
+            self.file.truncate(0)
+
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
 
     def __enter__(self) -> "Journal":
         return self

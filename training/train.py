@@ -24,8 +24,10 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from .. import load_drafter
 from ..drafters.kinds import KINDS
+from ..spec.cli.outputs import refuse_overlap
 from ..spec.cli.planning import first_turns
 from ..spec.data.sources import open_source
+from ..spec.files import check_writable, write_output
 from ..spec.kernels.cpu import emulates_bfloat16, has_bfloat16
 from ..spec.prompts import BenchPrompt, read_bench_prompts
 from ..spec.provenance import target_fingerprint
@@ -50,14 +52,15 @@ _WAYS = "use DDP (the default) or FSDP2 (configs/fsdp2.yaml)"
 def train(args) -> None:
     """Train as the configuration says; `--plan` stops after the plan, `--resume` goes on where a run stopped."""
     transformers.utils.logging.disable_progress_bar()
-    stopped = run(configuration.load(args.config, args.overrides), plan_only=args.plan, resume=args.resume)
+    stopped = run(configuration.load(args.config, args.overrides), args.plan, args.resume, args.config)
     if stopped is not None:
         print("stopped and saved; go on with --resume", file=sys.stderr)
         sys.exit(130 if stopped == signal.SIGINT else 143)
 
 
-def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | None:
-    """Train; returns the number of the signal that stopped it, if any. Raises ValueError for a user's errors."""
+def run(config: Config, plan_only: bool = False, resume: bool = False, source: str | Path | None = None) -> int | None:
+    """Train; returns the number of the signal that stopped it, if any. `source` is the file that the configuration was
+    read from. Raises ValueError for a user's errors."""
     config = _with_precision(config)
     kind = objective_of(config.objective)
     check_trackers(config.run.trackers)
@@ -65,6 +68,8 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     accelerator = _accelerator(config)
     if not resume and not plan_only and any(folder.glob("step-*")):
         raise ValueError(f"run.folder {folder} holds a run; go on with it by --resume, or choose another folder")
+    if not plan_only:
+        _check_outputs(config, None if resume else source)
     splits, about = open_data(config.data.folder)
     prompts = _decoded_prompts(config)
     target = config.target
@@ -102,11 +107,20 @@ def run(config: Config, plan_only: bool = False, resume: bool = False) -> int | 
     if resume and not trainer.resume():
         accelerator.print(f"{folder} holds no checkpoint; starting from the beginning", file=sys.stderr)
     for name, text in _documents(config).items() if accelerator.is_main_process else ():
-        (folder / name).write_text(text, encoding="utf-8")
+        if source is None or (folder / name).resolve() != Path(source).resolve():  # resumed by its own configuration
+            write_output(folder / name, text)
     stopped = trainer.train(plan.steps)
     if accelerator.is_main_process:
         _describe(folder, about, config)
     return stopped
+
+
+def _check_outputs(config: Config, source: str | Path | None) -> None:
+    """Raise ValueError where the files of a run cannot be written, or would overwrite what it reads."""
+    written = [Path(config.run.folder) / name for name in ("config.yaml", "versions.json", "metrics.jsonl")]
+    refuse_overlap([path for path in (source, config.run.decode_prompts) if path], written)
+    for path in written:
+        check_writable(path, make_folders=True)
 
 
 def _describe(folder: Path, about: dict, config: Config) -> None:

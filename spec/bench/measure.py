@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
 
 from .. import provenance
 from ..cli.commands import load_model
+from ..console import Bar
 from ..data.content import Unfit
 from ..data.entries import Source
 from ..data.forms import parse_columns
@@ -84,7 +84,7 @@ def _decoder(method: Method, model: "PreTrainedModel", tokenizer: "PreTrainedTok
     if method.drafter is not None:
         from ... import load_drafter
 
-        drafter = load_drafter(method.drafter, model)
+        drafter = load_drafter(method.drafter, model, tokenizer=tokenizer)
         if method.executor is None and drafter.traits.causal_lm is None:
             raise ValueError(f"method {method.name!r}: {method.drafter} is no draft model that transformers can run")
     if method.kind == "drafted":
@@ -120,7 +120,7 @@ class Bench:
         batches = [prompts[start : start + self.args.batch] for start in range(0, len(prompts), self.args.batch)]
         rounds = self.args.repeats * sum(len(prompt.turns) for prompt in prompts)
         left_out = 0
-        with tqdm(total=rounds, unit="turn", desc="bench", file=sys.stderr, dynamic_ncols=True, disable=None) as bar:
+        with Bar(total=rounds, unit="turn", desc="bench") as bar:
             for number, batch in enumerate(batches):
                 for turn in range(max(len(prompt.turns) for prompt in batch)):
                     asked = [(prompt, self._context(prompt, turn)) for prompt in batch if len(prompt.turns) > turn]

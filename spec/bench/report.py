@@ -9,12 +9,12 @@ import sys
 from argparse import Namespace
 from dataclasses import asdict
 from importlib.resources import files
-from pathlib import Path
 
 from jinja2 import Environment
 
 from ..check.differences import compare_checks, read_check
 from ..console import table
+from ..files import write_output
 from . import drawing, picture, wording
 from .analysis import FEW, analyse, check_comparable, paired
 from .intervals import Interval, quotient_interval
@@ -38,14 +38,14 @@ def report(args: Namespace) -> None:
     asked = [path for path in (args.output, args.markdown, args.json, args.picture) if path]
     if not asked:
         args.markdown = "-"
-    if args.output:
-        _put(args.output, page(figures, runs))
-    if args.markdown:
-        _put(args.markdown, markdown(figures))
-    if args.json:
-        _put(args.json, json.dumps(figures, indent=1) + "\n")
-    if args.picture:
-        _put(args.picture, drawn(figures, runs))
+    kinds = [
+        (args.output, lambda: page(figures, runs)),
+        (args.markdown, lambda: markdown(figures)),
+        (args.json, lambda: json.dumps(figures, indent=1) + "\n"),
+        (args.picture, lambda: drawn(figures, runs)),
+    ]
+    for path, text in [(path, make()) for path, make in kinds if path]:  # all are made before one is written
+        write_output(path, text)
     if asked and "-" not in asked:
         print(f"{wording.conclusion(figures)}\nwritten: {', '.join(asked)}")
 
@@ -55,16 +55,6 @@ def _read(path: str) -> Run:
     if run.warning:
         print(run.warning, file=sys.stderr)
     return run
-
-
-def _put(path: str, text: str) -> None:
-    if path == "-":
-        sys.stdout.write(text)
-        return
-    try:
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise ValueError(f"{path} cannot be written ({error.strerror}); choose another place") from error
 
 
 def page(figures: dict, runs: list[Run]) -> str:

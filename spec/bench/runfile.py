@@ -8,6 +8,7 @@ a file that was cut, mixed or written by two is read, and what was left out is c
 import contextlib
 import io
 import json
+import os
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -175,37 +176,49 @@ def _parsed(line: bytes) -> dict | None:
 class RunWriter:
     """Appends to a run file that no other bench writes; what an interruption cut off at its end is cut.
 
-    `done` are the records that are there already. Raises ValueError where the file is of another setup, naming the
-    difference, cannot be written, or is being written by another process."""
+    `done` are the records that are there already. A file without any begins anew, with the first of them. Raises
+    ValueError where the file is of another setup, naming the difference, cannot be written, or is being written by
+    another process."""
 
     def __init__(self, path: str | Path, header: dict):
+        self.path, self.head = Path(path), json.dumps(header) + "\n"
         try:
             self.file = open(path, "a+b", buffering=0)  # noqa: SIM115  (held open while measuring)
         except OSError as error:
             raise ValueError(f"run file {path} cannot be written ({error.strerror}); choose another place") from error
         try:
             _lock(self.file, path)
-            self.done: list[Record] = []
-            self.file.seek(0)
-            start = self.file.read()
-            if b"\n" not in start:
-                if not (json.dumps(header) + "\n").encode().startswith(start[:20]):
-                    raise ValueError(f"{path} is no run file; choose another place, nothing was overwritten")
-                self.file.truncate(0)
-                self._write(json.dumps(header) + "\n")
-                return
-            run, end = _read(path)
-            for name in ("setup", "methods"):
-                check_equal(path, name, run.header[name], header[name])
-            self.file.truncate(end)
-            self.done = run.records
         except BaseException:
             self.file.close()
             raise
+        try:
+            self.done = self._begun(header)
+            self.begun = bool(self.done)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begun(self, header: dict) -> list[Record]:
+        """The records that are there, of which nothing incomplete stays."""
+        self.file.seek(0)
+        start = self.file.read()
+        if b"\n" not in start:
+            if not self.head.encode().startswith(start[:20]):
+                raise ValueError(f"{self.path} is no run file; choose another place, nothing was overwritten")
+            return []
+        run, end = _read(self.path)
+        if run.records:
+            for name in ("setup", "methods"):
+                check_equal(self.path, name, run.header[name], header[name])
+            self.file.truncate(end)
+        return run.records
 
     def append(self, records: list[Record]) -> None:
         """Write the lines of a batch with one call."""
-        self._write("".join(record.line() for record in records))
+        if not self.begun:
+            self.file.truncate(0)
+        self._write(("" if self.begun else self.head) + "".join(record.line() for record in records))
+        self.begun = True
 
     def _write(self, text: str) -> None:
         data = memoryview(text.encode())
@@ -213,6 +226,10 @@ class RunWriter:
             data = data[self.file.write(data) :]
 
     def close(self) -> None:
+        """Close the file; an empty one goes."""
+        if not os.fstat(self.file.fileno()).st_size:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
         self.file.close()
 
 
@@ -250,5 +267,7 @@ def _lock(file: io.FileIO, path: str | Path) -> None:
         return
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # the other has put another file there
+            raise FileExistsError(path)
     except OSError as error:
         raise ValueError(f"{path} is being written by another bench; wait for it, or write to another file") from error

@@ -1,7 +1,7 @@
 """The command `paceline check`: five parts over one model, within a time budget; findings are written as they come.
 
-A model that does not fit or an output that cannot be written is refused before any work. After that only the budget
-and Ctrl-C end the check, and both leave the findings so far in the JSON file.
+A model that does not fit is refused before any work. After that only the budget and Ctrl-C end the check, and both
+leave the findings so far in the JSON file.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ import torch
 
 from .. import provenance
 from ..engines.runs import reset
-from ..files import write_json
+from ..files import write_json, write_output
 from ..kernels import native
 from ..target.selftest import check_kind
 from ..target.weights import parameter_count, weights_form
@@ -49,8 +49,7 @@ class ScheduledPart:
 
 def check(args: Namespace) -> int:
     """Run the check; returns the exit code: 1 where decoding is not lossless, or no text could be compared."""
-    output, markdown = (Path(path) if path and path != "-" else None for path in (args.output, args.markdown))
-    _check_outputs(args, [path for path in (output, markdown) if path])
+    output = Path(args.output).resolve() if args.output else None
     executors = all_executors(args.executors)
     subject = _subject(args, executors)
     clock = Clock(args.budget, args.started)
@@ -68,7 +67,7 @@ def check(args: Namespace) -> int:
         if output:
             write_json(output, result.as_dict(sentence))
         if args.markdown:
-            _write_markdown(markdown, result.markdown(sentence))
+            write_output(args.markdown, result.markdown(sentence))
         reset(subject.model)
     print(f"\n{sentence}")
     keep_better_capture(subject.device, result)
@@ -188,29 +187,3 @@ def _about(args: Namespace, subject: Subject) -> dict:
         },
         "budget": args.budget,
     }  # fmt: skip
-
-
-def _check_outputs(args: Namespace, outputs: list[Path]) -> None:
-    """Refuse, before any work, an output that is no file, cannot be written, or is another output or an input."""
-    if args.output == "-":
-        raise ValueError("-o - is no file and the tables go to standard output; give a file for the JSON")
-    inputs = [Path(path) for path in (args.config, args.model) if path]
-    for number, path in enumerate(outputs):
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{path} is no ordinary file; give another place")
-        if any(path.resolve() == file.resolve() for file in [*outputs[:number], *inputs]):
-            raise ValueError(f"{path} is named twice, as an output and as something else; give another place")
-        try:
-            existed = path.exists()
-            open(path, "a").close()
-            if not existed:
-                path.unlink()
-        except OSError as error:
-            raise ValueError(f"{path} cannot be written ({error.strerror}); choose another place") from error
-
-
-def _write_markdown(path: Path | None, text: str) -> None:
-    if path is None:
-        sys.stdout.write(text)
-    else:
-        path.write_text(text, encoding="utf-8")

@@ -3,6 +3,7 @@
 import argparse
 from collections import namedtuple
 
+from ... import __version__
 from . import options
 from .parser import Parser, add_command
 
@@ -93,11 +94,12 @@ the text is exactly the target's own."""
 def make_parser() -> Parser:
     parser = Parser(
         prog="paceline",
-        usage="paceline [-h] [--debug] COMMAND ...",
+        usage="paceline [-h] [--version] [--debug] COMMAND ...",
         description=f"{_ABOUT}\n\n{_listed()}",
         epilog="Begin with paceline demo. paceline COMMAND --help tells about a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"paceline {__version__}", help="print it, and stop")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error, and all warnings")
     commands = parser.add_subparsers(dest="command", prog="paceline", metavar="COMMAND", help=argparse.SUPPRESS)
     for name, command in COMMANDS.items():

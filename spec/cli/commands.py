@@ -30,12 +30,14 @@ def load_model(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizer
 
 def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Drafter | None]:
     """The model, tokenizer and drafter that the options name."""
+    if args.drafter == "none" and getattr(args, "tree", None) is not None:
+        raise ValueError(f"--tree {args.tree} is of guesses and --drafter none makes none; leave one of them out")
     model, tokenizer = load_model(args)
     drafter = None
     if args.drafter != "none":
         from ... import load_drafter
 
-        drafter = load_drafter(args.drafter, model, args.draft_weights)
+        drafter = load_drafter(args.drafter, model, args.draft_weights, tokenizer)
     return model, tokenizer, drafter
 
 

@@ -36,9 +36,10 @@ PROMPTS = {
 
 
 def demo(args: Namespace) -> None:
-    model, tokenizer, drafter = load(args)
-    if drafter is None:
+    if args.drafter == "none":
         raise ValueError("--drafter none leaves nothing to show; choose a drafter, for instance ngram")
+    model, tokenizer, drafter = load(args)
+    assert drafter is not None
     if args.executor == "auto":
         args.executor = choose("auto", model.device, LONG_RUN, capturable=True, compiled_before=False)
     coloured, dtype, chat = colours(), str(model.dtype).removeprefix("torch."), bool(tokenizer.chat_template)

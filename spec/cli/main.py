@@ -11,6 +11,7 @@ import warnings
 from importlib import import_module
 
 from .catalogue import COMMANDS, make_parser
+from .outputs import check_files
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args) -> int:
     """The command, and its exit code."""
     try:
+        check_files(vars(args).values())
         command = getattr(import_module(COMMANDS[args.command].module, __package__), args.command)
         return command(args) or 0
     except KeyboardInterrupt:

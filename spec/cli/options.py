@@ -2,9 +2,17 @@
 
 import argparse
 
+from .outputs import AppendedOutput, DrafterInput, Input, OutputFolder, StreamedOutput
 from .parser import Parser, add_command
 
 _PROMPTS = "JSON lines, a JSON array, Parquet, a data set's folder or hub id; of any usual form"
+
+
+class AnswersOutput(AppendedOutput):
+    """Answers, and the files of the run that makes them."""
+
+    makes_folders = True
+    endings = (".run.json", ".problems.jsonl", ".turns.jsonl")
 
 
 def demo(parser: Parser) -> None:
@@ -16,34 +24,39 @@ def demo(parser: Parser) -> None:
 def generate(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--prompt", metavar="TEXT", help="text to continue")
-    source.add_argument("--prompt-file", metavar="FILE", help="file with the text to continue; - is standard input")
+    source.add_argument(
+        "--prompt-file", type=Input, metavar="FILE", help="with the text to continue; - is standard input"
+    )
     source.add_argument("--chat", metavar="TEXT", help="a user's message, put into the model's chat template")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="at most (default 128)")
     _drawing_options(parser, "match, residual or typical")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus, when sampling (default 1)")
     parser.add_argument("--seed", type=int, metavar="S", help="of the sampling noise (default: drawn, and printed)")
-    parser.add_argument("--trace", metavar="FILE", help="append one JSON line per step to this file")
+    parser.writes("--trace", kind=AppendedOutput, metavar="FILE", help="append one JSON line per step to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
     _model_options(parser)
 
 
 def check(parser: Parser) -> None:
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", metavar="NAME", help="check with this model: folder, GGUF file, short name or hub id")
+    what.add_argument(
+        "--model", type=Input, metavar="NAME", help="check this model: folder, GGUF file, short name or hub id"
+    )
     shapes = "random weights in the shape of a known model, no download (default %(default)s)"
     what.add_argument("--shape", default="smollm2-135m", metavar="NAME", help=shapes)
-    what.add_argument("--config", metavar="FILE", help="random weights in the shape of this config.json")
-    parser.add_argument("--executors", default="all", metavar="LIST", help="all, or some of them, with commas between")
+    what.add_argument("--config", type=Input, metavar="FILE", help="random weights in the shape of this config.json")
+    parser.add_argument("--executors", default="all", metavar="LIST", help="some, with commas between (default all)")
     budget = "that the check may take, within a fifth (default 100)"
     parser.add_argument("--budget", type=_seconds, default=100.0, metavar="SECONDS", help=budget)
-    parser.add_argument("-o", "--output", metavar="FILE", help="everything that was found, raw, as JSON")
-    parser.add_argument("--markdown", metavar="FILE", help="the tables as Markdown; - is standard output")
+    parser.writes("-o", "--output", metavar="FILE", help="everything that was found, raw, as JSON")
+    parser.writes("--markdown", kind=StreamedOutput, metavar="FILE", help="tables as Markdown; - is standard output")
     _device_options(parser)
 
 
 def bench(parser: Parser) -> None:
-    parser.add_argument("prompts", metavar="PROMPTS", help=_PROMPTS)
-    parser.add_argument("-o", "--output", required=True, metavar="RUN", help="JSONL to append to; a run goes on")
+    parser.reads("prompts", metavar="PROMPTS", help=_PROMPTS)
+    run = "JSONL to append to; a run goes on"
+    parser.writes("-o", "--output", kind=AppendedOutput, required=True, metavar="RUN", help=run)
     parser.add_argument(
         "--methods", nargs="+", default=["ngram"], metavar="METHOD",
         help="ar, ngram, a draft model or drafter folder, transformers, transformers-lookup, "
@@ -59,36 +72,38 @@ def bench(parser: Parser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
     parser.add_argument("--threads", type=_positive, metavar="N", help="that torch uses (default: its own choice)")
-    _model_options(parser, drafter=False, tree=False)
+    _model_options(parser, drafter=False, tree="")
 
 
 def report(parser: Parser) -> None:
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="files of paceline bench, compared side by side")
-    parser.add_argument("-o", "--output", metavar="FILE", help="the page, one HTML file")
-    parser.add_argument("--markdown", metavar="FILE", help="the tables as Markdown; - is standard output")
-    parser.add_argument("--json", metavar="FILE", help="all figures; - is standard output")
+    parser.reads("runs", nargs="+", metavar="RUN", help="files of paceline bench, compared side by side")
+    parser.writes("-o", "--output", kind=StreamedOutput, metavar="FILE", help="the page, one HTML file")
+    parser.writes("--markdown", kind=StreamedOutput, metavar="FILE", help="tables as Markdown; - is standard output")
+    parser.writes("--json", kind=StreamedOutput, metavar="FILE", help="all figures; - is standard output")
     steps = "one SVG of some steps of a text with their drafted trees; docs/picture.svg was made so, of one prompt"
-    parser.add_argument("--picture", metavar="FILE", help=steps)
+    parser.writes("--picture", kind=StreamedOutput, metavar="FILE", help=steps)
 
 
 def compare(parser: Parser) -> None:
-    parser.add_argument("runs", nargs=2, metavar="FILE", help="A, then B: of paceline bench, or of paceline check")
+    parser.reads("runs", nargs=2, metavar="FILE", help="A, then B: of paceline bench, or of paceline check")
 
 
 def plan(parser: Parser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--calibrate", metavar="PROMPTS", help=f"prompts to try: {_PROMPTS}")
-    source.add_argument("--from", dest="run", metavar="RUN", help="take the acceptance that paceline bench measured")
+    source.add_argument("--calibrate", type=Input, metavar="PROMPTS", help=f"prompts to try: {_PROMPTS}")
+    source.add_argument(
+        "--from", dest="run", type=Input, metavar="RUN", help="take the acceptance that paceline bench measured"
+    )
     parser.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
     _record_options(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     _drawing_options(parser, "match or residual")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the plan here too, for --tree FILE.json")
-    _model_options(parser)
+    parser.writes("-o", "--output", metavar="FILE", help="write the plan here too, for --tree FILE.json")
+    _model_options(parser, tree="")
 
 
 def profile(parser: Parser) -> None:
-    _model_options(parser)
+    _model_options(parser, tree="")
 
 
 def data(parser: Parser) -> None:
@@ -104,10 +119,11 @@ def data(parser: Parser) -> None:
 
 
 def data_generate(parser: Parser) -> None:
-    parser.add_argument("prompts", nargs="?", metavar="PROMPTS", help=_PROMPTS)
-    parser.add_argument("-o", "--output", metavar="FILE", help="JSONL to append to; a run that was killed goes on")
+    parser.reads("prompts", nargs="?", metavar="PROMPTS", help=_PROMPTS)
+    again = "JSONL to append to; a run that was killed goes on"
+    parser.writes("-o", "--output", kind=AnswersOutput, metavar="FILE", help=again)
     parser.add_argument("--source", choices=["self"], help="self: the target invents the user turns too")
-    parser.add_argument("--beginnings", metavar="FILE", help="of invented turns: a text file, one on each line")
+    parser.reads("--beginnings", metavar="FILE", help="of invented turns: a text file, one on each line")
     parser.add_argument("--count", type=_positive, default=1000, metavar="N", help="of those (default 1000)")
     _record_options(parser)
     parser.add_argument("--temperatures", default="0,0.7,1.0", metavar="LIST", help="default 0,0.7,1.0")
@@ -117,7 +133,7 @@ def data_generate(parser: Parser) -> None:
     parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="texts at a time (default 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
     parser.add_argument("--limit-tokens", type=_positive, metavar="N", help="begin no text beyond this many tokens")
-    parser.add_argument("--exclude", metavar="FILE", help="prompts of this file are left out, wherever they occur")
+    parser.reads("--exclude", metavar="FILE", help="prompts of this file are left out, wherever they occur")
     parser.add_argument("--server", metavar="URL", help="ask this OpenAI-compatible server (.../v1) instead")
     parser.add_argument(
         "--compare-transformers", action="store_true", help="time transformers' generate() beside ours, write nothing"
@@ -127,15 +143,12 @@ def data_generate(parser: Parser) -> None:
 
 
 def data_prepare(parser: Parser) -> None:
-    parser.add_argument(
-        "sources",
-        nargs="+",
-        metavar="SOURCE",
-        help="records (JSON lines, a JSON array, Parquet, a data set), text files, folders of both, mixtures (YAML)",
-    )
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="data set to make")
-    parser.add_argument("--model", default="smollm2-135m", metavar="NAME", help="the target, for its tokenizer")
-    parser.add_argument("--tokenizer", metavar="NAME", help="folder or hub id of a tokenizer, instead")
+    records = "records (JSON lines, a JSON array, Parquet, a data set), text files, folders of both, mixtures (YAML)"
+    parser.reads("sources", nargs="+", metavar="SOURCE", help=records)
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="data set to make")
+    target = "the target, for its tokenizer (default %(default)s)"
+    parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
+    parser.reads("--tokenizer", metavar="NAME", help="folder or hub id of a tokenizer, instead")
     _record_options(parser)
     parser.add_argument("--tokens", type=_positive, metavar="N", help="how many to take of a mixture")
     longest = "of a row (default 1024, or the target's context where that is shorter)"
@@ -146,22 +159,22 @@ def data_prepare(parser: Parser) -> None:
 
 
 def train(parser: Parser) -> None:
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file, or the name of a recipe in configs/")
+    parser.reads("config", metavar="CONFIG", help="a YAML file, or the name of a recipe in configs/")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as optimisation.batch=16")
     parser.add_argument("--plan", action="store_true", help="print parameters, tokens, steps, time and disk, and stop")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in run.folder")
 
 
 def evaluate(parser: Parser) -> None:
-    parser.add_argument("drafter", metavar="DRAFTER", help="its folder; or ngram, a name or a model, with -o")
+    parser.reads("drafter", kind=DrafterInput, metavar="DRAFTER", help="its folder; or ngram, a name, a model, with -o")
     parser.set_defaults(draft_weights="16")  # what is judged are the weights as they were trained
-    parser.add_argument("--prompts", required=True, metavar="FILE", help=f"to decode: {_PROMPTS}")
+    parser.reads("--prompts", required=True, metavar="FILE", help=f"to decode: {_PROMPTS}")
     _record_options(parser)
-    parser.add_argument("--data", metavar="FOLDER", help="judge on the held-out rows of this prepared data")
+    parser.reads("--data", metavar="FOLDER", help="judge on the held-out rows of this prepared data")
     parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="per prompt (default 128)")
     _drawing_options(parser, "match or residual")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write here, and leave the drafter's folder as it is")
-    _model_options(parser, drafter=False)
+    parser.writes("-o", "--output", metavar="FILE", help="write here, and leave the drafter's folder as it is")
+    _model_options(parser, drafter=False, tree="the plan that is kept, or one made of what is counted")
 
 
 def push(parser: Parser) -> None:
@@ -171,15 +184,15 @@ def push(parser: Parser) -> None:
 
 
 def quantise(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="folder, short name or hub id")
-    parser.add_argument("-o", "--output", required=True, metavar="FOLDER", help="to make, a target for --model")
+    parser.reads("model", metavar="MODEL", help="folder, short name or hub id")
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --model")
     parser.add_argument("--bits", type=int, choices=[4, 8], default=4, help="of a weight (default 4)")
     groups = "weights that share a scale: 32, 64 or 128 (default 64)"
     parser.add_argument("--group", type=int, choices=[32, 64, 128], default=64, metavar="N", help=groups)
     heads = "of the LM head: 4, 8 or 16 (default 8)"
     parser.add_argument("--head-bits", type=int, choices=[4, 8, 16], default=8, metavar="N", help=heads)
     texts = "records: prompts, which the model answers, or conversations and texts, taken as they are"
-    parser.add_argument("--calibrate", metavar="FILE", help=texts)
+    parser.reads("--calibrate", metavar="FILE", help=texts)
     _record_options(parser)
     several = "to calibrate on, and half as many to measure on (default 48)"
     parser.add_argument("--texts", type=_positive, default=48, metavar="N", help=several)
@@ -205,10 +218,11 @@ def _drawing_options(parser: Parser, rules: str) -> None:
     parser.add_argument("--verify", default="match", metavar="RULE", help=kept)
 
 
-def _model_options(parser: Parser, drafter: bool = True, tree: bool = True) -> None:
+def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafter's own") -> None:
     group = parser.add_argument_group("model and drafter" if drafter else "model")
     group.add_argument(
         "--model",
+        type=Input,
         default="smollm2-135m",
         metavar="NAME",
         help="folder, GGUF file, short name or hub id (default %(default)s)",
@@ -218,15 +232,15 @@ def _model_options(parser: Parser, drafter: bool = True, tree: bool = True) -> N
             "auto: the best heads of the package, and ngram; ngram; a folder or model; HEADS+ngram; none "
             "(default %(default)s)"
         )
-        group.add_argument("--drafter", default="auto", metavar="NAME", help=named)
+        group.add_argument("--drafter", type=DrafterInput, default="auto", metavar="NAME", help=named)
         coarse = "of the drafter: 16, q4 or q4-int8 (rounded to 4 bits), or auto, the quickest here (default 16)"
         group.add_argument("--draft-weights", default="16", metavar="FORM", help=coarse)
     if tree:
         shapes = (
             "of guesses: chain:5, children per level like 4x2x1, both: 4x2x1+chain:5, FILE.json, auto "
-            "(default: the drafter's own)"
+            f"(default: {tree})"
         )
-        group.add_argument("--tree", metavar="SHAPE", help=shapes)
+        group.add_argument("--tree", type=Input, metavar="SHAPE", help=shapes)
     executors = ("auto", "eager", "compiled", "cuda_graph", "cuda_graph_eager", "cuda_graph_compiled")
     how = f"how steps are run: {', '.join(executors)} (default %(default)s)"
     group.add_argument("--executor", default="eager", choices=executors, metavar="HOW", help=how)
@@ -234,7 +248,8 @@ def _model_options(parser: Parser, drafter: bool = True, tree: bool = True) -> N
 
 
 def _device_options(group) -> None:
-    group.add_argument("--dtype", default="auto", metavar="TYPE", help="float32, bfloat16, float16 or auto")
+    dtypes = "float32, bfloat16, float16 or auto (default %(default)s)"
+    group.add_argument("--dtype", default="auto", metavar="TYPE", help=dtypes)
     weights = "16, or the blocks of a quantised model: q4, q8, and faster by 8-bit activations q4-int8, q8-int8"
     group.add_argument("--weights", default="16", metavar="FORM", help=f"{weights} (default 16)")
     group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")

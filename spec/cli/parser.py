@@ -2,10 +2,21 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
+
+from .outputs import Input, Output
 
 
 class Parser(argparse.ArgumentParser):
     """Ends a wrong call with one sentence and exit code 2."""
+
+    def reads(self, *names: str, kind: type[Input] = Input, **options: Any) -> None:
+        """Add an option that names what is read."""
+        self.add_argument(*names, type=kind, **options)
+
+    def writes(self, *names: str, kind: type[Output] = Output, **options: Any) -> None:
+        """Add an option that names what is written."""
+        self.add_argument(*names, type=kind, **options)
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: {message}; {self.prog} --help lists what it takes\n")

@@ -15,6 +15,7 @@ from ..console import table
 from ..data.forms import parse_columns
 from ..data.sources import open_source
 from ..engines.executors import choose
+from ..files import check_writable, folders_above
 from ..plan import step_times
 from ..plan.calibration import Calibrated, calibrated
 from ..plan.curves import Curves, measure
@@ -35,10 +36,11 @@ if TYPE_CHECKING:
 def plan(args: Namespace) -> None:
     """The command `paceline plan`."""
     check_drawing(args)
+    if args.drafter == "none":
+        raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
     prompts = [] if args.run else named_prompts(args, args.calibrate, args.prompts)
     model, tokenizer, drafter = load(args)
-    if drafter is None:
-        raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
+    assert drafter is not None
     drawing = draft_sampling(args.verify, args.temperature > 0)
     executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
     parts = parts_of(drafter)
@@ -50,20 +52,20 @@ def plan(args: Namespace) -> None:
         raise ValueError(f"a run file does not tell the shares of {drafter.name!r} apart; plan it with --calibrate")
     if len(parts) > 1 and drawing.coupling == "own":
         raise ValueError(f"verify='{args.verify}' lets {parts[0].name!r} alone draft; plan that one as --drafter")
+    path = plan_path(model, drafter, executor, args.verify, args.temperature)
+    check_writable(path, make_folders=True)
     if args.run:
         rates = [measured_acceptance(args, model).rates()]
         measured = measure(model, [drafter], executor, drawing)
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
         _show([part.name for part in parts], rates, measured, planned)
     else:
-        encoded = [prompt for _, prompt in first_turns(prompts, tokenizer, model, args.max_new_tokens)]
-        planned = _plan_by_replay(args, model, encoded, drafter, executor, drawing)
+        planned = _plan_by_replay(args, model, tokenizer, prompts, drafter, executor, drawing)
     drafting = drafter if len(planned.shape) > 1 else NoDrafter()
     seconds = step_times.alone(model, step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing))
     print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
-    path = plan_path(model, drafter, executor, args.verify, args.temperature)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    planned.save(path)
+    with folders_above(path):
+        planned.save(path)
     if args.output:
         planned.save(args.output)
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
@@ -72,7 +74,8 @@ def plan(args: Namespace) -> None:
 def _plan_by_replay(
     args: Namespace,
     model: "PreTrainedModel",
-    prompts: list[dict],
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[BenchPrompt],
     drafter: Drafter,
     executor: str,
     drawing: DraftSampling,
@@ -80,12 +83,13 @@ def _plan_by_replay(
     """The plan for `drafter` by replay of the prompts, printed; beside it, of one in 4 bits, that of 16 bits."""
     from ... import load_drafter
 
+    encoded = [prompt for _, prompt in first_turns(prompts, tokenizer, model, args.max_new_tokens)]
     parts = parts_of(drafter)
-    dense = load_drafter(args.drafter, model) if args.draft_weights != "16" else drafter
+    dense = load_drafter(args.drafter, model, tokenizer=tokenizer) if args.draft_weights != "16" else drafter
     others = () if dense.name == drafter.name else parts_of(dense)  # with "auto" it may be in 16 bits
     both = measure(model, [drafter, dense] if others else [drafter], executor, drawing)
     measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
-    how = prompts, args.verify, args.temperature, args.max_new_tokens
+    how = encoded, args.verify, args.temperature, args.max_new_tokens
     found = calibrated(model, parts, measured, *how)
     _show([part.name for part in parts], found.rates, measured, found.plan)
     if len(parts) > 1:

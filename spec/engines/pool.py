@@ -139,8 +139,8 @@ def _identity(drafter: Drafter) -> tuple:
     """Equal for drafters of one kind with the same weights and known tokens, which draft the same."""
     alike = []
     for part in parts_of(drafter):
-        known, modules = part.traits.vocabulary, part.traits.modules
-        tokens = None if known is None else tuple(known.tolist())
+        maps, modules = (part.traits.vocabulary, part.traits.reads), part.traits.modules
+        tokens = tuple(None if ids is None else tuple(ids.tolist()) for ids in maps)
         alike.append((type(part), tokens, fingerprint(modules)) if modules else part)
     return tuple(alike)
 

@@ -91,6 +91,11 @@ class BlockLinear(nn.Module):
             weight = weight[place * width + rows % width]
         return weight if self.rotation is None else self.rotation.inverse(weight)
 
+    def of_rows(self, rows: Tensor) -> "BlockLinear":
+        """A layer with the outputs `rows` (n,) of this one."""
+        bias = None if self.bias is None else self.bias.detach()[rows]
+        return BlockLinear(self.blocks.of_rows(rows), bias, self.int8_activations, self.rotation)
+
     def forward(self, x: Tensor) -> Tensor:
         if self.rotation is not None:
             x = self.rotation(x)

@@ -49,6 +49,11 @@ class Blocks:
         offsets = None if self.offsets is None else self.offsets.to(device)
         return Blocks(self.codes.to(device), self.scales.to(device), offsets, self.zero, self.bits)
 
+    def of_rows(self, rows: Tensor) -> "Blocks":
+        """The weight (n, K) of the outputs `rows` (n,)."""
+        offsets = None if self.offsets is None else self.offsets[rows]
+        return Blocks(self.codes[rows], self.scales[rows], offsets, self.zero, self.bits)
+
     def split(self, outputs: list[int]) -> list["Blocks"]:
         """Weights of so many outputs each, in order."""
         scales = self.scales.split(outputs)

@@ -69,19 +69,20 @@ def _built(compiler: str, flags: list[str]) -> ctypes.CDLL:
     file = cache_folder() / "native" / f"kernels-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if file.exists():
         return ctypes.CDLL(str(file))
+    kept: Path | None = file
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=file.parent)
     except OSError as error:
         said = f"because {file.parent} cannot be written ({error.strerror}); set PACELINE_CACHE to another folder"
         print(f"our own kernels are compiled anew each time, {said}", file=sys.stderr)
-        folder, file = tempfile.TemporaryDirectory(), None
+        folder, kept = tempfile.TemporaryDirectory(), None
     with folder as beside, waiting("compiling our own kernels, once"):
         made = Path(beside) / "kernels.so"
         _compile(compiler, flags, made)
-        if file is not None:
-            os.replace(made, file)
-        return ctypes.CDLL(str(file or made))
+        if kept is not None:
+            os.replace(made, kept)
+        return ctypes.CDLL(str(kept or made))
 
 
 def _compile(compiler: str, flags: list[str], library: Path) -> None:

@@ -3,8 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
+from ..console import Bar
 from ..proposal import Drafter
 from ..tree import TreeShape
 from .curves import Curves
@@ -21,10 +20,10 @@ def calibrate(
     """Follow the target's text after `prompts` (as `encode` makes them), drafting at every position.
 
     Drafters differ by how they draw, so a replay belongs to a rule and a temperature."""
-    bar = tqdm(prompts, desc="calibrating", unit="prompt", disable=None if len(prompts) > 1 else True)
-    return Replay(
-        [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
-    )
+    with Bar(prompts, desc="calibrating", unit="prompt", disable=None if len(prompts) > 1 else True) as bar:
+        return Replay(
+            [follow(model, drafter, prompt, rule, temperature, new_tokens, seed) for seed, prompt in enumerate(bar)]
+        )
 
 
 @dataclass(frozen=True)

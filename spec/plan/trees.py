@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from ..files import write_output
 from ..metrics import offers
 from ..trace import Event
 from ..tree import TreeShape
@@ -140,7 +141,7 @@ class Plan:
         return TreeShape(tuple(self.parents))
 
     def save(self, path: str | Path) -> None:
-        Path(path).write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
+        write_output(path, json.dumps(asdict(self)) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":

@@ -8,17 +8,16 @@ from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tqdm import tqdm
-
 from .. import provenance
 from ..cli.commands import load_model
-from ..console import table, waiting
+from ..console import Bar, table, waiting
 from ..data.forms import EXAMPLE, parse_columns
 from ..data.reading import Reading
 from ..data.sources import open_source
+from ..files import check_absent, new_folder
 from ..target.adapters import active_adapters
 from .calibration import Texts, read_records, read_texts
-from .folder import is_quantised, new_folder, write_model
+from .folder import is_quantised, write_model
 from .model import Recipe, check_model, quantise_model
 from .quality import Quality, compare, logits_on
 
@@ -37,32 +36,33 @@ def quantise(args: Namespace) -> None:
         )
     if is_quantised(args.model):
         raise ValueError(f"{args.model} is quantised already; give the model that it was made of")
+    check_absent(args.output)
     source = open_source(args.calibrate, args.split)
     records = read_records(Reading(source, parse_columns(args.columns)), args.texts)
     recipe = Recipe(args.bits, args.group, args.head_bits, seed=args.seed)
+    model, tokenizer = load_model(args)
+    if active_adapters(model):
+        raise ValueError(
+            f"{args.model} is an adapter, whose layers are no plain linear ones; merge it into its base model by "
+            "PEFT's merge_and_unload, save that, and quantise its folder"
+        )
+    check_model(model, recipe)
+    with waiting(f"answering the prompts of {source.name}"):
+        texts = read_texts(model, tokenizer, records, source.name)
+    rows = {}
+    with waiting(f"measuring {args.model} on {len(texts.held_out)} texts that are held out"):
+        original = logits_on(model, texts.held_out)
+        rows["16 bits"] = compare(original, original, texts.held_out)
+    with waiting("rounding to the nearest codes, for comparison"):
+        nearest = Recipe(args.bits, args.group, args.head_bits, "nearest")
+        quantise_model(model, nearest, [])
+        rows["to the nearest codes"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
+    del model
+    model, _ = load_model(args)
+    seconds = _calibrated(model, recipe, texts)
+    with waiting("measuring what came out"):
+        rows["calibrated"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
     with new_folder(args.output) as work:
-        model, tokenizer = load_model(args)
-        if active_adapters(model):
-            raise ValueError(
-                f"{args.model} is an adapter, whose layers are no plain linear ones; merge it into its base model by "
-                "PEFT's merge_and_unload, save that, and quantise its folder"
-            )
-        check_model(model, recipe)
-        with waiting(f"answering the prompts of {source.name}"):
-            texts = read_texts(model, tokenizer, records, source.name)
-        rows = {}
-        with waiting(f"measuring {args.model} on {len(texts.held_out)} texts that are held out"):
-            original = logits_on(model, texts.held_out)
-            rows["16 bits"] = compare(original, original, texts.held_out)
-        with waiting("rounding to the nearest codes, for comparison"):
-            nearest = Recipe(args.bits, args.group, args.head_bits, "nearest")
-            quantise_model(model, nearest, [])
-            rows["to the nearest codes"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
-        del model
-        model, _ = load_model(args)
-        seconds = _calibrated(model, recipe, texts)
-        with waiting("measuring what came out"):
-            rows["calibrated"] = compare(original, logits_on(model, texts.held_out), texts.held_out)
         _write(args, model, tokenizer, work, texts, rows, seconds)
     print(_shown(rows))
     print(f"\n{args.output} is a target like any other: paceline generate --model {args.output} --chat ...")
@@ -72,7 +72,7 @@ def _calibrated(model: "PreTrainedModel", recipe: Recipe, texts: Texts) -> float
     """Quantise `model` in place with a progress bar; returns the seconds."""
     begun, tokens = time.perf_counter(), sum(map(len, texts.calibration))
     print(f"calibrating on {len(texts.calibration)} texts of {tokens} tokens, layer by layer", file=sys.stderr)
-    with tqdm(desc="quantising", unit="layer", disable=None) as bar:
+    with Bar(desc="quantising", unit="layer") as bar:
 
         def progress(done: int, of: int) -> None:
             bar.total = of

@@ -10,11 +10,6 @@ which would fill the missing weights with random numbers. Knows nothing of how a
 """
 
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,26 +32,6 @@ FORMAT = 1
 WEIGHTS = "quantised.safetensors"
 
 
-@contextmanager
-def new_folder(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary folder beside `path`, which becomes `path` when the block ends; an error or Ctrl-C leaves
-    nothing. Raises ValueError where `path` exists or cannot be made."""
-    path = Path(path)
-    if path.exists():
-        raise ValueError(f"{path} is there already; remove it or give another folder")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be made ({error.strerror}); give a folder that can be written") from error
-    try:
-        yield work
-        work.chmod(0o755)  # as a folder is made usually; a temporary one is closed to others
-        os.replace(work, path)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
 def write_model(model: "PreTrainedModel", tokenizer: Any, folder: Path, about: dict) -> None:
     """Write a model with `BlockLinear`s and its tokenizer to `folder`; `about` goes into config.json."""
     layers, tensors = {}, {name: tensor.detach() for name, tensor in model.state_dict().items()}
@@ -65,6 +40,7 @@ def write_model(model: "PreTrainedModel", tokenizer: Any, folder: Path, about: d
         has_offsets = blocks.offsets is not None
         form = {"bits": blocks.bits, "group": blocks.group, "offsets": has_offsets}
         layers[name] = {**form, "rotation": rotation and rotation.block}
+        tensors.pop(f"{name}.packed", None)  # the same blocks in the form of this processor
         tensors[f"{name}.codes"] = packed(blocks.codes) if blocks.bits == 4 else blocks.codes
         tensors[f"{name}.scales"] = blocks.scales
         if has_offsets:

@@ -2,6 +2,7 @@
 too. Knows nothing of decoding.
 """
 
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ..console import quietly, waiting
 from ..files import cache_folder
 from .wheels import NAMED, FetchError, model_file, model_folder
 
+_TOKENIZER_FILE = re.compile(r"tokenizer|vocab|.*\.(model|tiktoken)$")
 LARGE = 2e9  # bytes of weights from which loading them takes a while
 
 
@@ -64,6 +66,8 @@ def load_target(
         placed = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if placed.type == "meta":
+        raise ValueError("device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'")
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
     if is_adapter(where := _adapter_folder(where)):
         return _load_adapted(where, wanted, dtype, placed, trust_remote_code, with_tokenizer)
@@ -206,6 +210,30 @@ def _wait(name: str, where: str) -> AbstractContextManager[None]:
             return waiting(f"fetching {name} from the model hub")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return waiting(f"loading {name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
+
+
+def tokenizer_of(model: "PreTrainedModel", fetch: bool = False) -> Any | None:
+    """The tokenizer that lies where `model` was loaded from; None where there is none, or none that can be read. The
+    model hub is only asked with `fetch`."""
+    from transformers import AutoTokenizer
+
+    from .gguf_model import gguf_tokenizer
+
+    size = model.config.get_text_config().vocab_size
+    source = str(getattr(model.config, "_name_or_path", None) or "")
+    here = [cache_folder() / name for name, about in NAMED.items() if about.hub_id == source]
+    where = next((str(folder) for folder in here if (folder / "config.json").is_file()), source)
+    try:
+        if Path(where).is_file():
+            with opened(where) as file:
+                return gguf_tokenizer(file)
+        if not where or (Path(where).is_dir() and not any(map(_TOKENIZER_FILE.match, os.listdir(where)))):
+            return None
+        with quietly():
+            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=not fetch)
+        return tokenizer if len(tokenizer) > size // 2 else None  # else transformers made one of nothing
+    except Exception:  # whatever transformers and the hub raise: nothing, half a tokenizer, code of its own
+        return None
 
 
 def check_hub_id(role: str, name: str) -> None:

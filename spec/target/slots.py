@@ -36,13 +36,23 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 class SlotModel:
-    """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once."""
+    """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once. `reads` (V,) are
+    the model's own ids of the tokens that it is given, where it has another vocabulary."""
 
-    def __init__(self, model: PreTrainedModel, batch: int, capacity: int, taps: tuple[Tap, ...] = ()):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        batch: int,
+        capacity: int,
+        taps: tuple[Tap, ...] = (),
+        reads: Tensor | None = None,
+    ):
         masks.install()
         attention.install()
         config = model.config.get_text_config()
         self.model: PreTrainedModel | None = model
+        self.reads = reads
+        self.last_token = (config.vocab_size if reads is None else len(reads)) - 1  # ids beyond are of images
         self.cache_argument = cache_argument(model)
         self.capacity = capacity
         self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
@@ -107,7 +117,7 @@ class SlotModel:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
-        taps = self.traits.taps
+        taps, ids = self.traits.taps, tokens.clamp(0, self.last_token)
         hearing: AbstractContextManager[dict[Tap, Tensor]] = nullcontext({})
         if taps or idle_head:
             hearing = listening(0 if idle_head else None)
@@ -118,7 +128,7 @@ class SlotModel:
             view = replace(view, lengths=lengths)
         with showing(view), hearing as heard:
             out = self.model(
-                input_ids=tokens.clamp(0, self.traits.vocab_size - 1),  # others are of images
+                input_ids=ids if self.reads is None else self.reads[ids],
                 position_ids=positions.clamp(0, self.last_position),
                 use_cache=True,
                 logits_to_keep=keep,

@@ -123,8 +123,18 @@ def test_a_second_writer_is_refused(tmp_path):
     RunWriter(tmp_path / "r.jsonl", runs.header()).close()
 
 
-def test_a_header_that_was_cut_off_is_written_again(tmp_path):
+@pytest.mark.parametrize("left", [json.dumps(runs.header())[:50], json.dumps(runs.header(seed=7)) + "\n"])
+def test_a_header_without_records_is_written_again(tmp_path, left):
     path = tmp_path / "r.jsonl"
-    path.write_text(json.dumps(runs.header())[:50])
+    path.write_text(left)
     RunWriter(path, runs.header()).close()
-    assert json.loads(path.read_text()) == runs.header()
+    assert path.read_text() == left
+    writer = RunWriter(path, runs.header())
+    writer.append(runs.records()[:1])
+    writer.close()
+    assert json.loads(path.read_text().splitlines()[0]) == runs.header() and len(read_run(path).records) == 1
+
+
+def test_a_bench_that_measures_nothing_leaves_no_file(tmp_path):
+    RunWriter(tmp_path / "r.jsonl", runs.header()).close()
+    assert not list(tmp_path.iterdir())

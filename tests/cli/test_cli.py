@@ -91,7 +91,7 @@ def test_models_lists_names(capsys):
         (["generate", "--prompt", "A", "--device", "tpu9"], "cannot be used here"),
         (["generate", "--prompt", "A", "--drafter", "./none-such"], "no such folder"),
         (["generate", "--prompt", "A", "--trace", "/no/such/folder/t.jsonl"], "/no/such/folder/t.jsonl"),
-        (["generate", "--prompt", "A", "--max-new-tokens", "9999"], "context of 512"),
+        (["generate", "--prompt", "A", "--max-new-tokens", "9" * 15], "GB for keys and values"),
         (["demo", "--drafter", "none"], "choose a drafter"),
         (["demo", "--tree", "tall", "--executor", "eager"], "'chain:5'"),
         (["plan", "--calibrate", "p.jsonl", "--temperature", "-1"], "at least 0"),

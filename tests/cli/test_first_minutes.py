@@ -118,7 +118,7 @@ def test_the_commands_to_go_on_with_are_of_the_demo_shown():
     )
     assert generate.drafter == plan.drafter == "./my draft" and bench.methods == ["./my draft"]
     assert generate.executor == bench.executor == plan.executor == "compiled" and generate.device == "cpu"
-    assert generate.tree == "4x2x1" and plan.tree is None
+    assert generate.tree == "4x2x1" and "tree" not in plan
     assert "--methods smollm2-135m-hydra+ngram\n" in words.next_steps(DEMO, "smollm2-135m-hydra+ngram", chat=True)
 
 

@@ -110,7 +110,8 @@ def test_a_run_without_an_answer_is_no_success(folder, tmp_path, capsys):
     line = ["data", "generate", str(tmp_path / "p.jsonl"), "-o", str(tmp_path / "o.jsonl"), "--model", folder]
     assert cli.main([*line, "--max-new-tokens", "8", "--temperatures", "0", "--executor", "eager"]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "no prompt could be answered" in error and "o.problems.jsonl" in error
+    assert "no prompt could be answered (2: " in error and "vocabulary of 57" in error and "give others" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["p.jsonl"]
 
 
 def test_prepared_rows_hold_what_the_target_can_read(folder, file, tmp_path, capsys):

@@ -7,7 +7,7 @@ import json
 import paceline
 import pytest
 import torch
-from paceline.drafters.kinds import KINDS, MODEL, Kind
+from paceline.drafters.kinds import KINDS, Kind
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.proposal import DrafterTraits, NoDrafter, is_drafter
 from paceline.training.objectives.objective import Objective
@@ -58,7 +58,7 @@ def test_every_kind_has_what_the_table_promises(target, tmp_path, kind):
     """A drafter that is loaded says which kind it is and whether it can follow any tree."""
     if kind == "medusa":
         fitted_heads(target, "markov", steps=0).save(tmp_path)
-    elif kind == MODEL:
+    elif kind == "draft_lm":
         noisy_copy(target).save_pretrained(tmp_path)
     drafter = paceline.load_drafter(tmp_path if KINDS[kind].weights else kind, target)
     assert type(drafter) is KINDS[kind].drafter_class() and is_drafter(drafter)

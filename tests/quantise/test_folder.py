@@ -6,10 +6,13 @@ import shutil
 import pytest
 import torch
 from paceline import load_target
-from paceline.spec.quantise.folder import WEIGHTS, new_folder, packed, unpacked
+from paceline.spec.files import new_folder
+from paceline.spec.quantise.folder import WEIGHTS, packed, unpacked, write_model
+from paceline.spec.quantise.model import Recipe, quantise_model
 from safetensors.torch import load_file, save_file
 
 from support.blocks import some_texts
+from support.models import tiny_llama
 from support.sentences import sentence
 
 
@@ -135,3 +138,14 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
         assert not (tmp_path / "made").exists()
     assert (tmp_path / "made" / "file").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
     sentence(lambda: new_folder(tmp_path / "made").__enter__(), "made", "remove it")
+
+
+def test_a_folder_is_of_no_processor_and_holds_blocks_once(tokenizer, tmp_path):
+    """Also where a layer has a single group, whose scales share the memory of its packed form."""
+    model = tiny_llama(hidden_size=32, intermediate_size=32)
+    quantise_model(model, Recipe(4, 32, 8, "nearest"), [])
+    write_model(model, tokenizer, tmp_path, {"base": "tiny", "bits": 4, "group": 32})
+    kinds = {name.rpartition(".")[2] for name in load_file(tmp_path / WEIGHTS)}
+    assert {"codes", "scales", "weight"} <= kinds and "packed" not in kinds
+    ids = torch.arange(3, 9)[None]
+    assert torch.equal(load_target(tmp_path)[0](ids).logits, model(ids).logits)

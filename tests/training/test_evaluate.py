@@ -183,7 +183,7 @@ def test_training_prompts_among_the_prompts_are_counted(place, heads, capsys):
         ("none", ["-o", "x.json"], "none is no drafter"),
         ("ngram", ["-o", "x.json", "--data", "d"], "leave it out here"),
         ("ngram", ["-o", "x.json", "--temperature", "-1"], "at least 0"),
-        ("ngram", ["-o", "nowhere/x.json"], "nowhere is no folder that can be written to"),
+        ("ngram", ["-o", "nowhere/x.json"], "nowhere/x.json cannot be written"),
         ("smollm2-135m-nothing", ["-o", "x.json"], "smollm2-135m-nothing"),
     ],
 )

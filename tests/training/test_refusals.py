@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 
 import pytest
+from paceline.spec import cli
+from paceline.training import config as configuration
 from paceline.training.data.rows import open_data, rows_of_step
 from paceline.training.objectives.draft_lm import DraftObjective
 from paceline.training.train import run
@@ -58,6 +60,33 @@ def test_mistakes_are_named_before_anything_is_trained(folder, changes, words):
     with pytest.raises(ValueError) as error:
         run(settings(folder, "mistake", **changes))
     assert words in str(error.value)
+
+
+def test_a_run_that_cannot_be_written_is_refused_before_anything_is_read(folder, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for run_folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="cannot be written"):
+            run(settings(folder, run__folder=str(run_folder), data__folder="/no/such/data"))
+    (tmp_path / "metrics.jsonl").write_text('{"prompt": "AB"}\n')
+    with pytest.raises(ValueError, match="is read by this command too"):
+        run(settings(folder, run__folder=str(tmp_path), run__decode_prompts=str(tmp_path / "metrics.jsonl")))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "metrics.jsonl"]
+
+
+def test_a_configuration_stays_as_it_was_written(folder, tmp_path, capsys):
+    """In the run's folder it is in the way of the resolved one; the resolved one may resume the run."""
+    base = settings(folder, run__folder=str(tmp_path / "run"), budget__tokens=1)
+    (tmp_path / "run").mkdir()
+    mine = tmp_path / "run" / "config.yaml"
+    mine.write_text("# my words\n" + configuration.dump(base))
+    before = mine.read_bytes()
+    assert cli.main(["train", str(mine)]) == 2
+    assert f"{mine} is read by this command too" in capsys.readouterr().err and mine.read_bytes() == before
+    mine.rename(tmp_path / "mine.yaml")
+    assert cli.main(["train", str(tmp_path / "mine.yaml")]) == 0
+    resolved = mine.read_bytes()
+    assert b"# my words" not in resolved and cli.main(["train", str(mine), "--resume"]) == 0
+    assert mine.read_bytes() == resolved and (tmp_path / "mine.yaml").read_bytes() == before
 
 
 def test_other_ways_of_sharding_are_refused(folder, monkeypatch):

@@ -72,6 +72,30 @@ def test_a_run_with_other_settings_is_refused(folder, tmp_path, capsys):
     assert generate(folder, source, "-o", out, "--temperatures", "0", "--seed", "3") == 2
 
 
+def test_a_run_without_a_result_leaves_nothing_and_binds_nobody(folder, tmp_path, capsys):
+    source, out = write(tmp_path / "p.jsonl", PROMPTS[:1]), tmp_path / "new" / "out.jsonl"
+    for mistyped in (["--model", folder + "x"], ["--drafter", "./nothing"], ["--tree", "tall", "--drafter", "ngram"]):
+        assert generate(folder, source, "-o", out, *mistyped) == 2
+        read, said = capsys.readouterr().err.splitlines()
+        assert read == "p.jsonl: read as prompts, 1 of 1 records" and said.startswith("paceline: ")
+        assert not out.parent.exists()
+    assert generate(folder, source, "-o", out, "--temperatures", "0") == 0
+    assert len(lines(out)) == 1
+
+
+def test_every_output_has_files_of_its_own(folder, tmp_path, capsys):
+    source = write(tmp_path / "p.jsonl", PROMPTS[:1])
+    for number, name in enumerate(("ans.v1", "ans.v2", "ans.jsonl")):
+        assert generate(folder, source, "-o", tmp_path / name, "--temperatures", "0", "--seed", number) == 0
+        assert len(lines(tmp_path / name)) == 1
+    made = {path.name for path in tmp_path.iterdir() if path.name.endswith(".run.json")}
+    assert made == {"ans.v1.run.json", "ans.v2.run.json", "ans.run.json"}
+    capsys.readouterr()
+    assert generate(folder, source, "-o", tmp_path / "ans") == 2
+    assert "ans.run.json is of ans.jsonl; give the output another name" in capsys.readouterr().err
+    assert not (tmp_path / "ans").exists()
+
+
 def test_the_limit_of_tokens_leaves_the_rest_for_later(folder, tmp_path, capsys):
     source, out = write(tmp_path / "p.jsonl", [{"prompt": "AB" + chr(67 + i)} for i in range(20)]), tmp_path / "o.jsonl"
     assert generate(folder, source, "-o", out, "--temperatures", "0", "--limit-tokens", "30") == 0

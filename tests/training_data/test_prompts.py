@@ -90,7 +90,8 @@ def test_a_data_set_on_disk_is_a_source(tmp_path):
         (["p.jsonl", "-o", "o.jsonl", "--temperatures", "hot"], "no list of numbers"),
         (["p.jsonl", "-o", "o.jsonl", "--top-p", "0"], "not above 0"),
         (["empty.jsonl", "-o", "o.jsonl"], "holds no records"),
-        (["p.jsonl", "-o", "p.jsonl"], "which says how it was made"),
+        (["p.jsonl", "-o", "p.jsonl"], "p.jsonl is read by this command"),
+        (["p.jsonl", "-o", "notes"], "which says how it was made"),
         (["p.jsonl", "-o", "o.jsonl", "--server", "localhost"], "is no URL"),
         (["--source", "self", "-o", "o.jsonl", "--server", "http://localhost"], "answers prompts only"),
         (["p.jsonl", "-o", "o.jsonl", "--beginnings", "p.jsonl"], "add --source self"),
@@ -102,7 +103,10 @@ def test_bad_input_ends_in_one_sentence(folder, tmp_path, monkeypatch, capsys, a
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "p.jsonl", PROMPTS)
     write(tmp_path / "empty.jsonl", [])
+    (tmp_path / "notes").write_text("mine, without a line break")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert generate(folder, *arguments) == 2
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("paceline: ") and words in error
 

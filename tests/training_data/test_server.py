@@ -87,3 +87,16 @@ def test_a_request_that_the_server_refuses_is_not_repeated(chat_server, tmp_path
     assert "1 done + 1 failed" in capsys.readouterr().out and len(Chat.asked) == 2
     (problem,) = lines(tmp_path / "o.problems.jsonl")
     assert "HTTP 400" in problem["reason"]
+
+
+def test_a_mistyped_model_does_not_bind_the_right_one(chat_server, tmp_path, capsys):
+    source, out = write(tmp_path / "p.jsonl", [{"prompt": "A"}, {"prompt": "A", "turns": []}]), tmp_path / "o.jsonl"
+    Chat.plan = {"all": 404}
+    assert by_server(chat_server, source, "-o", out, "--temperatures", "0", "--model", "bgi") == 0
+    assert "0 done + 1 failed + 1 skipped" in capsys.readouterr().out
+    assert {problem["status"] for problem in lines(tmp_path / "o.problems.jsonl")} == {"failed", "skipped"}
+    Chat.plan = {}
+    assert by_server(chat_server, source, "-o", out, "--temperatures", "0") == 0
+    assert "1 done + 0 failed + 1 skipped" in capsys.readouterr().out
+    assert [problem["status"] for problem in lines(tmp_path / "o.problems.jsonl")] == ["skipped"]
+    assert by_server(chat_server, source, "-o", out, "--temperatures", "0", "--model", "bgi") == 2

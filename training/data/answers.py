@@ -5,15 +5,12 @@ run was killed and resumed (up to near-ties in low precision). Knows nothing of 
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from tqdm import tqdm
-
+from ...spec.console import Bar
 from ...spec.data.content import Unfit
 from ...spec.prompts import check_ids, templated_ids
 from ...spec.refill import Text, decode_texts
 from ...spec.target.load import context_length, end_ids
-from ..records import Journal
 from .ledger import Job, Ledger, job_seed
 from .prompts import Prompt, Unusable, user_prefix
 
@@ -55,14 +52,16 @@ class Conversation:
         }
 
 
+def check_template(tokenizer) -> None:
+    """Raise ValueError for a tokenizer without a chat template."""
+    if not tokenizer.chat_template:
+        raise ValueError("the tokenizer has no chat template, so there is nothing to answer in; use an instruct model")
+
+
 class Answering:
     """Turns jobs into texts for `decode_texts` and its results into records."""
 
     def __init__(self, model, tokenizer, ledger: Ledger, sampling: Sampling):
-        if not tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template, so there is nothing to answer in; use an instruct model"
-            )
         self.model, self.tokenizer, self.ledger, self.sampling = model, tokenizer, ledger, sampling
         self.context = context_length(model) or 1 << 30
         self.ends = end_ids(model)
@@ -133,17 +132,17 @@ def answer(model, tokenizer, jobs: list[Job], ledger: Ledger, sampling: Sampling
 
 
 def invent(
-    model, tokenizer, path: Path, beginnings: list[str], count: int, sampling: Sampling, **decoding
+    model, tokenizer, ledger: Ledger, beginnings: list[str], count: int, sampling: Sampling, **decoding
 ) -> list[Prompt | Unusable]:
     """`count` user turns written by the target itself after the user prefix of its chat template (Magpie,
     arXiv:2406.08464). `beginnings` are used in rotation as their first words; "" leaves the turn to the target.
 
-    The turns are kept in the journal `path`, from which a killed run resumes. Empty or unfinished ones are unusable."""
+    The turns are kept in the ledger, from which a killed run resumes. Empty or unfinished ones are unusable."""
     prefix = user_prefix(tokenizer)
     begun = [tokenizer(prefix + beginning, add_special_tokens=False)["input_ids"] for beginning in beginnings]
     ends = end_ids(model)
-    with Journal(path) as journal, tqdm(total=count, unit="turn", desc="inventing", disable=None) as bar:
-        turns = {record["id"]: record for record in journal.records if record["id"] < count}
+    with Bar(total=count, unit="turn", desc="inventing") as bar:
+        turns = {record["id"]: record for record in ledger.turns.records if record["id"] < count}
         bar.update(len(turns))
 
         def finish(text: Text, new: list[int], failed: bool) -> None:
@@ -151,7 +150,7 @@ def invent(
             said = _said(tokenizer, text.tokens, new[:-1]) if ended else ""
             turn = (beginnings[text.name % len(beginnings)] + said).strip() if said.strip() else ""
             turns[text.name] = {"id": text.name, "turn": turn, "ended": ended}
-            journal.add(turns[text.name])
+            ledger.add_turn(turns[text.name])
             bar.update()
 
         room = max(map(len, begun)) + sampling.max_new_tokens

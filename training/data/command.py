@@ -1,6 +1,7 @@
 """The commands `paceline data generate` and `paceline data prepare`: from options to function calls, and output."""
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def generate(args) -> None:
 
 
 def _generate(args, sampling, temperatures: list[float]) -> None:
-    from .answers import answer
+    from .answers import answer, check_template
     from .ledger import Ledger
 
     excluded = turns_of(args.exclude) if args.exclude else set()
@@ -53,17 +54,27 @@ def _generate(args, sampling, temperatures: list[float]) -> None:
             answer_by(server, ledger.open_jobs(asked, temperatures, args.repeats, args.seed), ledger, args.batch)
         else:
             model, tokenizer, decoding = _local(args)
+            check_template(tokenizer)
             if args.source:
-                asked = _invented(args, model, tokenizer, beginnings or [""], sampling, excluded, decoding)
+                asked = _invented(args, model, tokenizer, ledger, beginnings or [""], sampling, excluded, decoding)
             jobs = ledger.open_jobs(asked, temperatures, args.repeats, args.seed)
             answer(model, tokenizer, jobs, ledger, sampling, **decoding)
+        _check_answered(ledger)
+        ledger.begin()  # also where nothing was left to answer
     finally:
         ledger.close()
     print(ledger.summary())
-    if not ledger.done and not ledger.failed:
-        raise ValueError(f"no prompt could be answered; {ledger.problems.path} says why of each")
     if ledger.failed:
         print(f"run the same command again to try the failed ones again; see {ledger.problems.path}", file=sys.stderr)
+
+
+def _check_answered(ledger) -> None:
+    """Raise ValueError where every prompt was skipped; of that nothing is written."""
+    if ledger.done or ledger.failed:
+        return
+    reasons = Counter(problem["reason"] for problem in ledger.held)
+    said = "; ".join(f"{count:,}: {reason}" for reason, count in reasons.most_common(2))
+    raise ValueError(f"no prompt could be answered ({said or f'see {ledger.problems.path}'}); give others")
 
 
 def _local(args):
@@ -77,12 +88,11 @@ def _local(args):
 
 
 def _invented(
-    args, model, tokenizer, beginnings: list[str], sampling, excluded: set[str], decoding: dict
+    args, model, tokenizer, ledger, beginnings: list[str], sampling, excluded: set[str], decoding: dict
 ) -> list[Prompt | Unusable]:
     from .answers import invent
 
-    turns = Path(args.output).with_suffix(".turns.jsonl")
-    return list(sift(invent(model, tokenizer, turns, beginnings, args.count, sampling, **decoding), excluded))
+    return list(sift(invent(model, tokenizer, ledger, beginnings, args.count, sampling, **decoding), excluded))
 
 
 def _prompts(args) -> Iterator[Prompt | Unusable]:
@@ -101,8 +111,11 @@ def _compare(args, sampling, temperatures: list[float]) -> None:
 
 def prepare(args) -> None:
     """`paceline data prepare`."""
+    from datasets import disable_progress_bars
+
     from .prepare import LENGTH, Settings, prepare
 
+    disable_progress_bars()
     name = args.tokenizer or args.model
     tokenizer, ends = load_tokenizer(name, args.trust_remote_code)
     vocabulary, context = (None, None) if args.tokenizer else limits(name, args.trust_remote_code)

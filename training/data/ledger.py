@@ -1,8 +1,9 @@
 """The ledger of a generation run: records on disk whether each job is done, failed or skipped.
 
-OUT.jsonl holds the answers, OUT.problems.jsonl the failed and skipped jobs with reasons, and OUT.run.json the settings,
-which must be the same when the run is resumed. Failed jobs are tried again by the next run, skipped ones are not. Knows
-nothing of models and servers.
+OUT.jsonl holds the answers, OUT.problems.jsonl the failed and skipped jobs with reasons, OUT.turns.jsonl the user turns
+that the target invented, and OUT.run.json the settings, which must be the same when the run is resumed. Failed jobs are
+tried again by the next run, skipped ones are not. Nothing is written before there is a result, and a run without one
+does not bind the next to its settings. Knows nothing of models and servers.
 """
 
 import hashlib
@@ -11,8 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
+from ...spec.cli.outputs import companion
+from ...spec.console import Bar
 from ...spec.files import write_json
 from ..records import Journal
 from .prompts import Prompt, Unusable
@@ -34,37 +35,61 @@ def job_seed(seed: int, name: str) -> int:
 
 
 class Ledger:
-    """Creates or resumes the files of a run. Raises ValueError where they were made with other settings."""
+    """Looks at the files of a run, and makes them with the first result. Raises ValueError where they were made with
+    other settings."""
 
     def __init__(self, out: str | Path, settings: dict, limit_tokens: int | None = None):
-        out = Path(out)
-        self._check_settings(out.with_suffix(".run.json"), out, settings)
-        self.answers, self.problems = Journal(out), Journal(out.with_suffix(".problems.jsonl"))
+        self.run, self.settings, self.begun = companion(out, ".run.json"), settings, False
+        names = Path(out), companion(out, ".problems.jsonl"), companion(out, ".turns.jsonl")
+        filled = [path for path in names if path.exists() and path.stat().st_size]
+        if filled and not self.run.exists():
+            said = f"{filled[0]} exists and {self.run.name}, which says how it was made, does not"
+            raise ValueError(f"{said}; choose another output")
+        self.answers, self.problems, self.turns = map(Journal, names)
+        self._check_settings(Path(out))
         self.done = {record.get("id") for record in self.answers.records}
         self.skipped = {record["id"] for record in self.problems.records if record.get("status") == "skipped"}
         self.failed: set[str] = set()
         self.tokens = sum(record.get("tokens", 0) for record in self.answers.records)
         self.limit_tokens = limit_tokens
         self.names: set[str] = set()  # every job that the input asks for
-        self.bar: tqdm | None = None
+        self.held: list[dict] = []  # problems from before the first result
+        self.bar: Bar | None = None
         self.started, self.since = time.perf_counter(), 0
         self.answers.records, self.problems.records = [], []
 
-    @staticmethod
-    def _check_settings(path: Path, out: Path, settings: dict) -> None:
-        if not path.exists():
-            if out.exists() and out.stat().st_size:
-                raise ValueError(f"{out} exists and {path.name}, which says how it was made, does not; choose another")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings, sort_keys=True)
+    def _check_settings(self, out: Path) -> None:
+        """Compare the settings with those of the files that are there."""
+        if not self.run.exists():
             return
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        for name in settings:
-            if kept.get(name) != settings[name]:
-                raise ValueError(
-                    f"{out} was begun with {name}={kept.get(name)!r} and is now to go on with {settings[name]!r}; "
-                    "use the same or another output file"
-                )
+        twin = out.with_name(out.stem if out.suffix == ".jsonl" else f"{out.name}.jsonl")
+        if twin.is_file() and not out.exists():
+            raise ValueError(f"{self.run} is of {twin.name}; give the output another name than {out.name}")
+        try:
+            kept = dict(json.loads(self.run.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.run} does not tell how {out} was made ({error}); choose another output") from error
+        changed = [name for name in self.settings if kept.get(name) != self.settings[name]]
+        if changed and (self.answers.records or self.turns.records):
+            was, now = kept.get(changed[0]), self.settings[changed[0]]
+            raise ValueError(
+                f"{out} was begun with {changed[0]}={was!r} and is now to go on with {now!r}; use the same or another "
+                "output file"
+            )
+        self.begun = not changed
+        if changed:
+            self.problems.records = []  # of settings that gave no result
+
+    def begin(self) -> None:
+        """From now on everything is written."""
+        if not self.begun:
+            self.run.parent.mkdir(parents=True, exist_ok=True)
+            self.problems.clear()
+            write_json(self.run, self.settings, sort_keys=True)
+            self.begun = True
+        for problem in self.held:
+            self.problems.add(problem)
+        self.held = []
 
     def open_jobs(self, entries: list[Prompt | Unusable], temperatures: list[float], repeats: int, seed: int):
         """The jobs that are left: every entry at every temperature, sampled ones `repeats` times."""
@@ -79,7 +104,7 @@ class Ledger:
                 elif name not in self.done and name not in self.skipped:
                     jobs.append(Job(name, entry, temperature, job_seed(seed, name)))
         asked = len(self.names)
-        self.bar = tqdm(total=asked, initial=asked - len(jobs), unit="text", desc="answering", disable=None)
+        self.bar = Bar(total=asked, initial=asked - len(jobs), unit="text", desc="answering")
         self.started = time.perf_counter()
         return jobs
 
@@ -97,7 +122,13 @@ class Ledger:
     def rate(self) -> float:
         return self.since / max(time.perf_counter() - self.started, 1e-9)
 
+    def add_turn(self, record: dict) -> None:
+        """Keep a user turn that the target invented."""
+        self.begin()
+        self.turns.add(record)
+
     def add(self, record: dict) -> None:
+        self.begin()
         self.answers.add(record)
         self.done.add(record["id"])
         self.tokens += record["tokens"]
@@ -105,11 +136,12 @@ class Ledger:
 
     def skip(self, name: str, reason: str) -> None:
         if name not in self.skipped:
-            self.problems.add({"id": name, "status": "skipped", "reason": reason})
+            self.held.append({"id": name, "status": "skipped", "reason": reason})
             self.skipped.add(name)
             self._tick()
 
     def fail(self, name: str, reason: str) -> None:
+        self.begin()
         self.problems.add({"id": name, "status": "failed", "reason": reason})
         self.failed.add(name)
         self._tick()
@@ -132,5 +164,5 @@ class Ledger:
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
-        self.answers.close()
-        self.problems.close()
+        for journal in (self.answers, self.problems, self.turns):
+            journal.close()

@@ -21,7 +21,7 @@ from ...spec.data.content import Unfit
 from ...spec.data.entries import Entry, Source
 from ...spec.data.reading import Reading
 from ...spec.data.sources import open_sources
-from ...spec.files import write_json
+from ...spec.files import folders_above, write_json
 from .documents import Document, Reader, tokenizer_fingerprint
 from .mixed import Mixed
 from .packing import pack, pieces, plan
@@ -86,13 +86,14 @@ def prepare(sources: list[str], out: str | Path, tokenizer, target: str, ends: f
     if out.exists():
         return _already(out, about)
     _estimate(reader, opened, out, settings)
-    work.mkdir(parents=True)
-    try:
-        counts = _write(reader, opened, work, settings, about)
-        write_json(work / "data" / "paceline.json", about | {"counts": counts}, sort_keys=True)
-        os.replace(work / "data", out)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    with folders_above(out):
+        work.mkdir()
+        try:
+            counts = _write(reader, opened, work, settings, about)
+            write_json(work / "data" / "paceline.json", about | {"counts": counts}, sort_keys=True)
+            os.replace(work / "data", out)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
     return about | {"counts": counts}
 
 
@@ -142,8 +143,7 @@ def _estimate(reader: Reader, sources: list[Source], out: Path, settings: Settin
         tokens += int(sum(len(document.tokens) for document in chain.from_iterable(made)) * max(1.0, share))
         documents += sum(map(len, made))
     disk = tokens * BYTES_PER_TOKEN
-    out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
+    free = shutil.disk_usage(next(folder for folder in out.absolute().parents if folder.exists())).free
     print(
         f"{', '.join(source.name for source in sources)}: about {tokens:,} tokens (from {documents} documents), "
         f"{disk / 1e6:.0f} MB on disk and twice that while it is made; {free / 1e6:.0f} MB are free",

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, GenerationConfig
 
 from ...drafters.draft_model import ModelDrafter
-from ...drafters.folder import FORMAT, target_identity
-from ...drafters.known_tokens import places, trimmed_head, write_known
+from ...drafters.folder import FORMAT, DrafterFolder, origin_of, target_identity
+from ...drafters.known_tokens import places, read_known, trimmed_head, write_known
 from ...spec.files import whole
 from ...spec.target.taps import HEAD, hidden_states
 from ...spec.target.weights import linear_shape
@@ -27,6 +27,7 @@ from .draft_network import Sizes, make_network, share, target_weights
 from .known_tokens import frequent_tokens
 from .losses import check_mixture, mixed_loss
 from .objective import NO_LABEL, Batch, Judge, Losses, Objective, TargetView, windows
+from .start import start_folder
 from .target import ScaledHead
 
 
@@ -38,12 +39,12 @@ class Save:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Exactly one of `sizes`, `layers` and `start` says where the network comes from."""
+    """`start` says where the network comes from, or else exactly one of `sizes` and `layers`."""
 
     kind: Literal["draft_lm"] = "draft_lm"
     sizes: Sizes | None = None
     layers: list[int] | None = None  # of the target, counted from 0, with its embeddings, norm and head
-    start: str | None = None  # the folder of an earlier draft, for example a pretrained one
+    start: str | None = None  # an earlier draft, such as a pretrained one or one of the target's base model
     embeddings: Literal["own", "target"] = "own"  # target: the target's, frozen
     head: Literal["own", "target"] = "own"
     known_tokens: int | None = None  # draft only so many of the commonest in the data; None is the whole vocabulary
@@ -80,8 +81,8 @@ class DraftObjective(Objective):
         device; `rows` of training data say which tokens are common. Raises ValueError for settings that do not fit
         the target or one another."""
         read_ = read(Settings, settings, "objective")
-        given = [name for name in ("sizes", "layers", "start") if getattr(read_, name) is not None]
-        if len(given) != 1:
+        given = [name for name in ("sizes", "layers") if getattr(read_, name) is not None]
+        if len(given) != 1 and read_.start is None:
             raise ValueError(f"objective has {' and '.join(given) or 'no origin'}; give one of sizes, layers and start")
         if read_.depths < 1 or read_.chunk < 1:
             raise ValueError(f"objective.depths {read_.depths} and objective.chunk {read_.chunk} must be at least 1")
@@ -94,16 +95,18 @@ class DraftObjective(Objective):
             raise ValueError("objective.known_tokens needs the target's LM head; set objective.head to target")
         model = make_network(read_, target).to(target.device).train()
         share(model, read_, target)
-        vocabulary = None
-        if read_.known_tokens is not None:
-            size = target.config.get_text_config().vocab_size
-            vocabulary = frequent_tokens(rows, read_.known_tokens, size).to(target.device)
-        return cls(model, read_, target, vocabulary)
+        started = start_folder(read_.start)
+        vocabulary = _known(read_, started, rows, target.config.get_text_config().vocab_size)
+        made = cls(model, read_, target, None if vocabulary is None else vocabulary.to(target.device))
+        vars(model.config).pop("paceline_start", None)  # where that one began
+        if started is not None:
+            model.config.paceline_start = origin_of(started)
+        return made
 
     @classmethod
     def judge(cls, drafter: ModelDrafter, model, depths: int) -> Judge:
         return lambda batch: (
-            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary),
+            draft_ranks(drafter.model, batch, depths, known=drafter.vocabulary, reads=drafter.reads),
             next_tokens(batch)[1],
         )
 
@@ -155,6 +158,16 @@ class DraftObjective(Objective):
             self.tokenizer.save_pretrained(folder)
 
 
+def _known(settings: Settings, started: DrafterFolder | None, rows: Iterable[dict], size: int) -> Tensor | None:
+    """The tokens that the draft knows: those of the drafter that it starts from, unless the settings ask for another
+    number, and then the commonest in `rows`. None for the whole vocabulary of `size`."""
+    if started is not None and settings.head == "target":
+        known = started.config.get("known_tokens")
+        if known is not None and settings.known_tokens in (None, known):
+            return read_known(started.path, known, size)
+    return None if settings.known_tokens is None else frequent_tokens(rows, settings.known_tokens, size)
+
+
 def last_hidden_states(model, batch: Batch) -> Tensor:
     """The LM head's input at every token except the last, (B, T-1, H)."""
     return hidden_states(model, (HEAD,), batch["input_ids"], batch["position_ids"])[HEAD][:, :-1]
@@ -189,14 +202,23 @@ class Known:
 
 @torch.no_grad()
 def draft_ranks(
-    model, batch: Batch, depths: int, chunk: int = 256, head: nn.Module | None = None, known: Tensor | None = None
+    model,
+    batch: Batch,
+    depths: int,
+    chunk: int = 256,
+    head: nn.Module | None = None,
+    known: Tensor | None = None,
+    reads: Tensor | None = None,
 ) -> Tensor:
     """`Objective.label_ranks` of any causal LM that drafts: (n, depths), ties in the order of ids.
 
-    `head` (the model's own if None) gives the logits of the tokens `known` (V',), or of all."""
+    `head` (the model's own if None) gives the logits of the tokens `known` (V',), or of all; `reads` (V,) are its own
+    ids of the batch's tokens, where these are of another vocabulary."""
     labels, counted = next_tokens(batch)  # (B, T-1)
+    vocab_size = model.config.get_text_config().vocab_size if reads is None else len(reads)
+    if reads is not None:
+        batch = {**batch, "input_ids": reads[batch["input_ids"]]}
     hidden = last_hidden_states(model, batch)[counted]  # (N, H)
-    vocab_size = model.config.get_text_config().vocab_size
     index_of_token = None if known is None else places(known, vocab_size)
     head, ranks = head or model.get_output_embeddings(), []
     for states, label in zip(hidden.split(chunk), labels[counted, None].split(chunk)):

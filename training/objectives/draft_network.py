@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ...drafters.complete import complete
+from ...drafters.shipped import shipped_folder
 from ...spec.target.taps import layer_stacks
 from ...spec.target.weights import dense_parameters, dense_state, linear_shape
 
@@ -45,13 +46,13 @@ class Sizes:
 
 def make_network(settings, target) -> nn.Module:
     """The network in float32, not trained yet or from `start`. Raises ValueError for settings that do not fit."""
-    if settings.layers is not None:
-        return from_layers(target, settings.layers)
     if settings.start is not None:
-        model = complete(settings.start, target, dtype=torch.float32)
+        model = complete(shipped_folder(settings.start) or settings.start, target, torch.float32, of_any_target=True)
         if model.config.get_text_config().vocab_size != target.config.get_text_config().vocab_size:
             raise ValueError(f"objective.start {settings.start} has another vocabulary than the target")
         return model
+    if settings.layers is not None:
+        return from_layers(target, settings.layers)
     sizes, target_config = settings.sizes, target.config.get_text_config()
     sizes.check()
     config = LlamaConfig(

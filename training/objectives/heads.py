@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...drafters.folder import origin_of
 from ...drafters.head_settings import HeadSettings
 from ...drafters.medusa import MedusaDrafter, MedusaHeads
-from ...spec.target.taps import HEAD
-from ...spec.target.weights import dense_rows, dense_weight
+from ...spec.target.taps import HEAD, linear_head
+from ...spec.target.weights import dense_rows, dense_weight, linear_shape
 from ..config import read
 from .known_tokens import frequent_tokens
 from .losses import Summed
 from .objective import NO_LABEL, Batch, Judge, Losses, Objective, TargetView, labelled, windows
+from .start import start_folder
 from .target import OnlineTarget, ScaledHead
 
 _CHUNK = 1 << 23  # logits computed at a time; twice as many no longer fit in a CPU's cache
@@ -34,7 +36,8 @@ class Settings(HeadSettings):
     """The section `objective` of a configuration: the heads, which tokens they know, and how they are judged."""
 
     kind: Literal["medusa"] = "medusa"
-    known_tokens: int | None = None  # so many of the commonest in the data; None is the whole vocabulary
+    start: str | None = None  # heads of the same settings to go on from, such as those of the target's base model
+    known_tokens: int | None = None  # so many of the commonest in the data; None is all, or those of the start
     label_weight: float = 1.0
     target_weight: float = 0.0
     decay: float = 0.8
@@ -63,9 +66,12 @@ class MedusaObjective(Objective):
 
     @classmethod
     def build(cls, settings: dict, target, rows: Iterable[dict] = ()) -> "MedusaObjective":
-        """The objective that the `objective` section of a configuration describes, untrained, on the target's
-        device. `rows` of training data say which tokens are common. Raises ValueError for settings that make none."""
+        """The objective that the `objective` section of a configuration describes, untrained or from its `start`, on
+        the target's device. `rows` of training data say which tokens are common. Raises ValueError for settings that
+        make none."""
         given = read(Settings, settings, "objective")
+        if given.start is not None:
+            return cls(_from_start(given, target), given.label_weight, given.target_weight, given.decay)
         size, vocabulary = target.config.get_text_config().vocab_size, None
         if given.known_tokens is not None:
             vocabulary = frequent_tokens(rows, given.known_tokens, size)
@@ -167,3 +173,28 @@ class MedusaObjective(Objective):
         weight = dense_rows(linear, ids) if self.heads.trimmed else dense_weight(linear)
         weight, bias = weight.to(self.heads.dtype), self.heads.head_bias
         return lambda states: scaled(F.linear(states, weight, bias)).float().log_softmax(-1)
+
+
+def _from_start(settings: Settings, target) -> MedusaHeads:
+    """The heads called `settings.start`, which may be another target's. Raises ValueError where they are of another
+    shape than settings and target ask for."""
+    folder = start_folder(settings.start)
+    if folder is None or folder.kind != "medusa":
+        raise ValueError(f"objective.start {settings.start} holds no heads; give the folder or name of trained heads")
+    config, (vocab_size, hidden_size) = folder.config, linear_shape(linear_head(target))
+    for name, size in (("vocab_size", vocab_size), ("hidden_size", hidden_size)):
+        if config.get(name) != size:
+            raise ValueError(
+                f"objective.start {settings.start} is for a target of {name} {config.get(name)} and this one's is "
+                f"{size}; start from heads of the same base model"
+            )
+    known = config.get("known_tokens") if settings.known_tokens is None else settings.known_tokens
+    for name in (*HeadSettings.__dataclass_fields__, "known_tokens"):
+        asked = known if name == "known_tokens" else getattr(settings, name)
+        if config.get(name) != asked:
+            raise ValueError(
+                f"objective.{name} is {asked} and {config.get(name)} in {settings.start}, its start; set it to that"
+            )
+    heads = MedusaHeads.load(folder, target)
+    heads.origin = origin_of(folder)
+    return heads

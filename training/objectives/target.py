@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 
+from ...spec.console import Bar
 from ...spec.files import whole
 from ...spec.target.taps import HEAD, Tap, feature_sizes, hidden_states
 from ...spec.target.weights import dense_weight
@@ -129,17 +129,18 @@ def write_hidden_states(
     was. With several processes each writes its share. Raises ValueError where the disk is full."""
     folder.mkdir(parents=True, exist_ok=True)
     starts = range(rank * ROWS_PER_FILE, len(data), ranks * ROWS_PER_FILE)
-    for start in tqdm(starts, desc=f"hidden states, {split}", unit="file", disable=None if rank == 0 else True):
-        path = _file(folder, split, start)
-        if path.exists():
-            continue
-        packs = data.batch(list(range(start, min(start + ROWS_PER_FILE, len(data)))))
-        hidden = _document_by_document(model, taps, packs, batch * data.length)
-        try:
-            with whole(path) as unfinished:
-                save_file({_name(tap): states for tap, states in hidden.items()}, unfinished)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"hidden states cannot be written to {folder} ({error}); free some space") from error
+    with Bar(starts, desc=f"hidden states, {split}", unit="file", disable=None if rank == 0 else True) as bar:
+        for start in bar:
+            path = _file(folder, split, start)
+            if path.exists():
+                continue
+            packs = data.batch(list(range(start, min(start + ROWS_PER_FILE, len(data)))))
+            hidden = _document_by_document(model, taps, packs, batch * data.length)
+            try:
+                with whole(path) as unfinished:
+                    save_file({_name(tap): states for tap, states in hidden.items()}, unfinished)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"hidden states cannot be written to {folder} ({error}); free some space") from error
 
 
 @torch.no_grad()
