@@ -59,8 +59,8 @@ def _numbers(values: list[tuple[int, object]]) -> bool:
     return len(values) > 1 and whole and len({value - at for at, value in values}) == 1  # type: ignore[operator]
 
 
-def _described(layer: nn.Module) -> dict[tuple, Hashable]:
-    attributes: dict[tuple, Hashable] = {}
+def _described(layer: nn.Module) -> dict[tuple, Any]:
+    attributes: dict[tuple, Any] = {}
     for path, part in layer.named_modules():
         attributes[path, "type"] = type(part)
         attributes[path, "packed"] = packed_form(part)
