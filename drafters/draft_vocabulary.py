@@ -9,7 +9,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from ..spec.target.load import tokenizer_of
+from ..spec.target.tokenizers import tokenizer_of
 from .token_overlap import SharedTokens, shared_tokens
 
 if TYPE_CHECKING:

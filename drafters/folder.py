@@ -21,7 +21,7 @@ from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
 from ..spec.target.adapters import active_adapters
-from ..spec.target.load import check_hub_id
+from ..spec.target.sources import check_hub_id
 from .kinds import KINDS
 
 if TYPE_CHECKING:

@@ -15,7 +15,8 @@ from transformers.initialization import no_init_weights
 from ..kernels.cpu import emulates_bfloat16
 from ..target.gguf_file import GgufError, GgufFile
 from ..target.gguf_model import gguf_config
-from ..target.load import load_target, resolve
+from ..target.load import load_target
+from ..target.sources import resolve
 
 LLAMA3_ROPE = {
     "rope_type": "llama3", "rope_theta": 500000.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

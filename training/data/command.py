@@ -138,7 +138,7 @@ def limits(name: str, trust_remote_code: bool = False) -> tuple[int | None, int 
     does not say."""
     from transformers import AutoConfig
 
-    from ...spec.target.load import resolve
+    from ...spec.target.sources import resolve
 
     try:
         config = AutoConfig.from_pretrained(resolve(str(name)), trust_remote_code=trust_remote_code).get_text_config()
@@ -151,11 +151,12 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     """A tokenizer by folder, short name or hub id, and the ids that end its model's turn."""
     from transformers import GenerationConfig
 
-    from ...spec.target import load
+    from ...spec.target import tokenizers
+    from ...spec.target.sources import resolve
 
-    where = str(name) if Path(name).is_dir() else load.resolve(str(name))  # which asks folders for a model's config
+    where = str(name) if Path(name).is_dir() else resolve(str(name))  # which asks folders for a model's config
     try:
-        tokenizer = load.load_tokenizer(where, trust_remote_code)
+        tokenizer = tokenizers.load_tokenizer(where, trust_remote_code)
     except Exception as error:  # whatever transformers and the hub raise for a bad source
         detail = " ".join(str(error).split())[:200]
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__}: {detail})") from error
