@@ -64,7 +64,8 @@ def load_drafter(
     if plus and not Path(name).exists():
         from .beside import Beside
 
-        return Beside(load_drafter(first, target, weights), load_drafter(second, target, weights))
+        both = {"tokenizer": tokenizer, "draft_tokenizer": draft_tokenizer}
+        return Beside(*(load_drafter(part, target, weights, **both) for part in (first, second)))
     return _trained(name_or_path, target, weights, (tokenizer, draft_tokenizer))
 
 

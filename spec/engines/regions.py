@@ -21,6 +21,7 @@ from ..kernels.linears import packed_form
 from ..target.cache import AimedSlots, SlotCache
 
 _MANY = 1 << 20  # of a layer's variants that torch may remember; beyond its own limit of 8 it raises
+_PLAIN = (bool, int, float, str, type(None), torch.dtype)
 _NUMBER = "_paceline_cache_layer"  # the attribute of a layer that says which layer of the cache it uses
 
 
@@ -67,9 +68,16 @@ def _described(layer: nn.Module) -> dict[tuple, Any]:
         for name, tensor in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
             attributes[path, name] = tensor.shape, tensor.dtype
         for name, value in vars(part).items():
-            if type(value) in (bool, int, float, str, torch.dtype):
-                attributes[path, name] = value
+            if _is_plain(value):
+                attributes[path, name] = value if type(value) in _PLAIN else repr(value)
     return attributes
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a number or a text, or a container of such."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value.keys(), *value.values())))
+    return type(value) in _PLAIN or (isinstance(value, list | tuple | set) and all(map(_is_plain, value)))
 
 
 def distinct_layers(models: Iterable[nn.Module]) -> int:

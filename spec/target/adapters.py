@@ -9,6 +9,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
@@ -73,6 +74,7 @@ def with_adapter(model: "PreTrainedModel", folder: str | Path) -> "PreTrainedMod
         ) from error
     adapted = inside(wrapper.eval())
     adapted._hf_peft_config_loaded = True  # for transformers' own functions
+    adapted.adapter_folder = str(folder)  # where its tokenizer may lie
     return adapted
 
 
@@ -102,9 +104,9 @@ def inside(model: Any) -> Any:
     inner, active = model.get_base_model(), str(model.active_adapter)
     refuse_unfit(inner)
     known = _whole.setdefault(model, set())
-    if active not in known and not model.training:
+    if active not in known:
         ids = torch.arange(1, 5, device=inner.device)[None]
-        with torch.no_grad():
+        with torch.no_grad(), _without_dropout(model):
             outer, plain = (part(input_ids=ids, use_cache=False).logits for part in (model, inner))
         if outer.shape != plain.shape or not torch.allclose(outer, plain, atol=1e-4):
             raise ValueError(
@@ -113,6 +115,17 @@ def inside(model: Any) -> Any:
             )
         known.add(active)
     return inner
+
+
+@contextmanager
+def _without_dropout(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def refuse_unfit(model: nn.Module) -> None:

@@ -38,7 +38,7 @@ def tokenizer_of(model: "PreTrainedModel", fetch: bool = False) -> Any | None:
     """The tokenizer that lies where `model` was loaded from; None where there is none, or none that can be read. The
     model hub is only asked with `fetch`."""
     size = model.config.get_text_config().vocab_size
-    source = str(getattr(model.config, "_name_or_path", None) or "")
+    source = str(getattr(model, "adapter_folder", None) or getattr(model.config, "_name_or_path", None) or "")
     here = [cache_folder() / name for name, about in NAMED.items() if about.hub_id == source]
     where = next((str(folder) for folder in here if (folder / "config.json").is_file()), source)
     try:

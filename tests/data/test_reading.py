@@ -229,10 +229,12 @@ def test_a_folder_gives_its_records_and_texts_and_says_what_it_leaves(tmp_path, 
     for name, content in (
         ("a.txt", "abc"), ("inner/b.PY", "x = 1"), ("inner/c.ndjson", TWO), ("d.json", PRETTY), ("e.JSON.gz", b""),
         ("package.json", b'{"name": "x"}'), ("photo.png", b"\x89PNG"), (".hidden", b"x"), ("talk.txt", TWO),
+        ("tsconfig.json", b'{\n  // of the compiler\n  "strict": true\n}'), ("points.json", b'[{"x": 1}, {"x": 2}]'),
+        ("labels.json", b'["a", "b"]'), ("wide.txt", "abc".encode("utf-16")), ("inner/todo.txt", "[] buy milk"),
     ):  # fmt: skip
         write(folder, name, gzip.compress(TWO) if name.endswith("gz") else content)
     sources = open_sources([folder])
-    assert capsys.readouterr().err == "raw: left out 2 files of other kinds (.json, .png)\n"
+    assert capsys.readouterr().err == "raw: left out 6 files of other kinds (.json, .png, .txt)\n"
     assert [source.name for source in sources] == ["raw", "d.json", "e.JSON.gz", "c.ndjson", "talk.txt"]
-    assert [source.count() for source in sources] == [2] * 5
-    assert [record.text for record in Reading(sources[0]).records()] == ["abc", "x = 1"]
+    assert [source.count() for source in sources] == [3] + [2] * 4
+    assert [record.text for record in Reading(sources[0]).records()] == ["abc", "x = 1", "[] buy milk"]

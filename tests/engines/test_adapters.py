@@ -198,7 +198,10 @@ def test_adapters_that_cannot_be_loaded_are_refused_in_a_sentence(folders, tmp_p
 
 def test_adapters_that_are_more_than_layers_are_refused(folders, tmp_path):
     tuned = wrapped(peft.PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3), 0)
-    sentence(lambda: paceline.generate(tuned, IDS, **GREEDY), "is more than a part of the model's layers")
+    for training in (True, False):  # a wrapper is in training when it is made
+        tuned.train(training)
+        sentence(lambda: paceline.generate(tuned, IDS, **GREEDY), "is more than a part of the model's layers")
+        assert tuned.training == training
     tuned.peft_config["default"].base_model_name_or_path = str(folders / "base")
     quiet(tuned.save_pretrained, tmp_path / "tuned")
     sentence(lambda: paceline.load_target(tmp_path / "tuned"), "is more than a part of the model's layers")

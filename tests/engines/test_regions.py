@@ -88,6 +88,11 @@ def test_layers_of_other_settings_or_blocks_are_of_another_kind():
     kinds = layer_kinds(layers)
     assert kinds[0] == kinds[1] == kinds[3] != kinds[2]
     layers[1].mlp.act_fn = nn.Tanh()
+    layers[3].mlp.scaling = {"default": 1.0}
+    layers[0].mlp.scaling = {"default": 2.0}
+    assert len(set(layer_kinds(layers))) == 4
+    for layer in layers:
+        layer.mlp.scaling = {"default": 3.0}
     assert len(set(layer_kinds(layers))) == 3
     kinds = layer_kinds(list(mixed_blocks().model.layers))
     assert kinds[0] == kinds[2] != kinds[1] == kinds[3]

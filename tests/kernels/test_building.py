@@ -13,8 +13,9 @@ case "$*" in
 esac
 """
 FAILS = """#!/bin/sh
+for word; do [ "$last" = -o ] && to=$word; last=$word; done
 case "$*" in
-*linears.cpp*) touch linears.o; echo "linears.cpp:1: error: no space left" >&2; exit 1 ;;
+*linears.cpp*) touch "$to"; echo "linears.cpp:1: error: no space left" >&2; exit 1 ;;
 esac
 """
 KILLED = '#!/bin/sh\ncase "$*" in *linears.cpp*) kill -9 $$ ;; esac\n'

@@ -98,7 +98,7 @@ def test_a_start_of_another_shape_is_refused(folder):
     sentence(lambda: DraftObjective.build(draft, wider), "[61, 32]", "[61, 64]", "same base model")
     sentence(lambda: DraftObjective.build(draft, tiny_llama(vocab=70)), "[61, 32]", "[70, 32]")
     whole = {"kind": "draft_lm", "start": str(folder / "base")}
-    sentence(lambda: DraftObjective.build(whole, tiny_llama(vocab=70)), "another vocabulary")
+    sentence(lambda: DraftObjective.build(whole, tiny_llama(vocab=70)), "start from a drafter for the same vocabulary")
     sentence(lambda: MedusaObjective.build(hydra, wider), "hidden_size 32", "is 64", "same base model")
     sentence(lambda: MedusaObjective.build(hydra, tiny_llama(vocab=70)), "vocab_size 61", "is 70")
     sentence(lambda: MedusaObjective.build({**hydra, "mode": "markov"}, tuned), "objective.mode is markov", "hydra")

@@ -104,7 +104,7 @@ def _opened(names: list[str], reader: Reader, settings: Settings) -> list[Source
         if Path(name).suffix in (".yaml", ".yml"):
             sources.append(Mixed(Path(name), settings.tokens, lambda text: len(reader.tokenizer(text)["input_ids"])))
         else:
-            sources += open_sources([name], settings.split)
+            sources += open_sources([name], settings.split, settings.columns)
     return sources
 
 

@@ -14,13 +14,14 @@ from typing import Literal
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import GenerationConfig
 
 from ...drafters.draft_model import ModelDrafter
 from ...drafters.folder import FORMAT, DrafterFolder, origin_of, target_identity
 from ...drafters.known_tokens import places, read_known, trimmed_head, write_known
 from ...spec.files import whole
 from ...spec.target.taps import HEAD, hidden_states
+from ...spec.target.tokenizers import load_tokenizer
 from ...spec.target.weights import linear_shape
 from ..config import read
 from .draft_network import Sizes, make_network, share, target_weights
@@ -73,7 +74,8 @@ class DraftObjective(Objective):
         model.config.paceline_target = target_identity(target)
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
         model.generation_config = GenerationConfig(**{name: getattr(target.generation_config, name) for name in tokens})
-        self.tokenizer = AutoTokenizer.from_pretrained(target.name_or_path) if target.name_or_path else None
+        where = getattr(target, "adapter_folder", None) or target.name_or_path
+        self.tokenizer = load_tokenizer(where) if where else None
 
     @classmethod
     def build(cls, settings: dict, target, rows: Iterable[dict] = ()) -> "DraftObjective":

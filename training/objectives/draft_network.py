@@ -48,8 +48,12 @@ def make_network(settings, target) -> nn.Module:
     """The network in float32, not trained yet or from `start`. Raises ValueError for settings that do not fit."""
     if settings.start is not None:
         model = complete(shipped_folder(settings.start) or settings.start, target, torch.float32, of_any_target=True)
-        if model.config.get_text_config().vocab_size != target.config.get_text_config().vocab_size:
-            raise ValueError(f"objective.start {settings.start} has another vocabulary than the target")
+        sizes = [each.config.get_text_config().vocab_size for each in (model, target)]
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"objective.start {settings.start} has a vocabulary of {sizes[0]} tokens and the target one of "
+                f"{sizes[1]}; start from a drafter for the same vocabulary, or give objective.sizes and no start"
+            )
         return model
     if settings.layers is not None:
         return from_layers(target, settings.layers)
