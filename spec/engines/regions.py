@@ -9,9 +9,10 @@ Knows nothing of steps.
 """
 
 import contextlib
+import functools
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from types import FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -175,15 +176,21 @@ def _region_of_own_slots(forward: Callable, number: int) -> Callable:
 
 
 def _region(forward: Callable, number: int) -> Callable:
-    """`forward` as the region `number`, with a name of its own: torch finds regions by the code of their function."""
-    name = f"region_{number}"
+    """`forward` as the region `number`, with code of its own: torch finds regions by the code of their function."""
 
     def inner(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return forward(layer, *args, **kwargs)
 
-    renamed = FunctionType(inner.__code__.replace(co_name=name), inner.__globals__, name, None, inner.__closure__)
+    function = FunctionType(_numbered(inner.__code__, number), inner.__globals__, None, None, inner.__closure__)
     mark = torch.compiler.nested_compile_region
     try:
-        return mark(renamed, max_reuse_entries=_MANY)
+        return mark(function, max_reuse_entries=_MANY)
     except TypeError:  # torch before 2.12
-        return mark(renamed)
+        return mark(function)
+
+
+@functools.cache
+def _numbered(code: CodeType, number: int) -> CodeType:
+    """Code that is unequal to that of other numbers. It lives on, because torch drops what it compiled when code that
+    it traced is gone."""
+    return code.replace(co_name=f"region_{number}")

@@ -238,7 +238,10 @@ def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, t
     assert "holds no measurement" in capsys.readouterr().err
     assert cli.main(["plan", "--model", draft, "--drafter", draft, "--from", run]) == 2
     assert "measured on another model" in capsys.readouterr().err
-    for bad, words in (("missing.jsonl", "cannot be read (No such file"), ("target/config.json", "line 1 is no JSON")):
+    for bad, words in (
+        ("missing.jsonl", "does not exist; give a file"),
+        ("target/config.json", "it is of no known form"),
+    ):
         assert cli.main([*command[:-4], "--calibrate", str(tmp_path / bad), "--max-new-tokens", "20"]) == 2
         assert words in capsys.readouterr().err
 
