@@ -45,12 +45,14 @@ def folder(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("name", ["draft", "hydra"])
-def test_a_drafter_of_the_base_model_is_where_training_begins(folder, name):
+def test_a_drafter_of_the_base_model_is_where_training_begins(folder, name, capsys):
     start, tuned = folder / name, paceline.load_target(folder / "target")[0]
     sentence(lambda: paceline.load_drafter(start, tuned), "was made for target 'base'", "this target is 'target'")
     asked = {**(DRAFT if name == "draft" else HYDRA), "start": str(start)}
     kind = DraftObjective if name == "draft" else MedusaObjective
+    capsys.readouterr()
     kind.build(asked, tuned, random_rows(2)).save(folder / "untrained")
+    assert ("objective.layers have no effect" in capsys.readouterr().err) == (name == "draft")
     before, same = (load_file(where / "model.safetensors") for where in (start, folder / "untrained"))
     assert before.keys() == same.keys()
     assert all(torch.equal(before[key].to(same[key].dtype), same[key]) for key in before)

@@ -6,6 +6,7 @@ text's token and all earlier depths were hits. Knows nothing of optimisers or pr
 """
 
 import copy
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,6 +87,9 @@ class DraftObjective(Objective):
         given = [name for name in ("sizes", "layers") if getattr(read_, name) is not None]
         if len(given) != 1 and read_.start is None:
             raise ValueError(f"objective has {' and '.join(given) or 'no origin'}; give one of sizes, layers and start")
+        if given and read_.start is not None:
+            unused = " and ".join(f"objective.{name}" for name in given)
+            print(f"objective.start {read_.start} gives the network, and {unused} have no effect", file=sys.stderr)
         if read_.depths < 1 or read_.chunk < 1:
             raise ValueError(f"objective.depths {read_.depths} and objective.chunk {read_.chunk} must be at least 1")
         if read_.save.without_target_weights and "target" not in (read_.embeddings, read_.head):
