@@ -23,6 +23,11 @@ def colours(stream: TextIO | None = None) -> bool:
     return (stream or sys.stdout).isatty() and not os.environ.get("NO_COLOR")
 
 
+def one_line(error: Exception, most: int = 200) -> str:
+    """What an error of somebody else says, on one line and cut at `most` letters, to stand in a sentence of ours."""
+    return " ".join(str(error).split())[:most]
+
+
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A line on stderr for a wait: `what` as it begins, its seconds as it ends."""

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ..drafters.folder import PICKLES, read_folder
-from ..spec.console import waiting
+from ..spec.console import one_line, waiting
 
 KEPT = ("*.safetensors", "acceptance.json", "config.json", "training.json", "prompts.sha256", "README.md")
 KEPT += ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja")
@@ -33,7 +33,7 @@ def push(args) -> None:
     except HFValidationError as error:
         raise ValueError(f"hub id {args.hub_id!r} is none ({error}); write it as owner/name") from error
     except HfHubHTTPError as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(f"the model hub refused {args.hub_id} ({detail}); check the token and the name") from error
     except Exception as error:  # whatever the hub's client raises where there is no network
         raise ValueError(

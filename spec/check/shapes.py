@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from ..console import one_line
 from ..kernels.cpu import emulates_bfloat16
 from ..target.gguf_file import GgufError, GgufFile
 from ..target.gguf_model import gguf_config
@@ -87,7 +88,7 @@ def read_config(where: str, trust_remote_code: bool = False) -> PreTrainedConfig
     except GgufError:
         raise
     except Exception as error:  # whatever transformers and the hub raise for a bad source
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(f"{where} gives no configuration of a model ({type(error).__name__}: {detail})") from error
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..console import waiting
+from ..console import one_line, waiting
 from .entries import Entry, Source, file_fingerprint
 
 
@@ -37,7 +37,7 @@ class DataSet(Source):
         try:
             return load()
         except Exception as error:  # whatever datasets and the hub raise for a bad source
-            detail = " ".join(str(error).split())[:200]
+            detail = one_line(error)
             raise ValueError(
                 f"{self.name!r}: no file, and no data set with a split {self.split!r} ({type(error).__name__}: "
                 f"{detail}); check the path"
@@ -58,7 +58,7 @@ class DataSet(Source):
             except StopIteration:
                 return
             except Exception as error:  # whatever pyarrow raises for a damaged file
-                detail = " ".join(str(error).split())[:200]
+                detail = one_line(error)
                 raise ValueError(f"{self.name} is damaged at row {number} ({detail}); fetch it again") from error
             yield Entry(number, f"row {number}", row, 1)
             number += 1
@@ -91,7 +91,7 @@ class Parquet(DataSet):
         try:
             return load()
         except Exception as error:
-            detail = " ".join(str(error).split())[:200]
+            detail = one_line(error)
             raise ValueError(f"{self.path} is damaged ({detail}); fetch it again") from error
 
     def count(self) -> int:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..console import one_line
 from ..kernels.block_linear import BlockLinear
 from ..kernels.blocks import GROUPS, Blocks
 from ..kernels.cpu import emulates_bfloat16
@@ -124,7 +125,7 @@ def load_quantised(
         with safe_open(folder / WEIGHTS, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (OSError, KeyError, SafetensorError, RuntimeError) as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(f"quantised model {folder} cannot be loaded ({detail}); {REMEDY}") from error
     weights = weights or Weights("16")
     least = min((layer["bits"] for layer in layers.values()), default=weights.bits)
@@ -220,7 +221,7 @@ def _put_rest(folder: Path, model: "PreTrainedModel", tensors: dict[str, Tensor]
     try:
         left = model.load_state_dict(tensors, strict=False, assign=True)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(f"{folder}/{WEIGHTS} does not fit the model in config.json ({detail}); {REMEDY}") from error
     model.tie_weights()
     empty = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -17,6 +17,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..console import one_line
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -67,7 +69,7 @@ def with_adapter(model: "PreTrainedModel", folder: str | Path) -> "PreTrainedMod
             warnings.filterwarnings("error", message="Found missing adapter keys")
             wrapper = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:  # whatever PEFT raises for a source that does not fit
-        detail = " ".join(str(error).split())[:100]
+        detail = one_line(error, 100)
         raise ValueError(
             f"adapter {folder} does not fit {model.name_or_path or type(model).__name__} ({type(error).__name__}: "
             f"{detail}); see that it was made for this model"

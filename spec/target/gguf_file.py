@@ -15,6 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
+from ..console import one_line
+
 Setting = int | float | bool | str
 _HEADER = struct.Struct("<4sIQQ")
 _VERSIONS = (2, 3)
@@ -194,7 +196,7 @@ def opened(path: str | Path) -> Iterator[GgufFile]:
     except GgufError:
         raise
     except Exception as error:  # whatever transformers raises for a file that it does not know or understand
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(
             f"GGUF file {path} cannot be loaded ({type(error).__name__}: {detail}); see whether transformers reads "
             "its architecture from GGUF"

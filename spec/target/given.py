@@ -145,10 +145,7 @@ def _check_layers(model: PreTrainedModel, cache: DynamicCache) -> None:
     for layer in cache.layers:
         if layer.is_initialized:
             least = min(width, layer.sliding_window - 1) if layer.is_sliding else width
-            if (
-                type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer)
-                or not least <= layer.keys.shape[2] <= width
-            ):
+            if type(layer) not in _LAYERS or not least <= layer.keys.shape[2] <= width:
                 raise ValueError(
                     f"{type(model).__name__} keeps something else of this prompt than keys and values of its tokens "
                     "(of an image, perhaps, that every token looks at); use model.generate for it"

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from .weights import Weights
 
-from ..console import quietly, waiting
+from ..console import one_line, quietly, waiting
 from ..files import cache_folder
 from .sources import resolve
 from .tokenizers import load_tokenizer
@@ -178,7 +178,7 @@ def _wait(name: str, where: str) -> AbstractContextManager[None]:
 
 
 def _why_not_loaded(name: str, where: str, error: Exception) -> str:
-    detail = " ".join(str(error).split())[:240]
+    detail = one_line(error, 240)
     if Path(where).is_dir():
         remedy = "delete the folder and fetch it again" if where.startswith(str(cache_folder())) else "check the files"
         return f"model folder {where} cannot be loaded ({type(error).__name__}: {detail}); {remedy}"

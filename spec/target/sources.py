@@ -6,7 +6,7 @@ import re
 import sys
 from pathlib import Path
 
-from ..console import quietly, waiting
+from ..console import one_line, quietly, waiting
 from .wheels import NAMED, FetchError, model_file, model_folder
 
 
@@ -50,7 +50,7 @@ def _from_hub(name: str) -> str:
         with waiting(f"fetching {name} from the model hub"), quietly():
             return hf_hub_download(f"{owner}/{repository}", file)
     except Exception as error:  # whatever the hub raises
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(
             f"model {name!r} is no file here, and the model hub did not give it ({type(error).__name__}: {detail}); "
             "check the name and the network"

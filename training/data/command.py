@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from ...spec.console import one_line
 from ...spec.data.forms import parse_columns
 from .prompts import Prompt, Unusable, prompt_entries, read_beginnings, sift, turns_of
 
@@ -158,7 +159,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False):
     try:
         tokenizer = tokenizers.load_tokenizer(where, trust_remote_code)
     except Exception as error:  # whatever transformers and the hub raise for a bad source
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(f"the tokenizer of {name!r} cannot be loaded ({type(error).__name__}: {detail})") from error
     try:
         eos = None if Path(where).is_file() else GenerationConfig.from_pretrained(where).eos_token_id

@@ -24,6 +24,7 @@ from pathlib import Path
 
 import yaml
 
+from ...spec.console import one_line
 from ...spec.data.content import TEXT, kind_of, read_text
 
 _KNOWN = ("python", "packages")
@@ -189,7 +190,7 @@ def _dataset_texts(source: Source, seed: int) -> Iterator[str]:
     try:
         stream = datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
     except Exception as error:  # whatever datasets and the hub raise for a bad source
-        detail = " ".join(str(error).split())[:200]
+        detail = one_line(error)
         raise ValueError(
             f"data set {source.dataset!r} cannot be streamed ({type(error).__name__}: {detail})"
         ) from error
