@@ -1,0 +1,1 @@
+"""EAGLE: small transformers that draft from the target's hidden states."""

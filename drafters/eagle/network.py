@@ -1,0 +1,190 @@
+"""The EAGLE network: what it computes from a token and the target's hidden state before it.
+
+At text position t it reads the *pair* of f_t, the target's features there, and the token x_{t+1}, and gives the logits
+of x_{t+2}, and the feature that stands in for f_{t+1} where the target's own is not known yet (EAGLE, arXiv:2401.15077;
+EAGLE-3, arXiv:2503.01840). Its layers are transformers' own decoder layers, so it runs over a slot cache like any other
+model. Knows nothing of trees, of training, and of files.
+"""
+
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
+
+from ...spec.target.given import cache_name
+from ...spec.target.taps import HEAD, Tap, feature_sizes
+from ...spec.target.weights import head_rows, head_weight, linear_shape
+from ..known_tokens import check_vocabulary, places
+from .settings import EagleSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_CONFIGS: dict[str, type["PreTrainedConfig"]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
+_LAYERS = {"llama": llama.LlamaDecoderLayer, "qwen3": qwen3.Qwen3DecoderLayer}
+_ROTARY = {"llama": llama.LlamaRotaryEmbedding, "qwen3": qwen3.Qwen3RotaryEmbedding}
+
+
+class WideLayer(nn.Module):
+    """EAGLE-3's first layer: queries, keys and values read the normalised embedding and feature side by side."""
+
+    self_attn: nn.Module
+    mlp: nn.Module
+
+    def __init__(self, layer: nn.Module, size: int, embedded: int, eps: float, norm_before_residual: bool):
+        super().__init__()
+        self.norm_before_residual = norm_before_residual
+        self.input_layernorm = llama.LlamaRMSNorm(embedded, eps)  # of the embedding
+        self.hidden_norm = llama.LlamaRMSNorm(size, eps)  # of the feature
+        self.self_attn, self.mlp = layer.self_attn, layer.mlp
+        self.post_attention_layernorm = layer.post_attention_layernorm
+        for name in ("q_proj", "k_proj", "v_proj"):
+            narrow = getattr(self.self_attn, name)
+            wide = nn.Linear(embedded + size, narrow.out_features, narrow.bias is not None)
+            setattr(self.self_attn, name, wide)
+
+    def forward(self, feature: Tensor, embedding: Tensor, **attention: Any) -> Tensor:  # (B, n, H), (B, n, E)
+        normed = self.hidden_norm(feature)  # (B, n, H)
+        both = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+        attended, _ = self.self_attn(hidden_states=both, **attention)
+        hidden = (normed if self.norm_before_residual else feature) + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
+
+
+class EagleNetwork(PreTrainedModel):
+    """The network for one target. Width H, features F, embeddings E, vocabulary V of the target, V' known tokens.
+
+    `vocabulary` (V',) are the ids that it drafts, ascending; None is all. Embeddings and LM head are the target's, on
+    its memory where possible, or its own. A new network has transformers' initial weights, in float32."""
+
+    _supports_sdpa = True
+    base_model_prefix = ""
+    vocabulary: Tensor  # (V',)
+    index_of_token: Tensor  # (V,): the index of each token in `vocabulary`, V' for unknown ones
+    embeddings: Tensor  # (V, E), stored only if they are its own
+
+    def __init__(self, settings: EagleSettings, target: PreTrainedModel, vocabulary: Tensor | None = None):
+        vocab_size, target_size = linear_shape(target.get_output_embeddings())
+        family = settings.layer["model_type"]
+        config = _CONFIGS[family](**{**settings.layer, "vocab_size": vocab_size, "tie_word_embeddings": False})
+        super().__init__(config)
+        self.settings, self.vocab_size, size, eps = settings, vocab_size, config.hidden_size, config.rms_norm_eps
+        rows = target.get_input_embeddings().weight.detach()
+        if settings.own_embeddings:
+            self.embeddings = nn.Parameter(torch.zeros(vocab_size, size))
+        else:
+            self.register_buffer("embeddings", rows, persistent=False)
+        embedded = self.embeddings.shape[1]
+        sizes = feature_sizes(target, settings.taps)
+        self.tap_sizes = sizes
+
+        def norm(width: int, wanted: bool) -> nn.Module:
+            return llama.LlamaRMSNorm(width, eps) if wanted else nn.Identity()
+
+        # A dictionary, as lists of modules are taken for stacks of layers.
+        self.tap_norms = nn.ModuleDict({str(i): norm(width, settings.tap_norms) for i, width in enumerate(sizes)})
+        self.fuse_norm = norm(sum(sizes), settings.fuse_norm)
+        fuses = settings.wide or settings.fuse or sum(sizes) != size
+        self.fuse = nn.Linear(sum(sizes), size, bias=False) if fuses else nn.Identity()
+        self.embedding_norm = norm(embedded, settings.embedding_norm)
+        self.feature_norm = norm(size, settings.feature_norm)
+        self.join = None if settings.wide else nn.Linear(embedded + size, size, settings.join_bias)
+        layers = [_LAYERS[family](config, number) for number in range(config.num_hidden_layers)]
+        if settings.wide:
+            layers[0] = WideLayer(layers[0], size, embedded, eps, settings.norm_before_residual)
+        elif not settings.input_norm:
+            layers[0].input_layernorm = nn.Identity()
+        self.layers = nn.ModuleList(layers)
+        self.rotary_emb = _ROTARY[family](config)
+        self.norm = norm(size, settings.final_norm)
+        self.trimmed = vocabulary is not None and len(vocabulary) < vocab_size
+        ids = torch.arange(vocab_size) if vocabulary is None else vocabulary.cpu()
+        check_vocabulary(ids, vocab_size)
+        self.register_buffer("vocabulary", ids, persistent=self.trimmed)
+        self.register_buffer("index_of_token", places(ids, vocab_size), persistent=False)
+        self.lm_head = nn.Linear(size, len(ids), bias=False, device="meta")
+        if settings.own_head:
+            self.lm_head.weight = nn.Parameter(torch.zeros(len(ids), size))
+        else:
+            self._take_head(target, target_size)
+        self.post_init()
+        self.to(target.device)
+
+    def _take_head(self, target: PreTrainedModel, target_size: int) -> None:
+        size = self.config.hidden_size
+        if size != target_size:
+            raise ValueError(
+                f"hidden_size={size} is not the target's {target_size}, so its LM head cannot be shared; set own_head"
+            )
+        rows = head_rows(target, self.vocabulary.to(target.device)) if self.trimmed else head_weight(target)
+        bias = getattr(target.get_output_embeddings(), "bias", None)
+        self.lm_head.weight = nn.Parameter(rows, requires_grad=False)
+        if bias is not None:
+            chosen = bias.detach()[self.vocabulary.to(bias.device)]
+            self.lm_head.bias = nn.Parameter(chosen, requires_grad=False)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """transformers' initial weights for linear layers of this network; those of the target stay."""
+        if isinstance(module, nn.Linear) and module is not self.lm_head:
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @property
+    def feedback(self) -> Tap:
+        """The tap of this network at which the feature that is fed back is read: (B, n, H)."""
+        return HEAD if self.settings.norm_output or not self.settings.final_norm else self.config.num_hidden_layers - 1
+
+    def fused(self, features: Tensor) -> Tensor:  # (..., F) -> (..., H)
+        """The target's features in the draft's width. Features that are fed back have it already."""
+        states = features.split(self.tap_sizes, dim=-1)
+        if self.settings.tap_norms:
+            features = torch.cat([self.tap_norms[str(i)](state) for i, state in enumerate(states)], dim=-1)
+        return self.fuse(self.fuse_norm(features))
+
+    def forward(
+        self,
+        input_ids: Tensor,  # (B, n): x_{t+1} of each pair
+        features: Tensor,  # (B, n, H): f_t, fused, or fed back
+        position_ids: Tensor,  # (B, n): t
+        attention_mask: Tensor | None = None,  # (B, 1, n, keys): of one's own making
+        cache: Any = None,
+        logits_to_keep: int = 0,
+        **options: Any,
+    ) -> SimpleNamespace:
+        """`logits` (B, n, V') of the token after each pair."""
+        embedding = F.embedding(input_ids, self.embeddings).to(features.dtype)
+        mask = attention_mask
+        if mask is None:
+            mask = create_causal_mask(
+                config=self.config, inputs_embeds=features, attention_mask=None, position_ids=position_ids,
+                **{cache_name(): cache},
+            )  # fmt: skip
+        attention = {
+            "attention_mask": mask, "position_embeddings": self.rotary_emb(features, position_ids), cache_name(): cache,
+        }  # fmt: skip
+        if self.join is None:
+            hidden = self.layers[0](features, embedding, **attention)
+        else:
+            both = torch.cat([self.embedding_norm(embedding), self.feature_norm(features)], dim=-1)
+            hidden = self.layers[0](self.join(both), **attention)
+        for layer in self.layers[1:]:
+            hidden = layer(hidden, **attention)
+        return SimpleNamespace(logits=self.lm_head(self.norm(hidden)[:, -logits_to_keep:]))
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.lm_head
+
+    def get_input_embeddings(self) -> None:
+        return None
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors that a folder keeps: all but the target's."""
+        skipped = () if self.settings.own_head else ("lm_head.weight", "lm_head.bias")
+        return {name: tensor for name, tensor in self.state_dict().items() if name not in skipped}

@@ -1,0 +1,1 @@
+"""Drafters in the formats that others publish and serve: read, and written."""
