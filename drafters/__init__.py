@@ -27,9 +27,9 @@ def load_drafter(
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
-    target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
+    target, combined with prompt lookup where possible, or ngram where none ships. `paceline drafters` lists the names of
     those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: trained
-    heads, or a causal LM, loaded in the target's dtype onto its device. A causal LM that is already loaded may be
+    heads, EAGLE, or a causal LM, loaded in the target's dtype onto its device. A causal LM that is already loaded may be
     passed instead of a name, and a drafter is returned as it is.
 
     A causal LM may have another vocabulary than the target, or another tokenizer: it then drafts the tokens that both
@@ -104,7 +104,7 @@ def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
 
 
 def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str, tokenizers: "Tokenizers") -> "Drafter":
-    """Heads or a draft model, by shipped name, short name, folder or hub id."""
+    """Heads, EAGLE or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.target.load import NAMED
     from .folder import read_folder
     from .shipped import shipped_folder
