@@ -48,6 +48,19 @@ def test_another_value_is_no_other_step(tapes, drafter):
     assert len(tapes) == 1
 
 
+def test_a_shorter_text_takes_the_step_of_a_longer_one(tapes):
+    """Made for 512 slots, it serves texts that fit into 256; one of 1024 is too large for these."""
+    model = tiny_llama(max_position_embeddings=2048)
+    texts = {length: torch.arange(length)[None] % 50 + 5 for length in (300, 10, 600)}
+    for length, kept in ((300, 1), (10, 1), (600, 2), (10, 2), (300, 2)):
+        assert_eager_text(model, ids=texts[length], max_new_tokens=4)
+        assert len(tapes) == kept
+    model = tiny_llama(max_position_embeddings=2048)
+    for length in (600, 10):
+        assert_eager_text(model, ids=texts[length], max_new_tokens=4)
+    assert len(tapes) == 4
+
+
 @pytest.mark.slow
 def test_another_value_compiles_nothing():
     """The same by the compiler itself, greedily and sampled, plain and drafted: one graph each."""
