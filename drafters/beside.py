@@ -1,10 +1,11 @@
 """Two drafters side by side: both propose behind the same root, and the target checks both proposals in one forward.
 
-Heads predict new text but cannot copy; prompt lookup copies but cannot predict. The tree is divided between them: the
-last child of the root and the chain below it belong to the second drafter, everything else to the first. Both draft in
-every step, so that the step stays static; where the second drafter has no proposal its branch is empty. The two draw
-their tokens in different ways, which only the rule `match` can verify; where drafts must come from a known
-distribution, the first drafter drafts alone. Knows nothing of verification.
+Trained drafters predict new text but copy badly; prompt lookup copies but cannot predict. The tree is divided between
+them: the last child of the root and the chain below it belong to the second drafter, everything else to the first. Both
+draft in every step, so that the step stays static; where the second drafter has no proposal its branch is empty. The
+two draw their tokens in different ways, which only the rule `match` can verify; where drafts must come from a known
+distribution, the first drafter drafts alone. A session is told which part of the tree is its own, as it has to follow
+paths that the other drafted. Knows nothing of verification.
 """
 
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal
+from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal, Share
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
 from ..spec.tree import TokenTree, TreeShape
@@ -22,7 +23,8 @@ COPIED = 2  # length of the second drafter's chain in the default tree
 
 
 class Beside:
-    """`first` and `second` must be drafters that can follow any tree: trained heads or prompt lookup.
+    """`first` and `second` must be drafters that can follow a path which the other one drafted, as all kinds can that
+    come with the package.
 
     Raises ValueError for any other drafter."""
 
@@ -32,8 +34,8 @@ class Beside:
                 raise ValueError(f"drafter {part.name!r} is two drafters already; no more than two draft side by side")
             if not part.traits.follows_any_tree:
                 raise ValueError(
-                    f"drafter {part.name!r} may follow its own tree from step to step and cannot stand beside another; "
-                    "combine trained heads and ngram, such as smollm2-135m-hydra+ngram"
+                    f"drafter {part.name!r} follows no tree but its own (its traits lack follows_any_tree) and cannot "
+                    "stand beside another; combine others, such as smollm2-135m-hydra+ngram"
                 )
         self.parts = first, second
         self.name = f"{first.name}+{second.name}"
@@ -73,7 +75,8 @@ class BesideSession:
         self.sessions: list[DraftSession] = []
         for drafter, nodes in zip(parts, divided(shape)):
             self.nodes.append(torch.tensor(nodes, device=request.device))
-            self.sessions.append(drafter.open(replace(request, shape=shape.part(nodes))))
+            share = Share(shape, tuple(nodes))
+            self.sessions.append(drafter.open(replace(request, shape=shape.part(nodes), share=share)))
         self.first_alone = request.sampling.coupling == "own"
 
     @property

@@ -22,8 +22,9 @@ def in_blocks(weight: Tensor, bias: Tensor | None, weights: Weights) -> BlockLin
     return BlockLinear(blocks, None if bias is None else bias.detach(), weights.int8_activations)
 
 
-def put_in_blocks(model: nn.Module, weights: Weights) -> None:
-    """Replace the linear layers of `model` whose inputs fall into groups. Embeddings stay, those of a tied head too."""
+def put_in_blocks(model: nn.Module, weights: Weights, kept: nn.Module | None = None) -> None:
+    """Replace the linear layers of `model` whose inputs fall into groups, except for `kept`. Embeddings stay, those of
+    a tied head too."""
     for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer.in_features % GROUP == 0:
+        if type(layer) is nn.Linear and layer is not kept and layer.in_features % GROUP == 0:
             model.set_submodule(path, in_blocks(layer.weight, layer.bias, weights))

@@ -1,7 +1,7 @@
 """A small causal LM as drafter: one forward per tree level, with a KV cache of its own.
 
-How it drafts is in draft_session.py (fixed trees) and dynamic_tree.py (trees that follow its confidence). Knows nothing
-of verification.
+How it drafts is in draft_session.py, static_tree.py (fixed trees) and dynamic_tree.py (trees that follow its
+confidence). Knows nothing of verification.
 """
 
 from dataclasses import replace
@@ -16,12 +16,11 @@ from ..spec.plan.trees import Rates, default_tree
 from ..spec.proposal import DrafterTraits, DraftRequest, DraftSession
 from ..spec.target.selftest import attach
 from ..spec.target.weights import Weights
-from ..spec.tree import DynamicShape, TreeShape
+from ..spec.tree import TreeShape
 from .blocks import put_in_blocks
 from .complete import complete
-from .draft_session import StaticDraftSession
+from .draft_session import ModelSession
 from .draft_vocabulary import Tokenizers, fit
-from .dynamic_tree import DynamicDraftSession
 from .folder import DrafterFolder
 from .known_tokens import WidenedHead, head_of_rows, read_known, reading, with_head
 from .static_tree import check_children
@@ -60,8 +59,8 @@ class ModelDrafter:
         on_cpu = model.device.type == "cpu"
         self.default_shape = default_tree(rates, DEEPEST, on_cpu) if rates else TreeShape.chain(DEEPEST)
         self.traits = DrafterTraits(
-            self.vocab_size, fills_dynamic=True, deepest=DEEPEST, modules=(self.model,), vocabulary=self.vocabulary,
-            reads=self.reads, causal_lm=self._whole_model(), kind="draft_lm",
+            self.vocab_size, follows_any_tree=True, fills_dynamic=True, deepest=DEEPEST, modules=(self.model,),
+            vocabulary=self.vocabulary, reads=self.reads, causal_lm=self._whole_model(), kind="draft_lm",
         )  # fmt: skip
 
     @classmethod
@@ -138,9 +137,7 @@ class ModelDrafter:
     def open(self, request: DraftRequest) -> DraftSession:
         self.check_device(request.device)
         check_children(request.shape, request.vocab_size if self.vocabulary is None else len(self.vocabulary))
-        if isinstance(request.shape, DynamicShape):
-            return DynamicDraftSession(self.model, request, self.vocabulary, self.reads)
-        return StaticDraftSession(self.model, request, self.vocabulary, self.reads)
+        return ModelSession(self.model, request, self.vocabulary, self.reads)
 
 
 def _placed(ids: Tensor | None, model: PreTrainedModel) -> Tensor | None:

@@ -1,8 +1,8 @@
-"""The base class of a draft model's sessions, and the session that fills a fixed tree.
+"""Sessions of networks that draft level by level over a slot cache: what they share, and those of a draft model.
 
-After each step the cache is cut back to the accepted path. Only the last accepted token can be missing from it, because
-leaves are never forwarded; so each step begins by forwarding the last two committed tokens. Knows nothing of
-verification.
+A draft model's cache is cut back to the accepted path after each step. Only the last accepted token can be missing from
+it, because leaves are never forwarded, and tokens that another drafter proposed; so each step begins by forwarding as
+many of the last committed tokens as may be missing. Knows nothing of verification.
 """
 
 from typing import Self
@@ -15,21 +15,19 @@ from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
 from ..spec.target.slots import SlotModel
+from ..spec.tree import DynamicShape, TokenTree
+from .dynamic_tree import DynamicTree
 from .static_tree import StaticTree
 
 
-class ModelDraftSession:
-    """One run of a draft model: its cache, and the forward that every step begins with."""
+class NetworkSession:
+    """One run of a network: its cache, and what fills trees from its logits. `vocabulary` (V',) is what these stand
+    for; None is all tokens. Subclasses say what is read, forwarded and followed."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        request: DraftRequest,
-        vocabulary: Tensor | None = None,
-        reads: Tensor | None = None,
-    ):
-        self.vocabulary = vocabulary  # (V',): what the logits stand for; None is all tokens
-        self.slots = SlotModel(model, request.batch, request.capacity, reads=reads)
+    def __init__(self, slots: SlotModel, request: DraftRequest, vocabulary: Tensor | None):
+        self.slots = slots
+        grows = isinstance(request.shape, DynamicShape)
+        self.growth = DynamicTree(request, vocabulary) if grows else StaticTree(request, vocabulary)
 
     @property
     def packable(self) -> list[torch.nn.Module]:
@@ -42,28 +40,26 @@ class ModelDraftSession:
     def clear(self, rows: Tensor | None = None) -> None:
         self.slots.clear(rows)
 
-    def read(self, span: Span, features: Tensor | None) -> None:
-        self.slots.read(span)
+    def propose(self, state: DecodeState) -> Proposal:
+        return self.growth.grow(state, self)
+
+    def root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
+        """Logits (B, 1, V') at the root, the token at `base` (B,). Reads the end of the text first, as far as the cache
+        may not hold it."""
+        raise NotImplementedError
+
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor:
+        """Logits (B, n, V') at `nodes` (n,) of `tree`, whose `tokens` are (B, n); their parents were forwarded before
+        them."""
+        raise NotImplementedError
 
     def copy_rows(self, other: Self, rows: Tensor) -> None:
         self.slots.copy_rows(other.slots, rows)
 
-    def save_row(self, row: int, count: int) -> list:
-        return self.slots.save_row(row, count)
 
-    def load_row(self, row: int, saved: list, count: int) -> None:
-        self.slots.load_row(row, saved, count)
-
-    def _root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
-        """Logits (B, 1, V') at the root. Forwards the last two committed tokens: the root and the token before it,
-        which may have been a leaf of the last tree. In a row of a single token the first column is padding."""
-        pair = torch.stack([base - 1, base], dim=1)  # (B, 2) slots
-        tokens = state.tokens.gather(1, pair.clamp(min=0))
-        return self.slots.forward_text(tokens, pair).logits
-
-
-class StaticDraftSession(ModelDraftSession):
-    """A fixed tree: the inner nodes of each level are forwarded together."""
+class ModelSession(NetworkSession):
+    """One run of a draft model. `reads` (V,) are its own ids of the target's tokens, where it has a vocabulary of its
+    own."""
 
     def __init__(
         self,
@@ -72,18 +68,32 @@ class StaticDraftSession(ModelDraftSession):
         vocabulary: Tensor | None = None,
         reads: Tensor | None = None,
     ):
-        super().__init__(model, request, vocabulary, reads)
-        self.static = StaticTree(request, vocabulary)
+        super().__init__(SlotModel(model, request.batch, request.capacity, reads=reads), request, vocabulary)
+        share, self.unread, self.numbers = request.share, 2, None
+        if share is not None:
+            self.unread = max(2, 1 + share.depth_of_others)
+            numbers = {node: number for number, node in enumerate(share.nodes)}
+            # The number of each node of the whole tree in the drafter's own; others' tokens are read again anyway.
+            every = [numbers.get(node, 0) for node in range(len(share.whole))]
+            self.numbers = torch.tensor(every, device=request.device)
 
-    def propose(self, state: DecodeState) -> Proposal:
-        base = state.lengths - 1
+    def read(self, span: Span, features: Tensor | None) -> None:
+        self.slots.read(span)
 
-        def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
-            if depth == 0:
-                return self._root_logits(state, base)  # (B, 1, V')
-            return self.slots.forward_nodes(tokens[:, inner], base, self.static.tree, inner).logits  # (B, n, V')
+    def root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
+        """In a row whose text is shorter than what is read again, the first columns are padding."""
+        last = base[:, None] + torch.arange(1 - self.unread, 1, device=base.device)  # (B, n) slots
+        return self.slots.forward_text(state.tokens.gather(1, last.clamp(min=0)), last).logits
 
-        return self.static.fill(state, logits_of)
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor:
+        return self.slots.forward_nodes(tokens, base, tree, nodes).logits
 
     def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
-        self.slots.commit(base, path, count)
+        nodes = path if self.numbers is None else self.numbers[path]
+        self.slots.commit(base, self.growth.slots_of(nodes), count)
+
+    def save_row(self, row: int, count: int) -> list:
+        return self.slots.save_row(row, count)
+
+    def load_row(self, row: int, saved: list, count: int) -> None:
+        self.slots.load_row(row, saved, count)

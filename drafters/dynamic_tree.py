@@ -6,45 +6,38 @@ arXiv:2406.16858). Shapes are static and the parents are tensor data, so that on
 tree every time. Children are chosen, not drawn at random, which the rules `match` and `typical` can verify.
 """
 
-from typing import Self
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree
-from .draft_session import ModelDraftSession
+from .static_tree import ForwardsNodes
 
 # Subtracted from the score at every edge: a child then scores below its parent and is never chosen without it.
 _EDGE = 1e-3
 
 
-class DynamicDraftSession(ModelDraftSession):
-    """One run on a `DynamicShape`: N nodes, D levels, W paths forwarded per level, W children each."""
+class DynamicTree:
+    """What grows a `DynamicShape`: N nodes, D levels, W paths forwarded per level, W children each. `vocabulary` (V',)
+    are the token ids of the logits' columns; None is all."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        request: DraftRequest,
-        vocabulary: Tensor | None = None,
-        reads: Tensor | None = None,
-    ):
-        super().__init__(model, request, vocabulary, reads)
-        assert isinstance(request.shape, DynamicShape), "StaticDraftSession fills the others"
+    def __init__(self, request: DraftRequest, vocabulary: Tensor | None = None):
+        assert isinstance(request.shape, DynamicShape), "StaticTree fills the others"
         self.shape, shape, device = request.shape, request.shape, request.device
+        self.vocabulary = vocabulary
         forwarded = 1 + shape.width * (shape.max_depth - 1)
         self.forward_parents = torch.full((request.batch, forwarded), -1, device=device)  # (B, F)
         self.slot_of_node = torch.zeros(request.batch, len(shape), dtype=torch.int64, device=device)
 
-    def propose(self, state: DecodeState) -> Proposal:
+    def grow(self, state: DecodeState, session: ForwardsNodes) -> Proposal:
+        """Choose the tree anew and fill it."""
         shape, base = self.shape, state.lengths - 1
         rows, width = len(base), shape.width
         self.forward_parents[:, 1:].fill_(0)
         pool = _Pool(rows, shape.width, shape.max_depth, base.device)
         certain = torch.zeros(rows, 1, device=base.device)  # log probability of the root's path
-        tokens, scores = self._children(self._root_logits(state, base), certain, state)
+        tokens, scores = self._children(session.root_logits(state, base), certain, state)
         pool.add(tokens, scores, parents=torch.zeros_like(tokens))
         frontier = pool.last(width)  # (B, W) indices in the pool
         for depth in range(1, shape.max_depth):
@@ -53,7 +46,7 @@ class DynamicDraftSession(ModelDraftSession):
             self.forward_parents[:, nodes] = pool.parents.gather(1, frontier)
             pool.slots.scatter_(1, frontier, nodes.expand(rows, -1))
             tree = TokenTree.from_parents(self.forward_parents, shape.max_depth, width)
-            logits = self.slots.forward_nodes(pool.tokens.gather(1, frontier), base, tree, nodes).logits  # (B, W, V)
+            logits = session.node_logits(pool.tokens.gather(1, frontier), base, tree, nodes)  # (B, W, V')
             tokens, scores = self._children(logits, pool.scores.gather(1, frontier), state)
             pool.add(tokens, scores, parents=nodes.repeat_interleave(width).expand(rows, -1))
             frontier = pool.last(width)
@@ -69,13 +62,10 @@ class DynamicDraftSession(ModelDraftSession):
         tokens = best.indices if self.vocabulary is None else self.vocabulary[best.indices]
         return tokens.flatten(1), (scores[..., None] + best.values - _EDGE).flatten(1)
 
-    def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
-        self.slots.commit(base, self.slot_of_node.gather(1, path), count)
-
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        super().copy_rows(other, rows)
-        self.forward_parents.copy_(other.forward_parents[rows])
-        self.slot_of_node.copy_(other.slot_of_node[rows])
+    def slots_of(self, path: Tensor) -> Tensor:
+        """Where the nodes of `path` (B, D+1) were forwarded, counted from the root's slot; 0 for leaves, which were
+        not."""
+        return self.slot_of_node.gather(1, path)
 
 
 class _Pool:

@@ -46,7 +46,10 @@ class Kind:
 KINDS = {
     "ngram": Kind(".ngram:NgramDrafter", weights=False, follows_any_tree=True),
     "medusa": Kind(".medusa:MedusaDrafter", "..training.objectives.heads:MedusaObjective", follows_any_tree=True),
-    "draft_lm": Kind(".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective"),
+    "draft_lm": Kind(
+        ".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective", follows_any_tree=True
+    ),
+    "eagle": Kind(".eagle.drafter:EagleDrafter", "..training.objectives.eagle:EagleObjective", follows_any_tree=True),
 }
 
 

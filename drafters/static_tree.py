@@ -1,4 +1,4 @@
-"""Filling a fixed tree level by level from logits: shared by all drafters that compute logits.
+"""Filling trees level by level from logits: fixed trees, and what all drafters that compute logits share.
 
 At temperature 0 the children of a node are the top-k tokens. With sampling they are the top-k of log q + g for Gumbel
 noise g: with the target's noise this couples the draft to the target (Gumbel coupling), with noise of the drafter's own
@@ -7,6 +7,7 @@ where the logits come from.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,6 +15,14 @@ from torch import Tensor
 from ..spec.proposal import NO_TOKEN, DraftRequest, Law, Proposal
 from ..spec.state import DecodeState
 from ..spec.tree import DynamicShape, TokenTree, TreeShape
+
+
+class ForwardsNodes(Protocol):
+    """A session that can forward nodes of the tree that it fills; see `NetworkSession`."""
+
+    def root_logits(self, state: DecodeState, base: Tensor) -> Tensor: ...
+
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor: ...
 
 
 class StaticTree:
@@ -53,6 +62,21 @@ class StaticTree:
             tokens[:, children] = chosen.expand(-1, len(inner), -1)[:, parent_index, ranks]
         law: Law = "without_replacement" if self.sampling.coupling != "none" else "deterministic"
         return Proposal(tokens, self.tree, law, self.sampling.source, draft_logits)
+
+    def grow(self, state: DecodeState, session: ForwardsNodes) -> Proposal:
+        """Fill it by forwarding the inner nodes of each level together."""
+        base = state.lengths - 1
+
+        def logits_of(depth: int, inner: Tensor, tokens: Tensor) -> Tensor:
+            if depth == 0:
+                return session.root_logits(state, base)
+            return session.node_logits(tokens[:, inner], base, self.tree, inner)
+
+        return self.fill(state, logits_of)
+
+    def slots_of(self, path: Tensor) -> Tensor:
+        """Where the nodes of `path` (B, D+1) were forwarded, counted from the root's slot."""
+        return path
 
     def _widened(self, logits: Tensor) -> Tensor:
         """Logits of the whole vocabulary, -inf for ids that the drafter does not know."""

@@ -75,6 +75,19 @@ class DraftSampling:
 
 
 @dataclass(frozen=True, slots=True)
+class Share:
+    """The part of a tree that one of several drafters fills: the root and some branches."""
+
+    whole: TreeShape  # what the target checks, and whose paths a session is told to follow
+    nodes: tuple[int, ...]  # of the whole tree, ascending from the root on: number i of the drafter's own shape
+
+    @property
+    def depth_of_others(self) -> int:
+        """The depth of the deepest node that is another drafter's, 0 where there is none."""
+        return max(self.whole.depths[node] for node in {*range(len(self.whole))} - {*self.nodes[1:]})
+
+
+@dataclass(frozen=True, slots=True)
 class DraftRequest:
     """What a drafter needs to know to open a session: sizes, the shape to fill, how to draw."""
 
@@ -85,6 +98,12 @@ class DraftRequest:
     shape: TreeShape | DynamicShape
     sampling: DraftSampling
     target: "PreTrainedModel | None" = None  # its states, LM head or embeddings may be read
+    share: Share | None = None  # None: no other drafter fills a part of the tree
+
+    @property
+    def whole_depth(self) -> int:
+        """The most drafted tokens that one step can commit, whoever drafted them."""
+        return (self.shape if self.share is None else self.share.whole).max_depth
 
     @property
     def fixed_shape(self) -> TreeShape:

@@ -6,8 +6,9 @@ EAGLE-3, arXiv:2503.01840). Its layers are transformers' own decoder layers, so 
 model. Knows nothing of trees, of training, and of files.
 """
 
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -20,12 +21,14 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 from ...spec.target.given import cache_name
 from ...spec.target.taps import HEAD, Tap, feature_sizes
 from ...spec.target.weights import head_rows, head_weight, linear_shape
+from ..folder import target_identity
 from ..known_tokens import check_vocabulary, places
 from .settings import EagleSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+_CACHE = cache_name()
 _CONFIGS: dict[str, type["PreTrainedConfig"]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
 _LAYERS = {"llama": llama.LlamaDecoderLayer, "qwen3": qwen3.Qwen3DecoderLayer}
 _ROTARY = {"llama": llama.LlamaRotaryEmbedding, "qwen3": qwen3.Qwen3RotaryEmbedding}
@@ -34,10 +37,9 @@ _ROTARY = {"llama": llama.LlamaRotaryEmbedding, "qwen3": qwen3.Qwen3RotaryEmbedd
 class WideLayer(nn.Module):
     """EAGLE-3's first layer: queries, keys and values read the normalised embedding and feature side by side."""
 
-    self_attn: nn.Module
-    mlp: nn.Module
-
-    def __init__(self, layer: nn.Module, size: int, embedded: int, eps: float, norm_before_residual: bool):
+    def __init__(
+        self, layer: llama.LlamaDecoderLayer, size: int, embedded: int, eps: float, norm_before_residual: bool
+    ):
         super().__init__()
         self.norm_before_residual = norm_before_residual
         self.input_layernorm = llama.LlamaRMSNorm(embedded, eps)  # of the embedding
@@ -74,6 +76,8 @@ class EagleNetwork(PreTrainedModel):
         family = settings.layer["model_type"]
         config = _CONFIGS[family](**{**settings.layer, "vocab_size": vocab_size, "tie_word_embeddings": False})
         super().__init__(config)
+        self.target = target_identity(target)
+        self.origin: dict | None = None  # the network that this one went on from, as `origin_of` describes it
         self.settings, self.vocab_size, size, eps = settings, vocab_size, config.hidden_size, config.rms_norm_eps
         rows = target.get_input_embeddings().weight.detach()
         if settings.own_embeddings:
@@ -136,6 +140,19 @@ class EagleNetwork(PreTrainedModel):
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> Self:
+        """Frequencies keep their precision, as in transformers' loading: rounded ones turn far positions wrongly."""
+        frequencies = dict(self.rotary_emb.named_buffers())
+        super()._apply(fn, recurse)
+        for name, before in frequencies.items():
+            setattr(self.rotary_emb, name, before.to(getattr(self.rotary_emb, name).device))
+        return self
+
+    @property
+    def shares_head(self) -> bool:
+        """Whether its LM head lies on the target's memory."""
+        return not self.settings.own_head and not self.trimmed
+
     @property
     def feedback(self) -> Tap:
         """The tap of this network at which the feature that is fed back is read: (B, n, H)."""
@@ -176,10 +193,10 @@ class EagleNetwork(PreTrainedModel):
         if mask is None:
             mask = create_causal_mask(
                 config=self.config, inputs_embeds=features, attention_mask=None, position_ids=position_ids,
-                **{cache_name(): cache},
+                **{_CACHE: cache},
             )  # fmt: skip
         attention = {
-            "attention_mask": mask, "position_embeddings": self.rotary_emb(features, position_ids), cache_name(): cache,
+            "attention_mask": mask, "position_embeddings": self.rotary_emb(features, position_ids), _CACHE: cache,
         }  # fmt: skip
         if self.join is None:
             hidden = self.layers[0](features, embedding, **attention)

@@ -119,10 +119,11 @@ def scaled(eager: Mapping[int, float], level: int, seconds: float) -> Curve:
 
 
 def _levels(drafter: Drafter) -> tuple[int, ...]:
-    """The levels at which drafting is timed. What follows any tree drafts no deeper than its traits say."""
-    if drafter.traits.follows_any_tree:
-        return tuple(sorted({1, min(drafter.traits.deepest, DEEPEST)}))
-    return 1, 4, DEEPEST
+    """The levels at which drafting is timed. What forwards nodes, and so can grow trees, can draft at any depth; others
+    draft no deeper than their traits say."""
+    if drafter.traits.fills_dynamic:
+        return 1, 4, DEEPEST
+    return tuple(sorted({1, min(drafter.traits.deepest, DEEPEST)}))
 
 
 def _usual(drafter: Drafter) -> TreeShape:

@@ -88,11 +88,11 @@ class SlotModel:
         self.begun.copy_(prompt.width - prompt.pads)
         self.beside.copy_(prompt.pads - prompt.pads.min())
 
-    def read(self, span: Span) -> Tensor | None:
+    def read(self, span: Span, features: Tensor | None = None) -> Tensor | None:
         self.cache.rows = span.rows
         self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
-            return self.forward_text(span.tokens, span.positions, reach=span.reach, logits=False).features
+            return self.forward_text(span.tokens, span.positions, span.reach, False, features).features
         finally:
             self.cache.rows = None
 
@@ -113,7 +113,15 @@ class SlotModel:
     def load_row(self, row: int, saved: list, count: int) -> None:
         self.cache.load_row(row, saved, count)
 
-    def _run(self, tokens: Tensor, slots: Tensor, view: SlotView, keep: int = 0, idle_head: bool = False) -> Seen:
+    def _run(
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        view: SlotView,
+        features: Tensor | None,
+        keep: int = 0,
+        idle_head: bool = False,
+    ) -> Seen:
         """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
@@ -133,13 +141,20 @@ class SlotModel:
                 use_cache=True,
                 logits_to_keep=keep,
                 **{self.cache_argument: self.cache},
+                **({} if features is None else {"features": features}),
             )
-        features = joined(heard, taps)[:, -keep:] if taps else None
-        return Seen(out.logits.float(), features)
+        return Seen(out.logits.float(), joined(heard, taps)[:, -keep:] if taps else None)
 
-    def forward_text(self, tokens: Tensor, slots: Tensor, reach: int | None = None, logits: bool = True) -> Seen:
+    def forward_text(
+        self,
+        tokens: Tensor,
+        slots: Tensor,
+        reach: int | None = None,
+        logits: bool = True,
+        features: Tensor | None = None,
+    ) -> Seen:
         """Forward committed text (B, n): each token is written at the slot of its position and sees all slots up to its
-        own. All slots are below `reach`.
+        own. All slots are below `reach`. A model that reads `features` (B, n, F) with its tokens is given them.
 
         Negative slots mean padding, which is written to the last slot. Returns the logits of the last column; with
         `logits=False` the features of all columns instead, where there are taps."""
@@ -150,12 +165,19 @@ class SlotModel:
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
         whole = not logits and bool(self.traits.taps)
         where = torch.where(padding, self.capacity - 1, slots)
-        return self._run(tokens, where, view, keep=0 if whole else 1, idle_head=self.can_idle and not logits)
+        return self._run(tokens, where, view, features, 0 if whole else 1, idle_head=self.can_idle and not logits)
 
-    def forward_nodes(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor | None = None) -> Seen:
+    def forward_nodes(
+        self,
+        tokens: Tensor,
+        base: Tensor,
+        tree: TokenTree,
+        nodes: Tensor | None = None,
+        features: Tensor | None = None,
+    ) -> Seen:
         """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index))
+        return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), features)
 
     def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
         """The view of the nodes `index` (n,): they see the committed text, their ancestors and themselves."""

@@ -1,19 +1,19 @@
 """Two drafters side by side: each part's tokens in its own nodes, the target's text, and more of it than either's."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import paceline
 import pytest
 import torch
 from paceline.drafters.beside import COPIED, Beside, divided
-from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
 from paceline.spec.plan.calibration import calibrate
 from paceline.spec.plan.replay import Replay, aligned, plan_side_by_side, walk_together
 from paceline.spec.plan.trees import grow
-from paceline.spec.proposal import NO_TOKEN, DraftRequest, DraftSampling
+from paceline.spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, DraftSampling
 from paceline.spec.tree import TreeShape
 
 from support.heads import open_session
@@ -172,8 +172,8 @@ def test_they_are_planned_for_and_evaluated_in_a_sentence(heads, tmp_path, monke
 
 
 def test_what_cannot_stand_side_by_side_is_refused_in_a_sentence(target, heads, ragged):
-    with pytest.raises(ValueError, match="may follow its own tree"):
-        Beside(NgramDrafter(), ModelDrafter(target))
+    with pytest.raises(ValueError, match="'loner' follows no tree but its own"):
+        Beside(NgramDrafter(), SimpleNamespace(name="loner", traits=DrafterTraits()))
     both = Beside(MedusaDrafter(heads), NgramDrafter())
     with pytest.raises(ValueError, match=r"'medusa\+ngram' is two drafters already"):
         Beside(both, NgramDrafter())

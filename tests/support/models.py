@@ -89,3 +89,45 @@ def as_traced(*models):
     with pytest.MonkeyPatch.context() as patch, Packing(models):
         patch.setattr(torch.compiler, "is_dynamo_compiling", lambda: True)
         yield
+
+
+@torch.no_grad()
+def random_eagle(model, known=None, layer=None, seed=0, **settings):
+    """An EAGLE network of random weights, norms included."""
+    from paceline.drafters.eagle.network import EagleNetwork
+    from paceline.drafters.eagle.settings import EagleSettings
+
+    torch.manual_seed(seed)
+    sizes = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, **(layer or {})}
+    network = EagleNetwork(EagleSettings(sizes, **settings), model, known)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return network.requires_grad_(False).eval().to(model.dtype)
+
+
+@torch.no_grad()
+def eagle_copy(model, noise=0.02, known=None, seed=1):
+    """An EAGLE network that mostly agrees with the Llama `model`: its layers behind a `join` that passes embeddings on,
+    and features a little."""
+    sizes = {name: getattr(model.config, name) for name in ("num_hidden_layers", "rms_norm_eps", "rope_parameters")}
+    network = random_eagle(model, known, sizes, seed, norm_output=True)
+    network.layers.load_state_dict(model.model.layers.state_dict())
+    network.norm.load_state_dict(model.model.norm.state_dict())
+    for parameter in network.layers.parameters():
+        parameter.add_(noise * torch.randn_like(parameter))
+    size = model.config.hidden_size
+    network.join.weight.copy_(torch.cat([torch.eye(size), 0.2 * noise * torch.randn(size, size)], dim=1))
+    return network
+
+
+@torch.no_grad()
+def eagle_features(model, taps, input_ids):
+    """The hidden states (B, T, F) at `taps`, by transformers' own names of them."""
+    from paceline.spec.target.taps import HEAD, listening, put_taps
+
+    put_taps(model, (HEAD,))
+    with listening() as heard:
+        states = model(input_ids=input_ids, use_cache=False, output_hidden_states=True).hidden_states
+    return torch.cat([heard[HEAD] if tap == HEAD else states[tap + 1] for tap in taps], dim=-1)

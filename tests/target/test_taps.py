@@ -8,7 +8,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
-from paceline.drafters.draft_session import StaticDraftSession
+from paceline.drafters.draft_session import ModelSession
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.spec.target.selftest import attach
 from paceline.spec.target.taps import HEAD, is_tap, layer_stacks
@@ -30,7 +30,7 @@ class Reader(ModelDrafter):
         return sessions[-1]
 
 
-class ReadingSession(StaticDraftSession):
+class ReadingSession(ModelSession):
     def __init__(self, model, request):
         super().__init__(model, request)
         self.batch, self.capacity, self.features, self.seen = request.batch, request.capacity, None, []
