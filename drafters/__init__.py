@@ -27,8 +27,8 @@ def load_drafter(
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
-    target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
-    those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: a
+    target, combined with prompt lookup where possible, or ngram where none ships. `paceline drafters` lists the names
+    of those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: a
     drafter trained here, a published one (EAGLE, EAGLE-3, Medusa or MLPSpeculator, known by its tensors), or a causal
     LM, loaded in the target's dtype onto its device. A causal LM that is already loaded may be passed instead of a
     name, and a drafter is returned as it is.

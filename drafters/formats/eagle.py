@@ -15,6 +15,7 @@ from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
+from .conventions import Convention, candidates
 from .eagle_config import EagleConfig
 from .eagle_names import OFFSETS, known_ids
 from .eagle_tensors import EagleTensors, begins
@@ -34,16 +35,16 @@ class EagleFile:
         self.tap_size = feature_sizes(target, (0,))[0]
         self.tensors = EagleTensors(checkpoint)
 
-    def network(self) -> EagleNetwork:
-        """The network by what the config says, in the target's dtype and on its device. Its taps are only as many as
-        they should be. Raises ValueError, in one sentence, for what does not fit."""
+    def network(self) -> tuple[EagleNetwork, list[Convention]]:
+        """The network in the target's dtype, on its device, and the conventions by which it may be read; it is made by
+        the first. Raises ValueError, in one sentence, for what does not fit."""
         layer = self._layer()
         vocabulary = self._vocabulary()
         self._drop_copies(vocabulary)
         self._check_widths(layer["hidden_size"])
-        settings = self._settings(layer)
+        conventions = candidates(self.config, self._settings(layer), self.target)
         try:
-            network = EagleNetwork(settings, self.target, vocabulary)
+            network = EagleNetwork(conventions[0].settings, self.target, vocabulary)
         except Exception as error:  # whatever transformers raises for a config
             raise self.tensors.refused(
                 f"no network can be made of its config ({one_line(error)}); fetch the drafter again"
@@ -52,9 +53,10 @@ class EagleFile:
             self.tensors["vocabulary"] = vocabulary
         self.tensors.check(network.stored())
         network.load_state_dict(self.tensors, strict=False)
-        return network.to(self.target.dtype).requires_grad_(False).eval()
+        return network.to(self.target.dtype).requires_grad_(False).eval(), conventions
 
     def _settings(self, layer: dict[str, Any]) -> EagleSettings:
+        """What the tensors tell; taps are numbered only."""
         has, flag = self.tensors.__contains__, self.config.flag
         own: dict[str, Any] = {"own_embeddings": has("embeddings"), "own_head": has("lm_head.weight")}
         if not self.tensors.wide:

@@ -178,7 +178,7 @@ def open_engine(
     `eos` is how many end-of-text ids a row may have. Raises ValueError for a shape that the drafter cannot fill."""
     if isinstance(shape, DynamicShape) and not drafter.traits.fills_dynamic:
         raise ValueError(
-            f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model as drafter"
+            f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model or EAGLE as drafter"
         )
     traits = target.traits
     sizes = traits.batch, traits.capacity

@@ -4,7 +4,6 @@ import pytest
 import torch
 from formats.published import INNER, KNOWN, WIDTH, Reference, V, config_of, drawn, eagle1, eagle3, layer, norm, write
 from paceline.drafters.formats.checkpoint import open_checkpoints
-from paceline.drafters.formats.conventions import candidates
 from paceline.drafters.formats.detect import detect
 from paceline.drafters.formats.eagle import EagleFile
 from paceline.spec.target.taps import joined, listening, put_taps
@@ -109,10 +108,7 @@ LAYOUTS = {
 def read(folder, target):
     (checkpoint,) = open_checkpoints(folder)
     assert detect(checkpoint.config(), checkpoint.files) == "EAGLE"
-    file = EagleFile(checkpoint, target)
-    network = file.network()
-    network.adopt(candidates(file.config, network.settings, target)[0].settings)
-    return network
+    return EagleFile(checkpoint, target).network()[0]
 
 
 @torch.no_grad()

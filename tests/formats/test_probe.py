@@ -138,7 +138,9 @@ def test_the_text_is_greedy_and_the_states_are_the_targets():
     target = tiny_llama(V, num_hidden_layers=5)
     text = own_text(target, {0, 3, HEAD})
     rows = torch.cat([torch.ones(4, 1, dtype=torch.int64), torch.tensor(BEGINNINGS)[:, None] % V], dim=1)
-    whole = target.generate(rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=TOKENS)
+    whole = target.generate(
+        rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=TOKENS, no_repeat_ngram_size=3
+    )
     assert torch.equal(text.tokens, whole[:, 1:])
     out = target(whole, output_hidden_states=True)
     assert torch.equal(text.chosen, out.logits.argmax(-1)[:, 1:])
