@@ -179,8 +179,9 @@ class EagleNetwork(PreTrainedModel):
             config = type(self.config)(**{**self.config.to_dict(), "rope_parameters": rope})
             self.config.rope_parameters = config.rope_parameters
             self.rotary_emb = type(self.rotary_emb)(config).to(self.device)
-        if settings.wide:
-            self.layers[0].norm_before_residual = settings.norm_before_residual
+        first = self.layers[0]
+        if isinstance(first, WideLayer):
+            first.norm_before_residual = settings.norm_before_residual
         self.settings = settings
 
     def fused(self, features: Tensor) -> Tensor:  # (..., F) -> (..., H)
