@@ -58,11 +58,11 @@ class EagleFile:
     def _settings(self, layer: dict[str, Any]) -> EagleSettings:
         """What the tensors tell; taps are numbered only."""
         has, flag = self.tensors.__contains__, self.config.flag
-        own: dict[str, Any] = {"own_embeddings": has("embeddings"), "own_head": has("lm_head.weight")}
+        stored: dict[str, Any] = {"own_embeddings": has("embeddings"), "own_head": has("lm_head.weight")}
         if not self.tensors.wide:
             return EagleSettings(
                 layer, join_bias=has("join.bias"), input_norm=has("layers.0.input_layernorm.weight"),
-                final_norm=has("norm.weight"), embedding_norm=has("embedding_norm.weight"), **own,
+                final_norm=has("norm.weight"), embedding_norm=has("embedding_norm.weight"), **stored,
             )  # fmt: skip
         fuses = has("fuse.weight")
         count = self.tensors["fuse.weight"].shape[1] // self.tap_size if fuses else 1
@@ -70,7 +70,7 @@ class EagleFile:
             layer, taps=range(count) if fuses else (HEAD,), wide=True, fuse=fuses,
             tap_norms=begins(self.tensors, "tap_norms.") or flag("fc_norm") is True,
             fuse_norm=has("fuse_norm.weight") or flag("norm_before_fc") is True,
-            norm_output=flag("norm_output") is True, **own,
+            norm_output=flag("norm_output") is True, **stored,
         )  # fmt: skip
 
     def _layer(self) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class EagleFile:
     def _vocabulary(self) -> Tensor | None:
         """The ids that it drafts, ascending; None for all. The head's rows are put into that order."""
         tensors, offsets = self.tensors, self.tensors.pop("vocabulary", None)
-        own = "lm_head.weight" in tensors
-        rows = tensors.need("lm_head.weight").shape[0] if own else self.vocab_size
+        stored = "lm_head.weight" in tensors
+        rows = tensors.need("lm_head.weight").shape[0] if stored else self.vocab_size
         if offsets is None:
             if rows < self.vocab_size:
                 raise tensors.refused(
@@ -128,7 +128,7 @@ class EagleFile:
             return None
         if offsets.ndim != 1 or offsets.is_floating_point() or offsets.dtype == torch.bool or not len(offsets):
             raise tensors.refused(f"tensor {OFFSETS!r} holds no offsets of tokens; fetch the drafter again")
-        if own and len(offsets) != rows:
+        if stored and len(offsets) != rows:
             raise tensors.refused(
                 f"tensor {OFFSETS!r} lists {len(offsets)} tokens and the head has {rows}; fetch the drafter again"
             )
@@ -138,7 +138,7 @@ class EagleFile:
             raise self._for_another(f"drafts token {worst} and this target has {self.vocab_size}")
         if bool((ids[1:] == ids[:-1]).any()):
             raise tensors.refused(f"tensor {OFFSETS!r} lists a token twice; fetch the drafter again")
-        if own:
+        if stored:
             tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
         return ids
 

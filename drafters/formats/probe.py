@@ -3,7 +3,7 @@
 A head with a wrong list of layers, another rotary base, or of another target loads without an error and predicts
 nothing. So the target writes some tokens, greedily and from fixed beginnings (but no three tokens twice in a text, as a
 loop tells nothing); the drafter is given the true states and tokens before each, and its first guess is compared with
-the token that the target would choose. Knows no format.
+the token that the target would choose. Knows no file.
 """
 
 import sys
@@ -108,12 +108,12 @@ def choose(
     """The settings by which `network` predicts the target's own text best: of the first convention, which is the
     declared one, unless another is surely better. Raises ValueError where none is better than chance."""
     text = own_text(target, {tap for convention in conventions for tap in convention.settings.taps})
-    places = torch.arange(text.tokens.shape[1], device=target.device).expand_as(text.tokens)
+    positions = torch.arange(text.tokens.shape[1], device=target.device).expand_as(text.tokens)
 
     def tried(convention: Convention) -> Agreement:
         network.adopt(convention.settings)
         features = network.fused(joined(text.features, tuple(convention.settings.taps)))
-        logits = network(text.tokens, features, places).logits
+        logits = network(text.tokens, features, positions).logits
         return agreement(logits, text.chosen, network.index_of_token)
 
     results = [(convention, tried(convention)) for convention in conventions]
