@@ -108,7 +108,7 @@ class EagleNetwork(PreTrainedModel):
         # A dictionary, as lists of modules are taken for stacks of layers.
         self.tap_norms = nn.ModuleDict({str(i): norm(width, settings.tap_norms) for i, width in enumerate(sizes)})
         self.fuse_norm = norm(sum(sizes), settings.fuse_norm)
-        fuses = settings.wide or settings.fuse or sum(sizes) != size
+        fuses = settings.fuse or sum(sizes) != size
         self.fuse = nn.Linear(sum(sizes), size, bias=False) if fuses else nn.Identity()
         self.embedding_norm = norm(embedded, settings.embedding_norm)
         self.feature_norm = norm(size, settings.feature_norm)
@@ -170,6 +170,19 @@ class EagleNetwork(PreTrainedModel):
     def feedback(self) -> Tap:
         """The tap of this network at which the feature that is fed back is read: (B, n, H)."""
         return HEAD if self.settings.norm_output or not self.settings.final_norm else self.config.num_hidden_layers - 1
+
+    def adopt(self, settings: EagleSettings) -> None:
+        """From now on follow `settings` that differ in what no tensor depends on: taps of the same sizes, rotary
+        frequencies, and the residual of a wide layer."""
+        rope = settings.layer.get("rope_parameters")
+        if rope != self.settings.layer.get("rope_parameters"):
+            config = type(self.config)(**{**self.config.to_dict(), "rope_parameters": rope})
+            self.config.rope_parameters = config.rope_parameters
+            self.rotary_emb = type(self.rotary_emb)(config).to(self.device)
+        first = self.layers[0]
+        if isinstance(first, WideLayer):
+            first.norm_before_residual = settings.norm_before_residual
+        self.settings = settings
 
     def fused(self, features: Tensor) -> Tensor:  # (..., F) -> (..., H)
         """The target's features in the draft's width. Features that are fed back have it already."""
