@@ -42,7 +42,14 @@ class Export:
 
 
 def weights_read(model: "PreTrainedModel") -> int:
-    """Numbers of a model's weights that are read for a token: all but the embeddings, unless they are the LM head."""
+    """Numbers of a model's weights that are read for a token: all but the embeddings, unless they are the LM head, and
+    of experts those that a token goes to."""
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = getattr(head, "weight", None) is embeddings.weight
-    return parameter_count(model) - (0 if tied else embeddings.weight.numel())
+    config = model.config.get_text_config()
+    counts = [getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")]
+    idle, count = 0.0, next((count for count in counts if count), None)
+    if count:
+        experts = sum(part.numel() for name, part in model.named_parameters() if ".experts." in name)
+        idle = experts * (1 - min(getattr(config, "num_experts_per_tok", None) or count, count) / count)
+    return round(parameter_count(model) - idle) - (0 if tied else embeddings.weight.numel())

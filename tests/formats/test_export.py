@@ -8,6 +8,7 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.formats.engines import CHECKED, ENGINES, advise
+from paceline.drafters.formats.export_order import weights_read
 from paceline.drafters.medusa import MedusaHeads
 from paceline.spec import cli
 from paceline.spec.plan.trees import expected_tokens
@@ -18,6 +19,8 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.draft_lms import SIZES, build
+from support.families import SUPPORTED
+from support.families import build as build_family
 from support.models import fitted_heads, tiny_llama
 from support.sentences import sentence
 
@@ -187,6 +190,22 @@ def test_the_advice_is_the_best_chain_of_the_stated_model(share):
     else:
         assert "none pays" in advice.why
     assert advise(P, share, deepest=2).tokens <= 2
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_token_reads_the_experts_that_it_goes_to(family):
+    half = build_family(family, {**SUPPORTED[family], "num_experts_per_tok": 2})
+    whole = build_family(family, {**SUPPORTED[family], "num_experts_per_tok": 4})
+    experts = sum(part.numel() for name, part in whole.named_parameters() if "experts" in name)
+    everything = sum(part.numel() for part in whole.parameters()) - 64 * 32  # embeddings
+    assert weights_read(whole) == everything and weights_read(half) == everything - experts // 2
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_are_read_where_they_are_the_head(tied):
+    model = tiny_llama(tie_word_embeddings=tied)
+    layers = sum(part.numel() for part in model.model.layers.parameters()) + 32  # and the final norm
+    assert weights_read(model) == layers + 61 * 32
 
 
 @pytest.mark.parametrize("to", ["vllm", "speculators"])

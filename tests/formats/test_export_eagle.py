@@ -1,96 +1,23 @@
 """Exported EAGLE heads have the names and configs that vLLM, SGLang and speculators read, and readers written from
 their key lists and formulas compute the network's logits and features."""
 
-import json
-
-import paceline
 import pytest
 import torch
-from formats.engine_reader import Reader
-from paceline.drafters.eagle.folder import save_network
-from paceline.drafters.formats.engines import ENGINES
-from paceline.drafters.formats.export_eagle import eagle_export
-from paceline.drafters.formats.export_order import Order
-from paceline.spec.target.taps import HEAD, hidden_states, listening, put_taps
-from safetensors.torch import load_file, save_file
+from formats.exporting import EAGLE3, assert_same, exported, network_of
+from paceline.spec.target.taps import HEAD
 
-from support.models import random_eagle, tiny_llama
+from support.models import tiny_llama
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LAYER = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 256,
-    "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
-}  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 16,
 }  # fmt: skip
-EAGLE3 = dict(taps=(1, 2, 3), wide=True)
 
 
 @pytest.fixture(scope="module")
 def target():
     return tiny_llama(num_hidden_layers=6)
-
-
-def network_of(target, known=None, layer=(), **settings):
-    """A network whose every number is random, those of the target apart, which knows `known` tokens."""
-    torch.manual_seed(3)
-    vocabulary = None if known is None else torch.randperm(61)[:known].sort().values
-    return random_eagle(target, vocabulary, {**LAYER, **dict(layer)}, **settings)
-
-
-def order_to(engine, target, name="someone/target"):
-    return Order("mine", "mine", None, target, name, None, ENGINES[engine])
-
-
-def exported(network, target, engine, folder, tokens=3):
-    """Config and tensors that were written."""
-    folder.mkdir(exist_ok=True)
-    export = eagle_export(order_to(engine, target), network)
-    export.write(folder, tokens)
-    export.check(folder)
-    return json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
-
-
-def expected(network, target, text):
-    """Logits (T, V) of the network, -inf for tokens that it does not know, and features (T, H), by our own taps."""
-    taps = tuple(network.settings.taps)
-    positions = torch.arange(len(text))[None]
-    heard = hidden_states(target, taps, text[None], positions)
-    features = network.fused(torch.cat([heard[tap] for tap in taps], -1))[:, :-1]
-    put_taps(network, (network.feedback,))
-    with listening() as states:
-        logits = network(text[None, 1:], features, positions[:, :-1]).logits[0]
-    whole = logits.new_full((len(logits), network.vocab_size), -torch.inf)
-    whole[:, network.vocabulary] = logits
-    return whole, states[network.feedback][0]
-
-
-def assert_same(network, target, engine, config, tensors):
-    torch.manual_seed(5)
-    text = torch.randint(1, 61, (40,))
-    ours, feature = expected(network, target, text)
-    last = []
-    hook = target.model.layers[-1].register_forward_hook(lambda *call: last.append(call[-1]))
-    with torch.no_grad():
-        out = target(text[None], output_hidden_states=True)
-    hook.remove()
-    states = {number: state[0, :-1] for number, state in enumerate(out.hidden_states)}
-    states["head"] = states[6]  # transformers puts the last one through the final norm, and engines do not
-    states[6] = last[0][0, :-1]
-    reader = Reader(engine, config, tensors, target)
-    if config["architectures"] == ["LlamaForCausalLM"]:
-        theirs, fed = reader.eagle1(text[1:], states["head"])
-        known = network.vocabulary
-        torch.testing.assert_close(theirs[:, known], ours[:, known], rtol=1e-5, atol=1e-5)
-    else:
-        theirs, fed = reader.eagle3(text[1:], reader.fused(states))
-        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(fed, feature, rtol=1e-5, atol=1e-5)
-    reader.check_keys()
-    return reader
 
 
 # Golden names and configs.
@@ -252,44 +179,3 @@ def test_numbers_of_16_bits_are_stored_in_16_bits(target, tmp_path):
     assert config["dtype"] == config["torch_dtype"] == "bfloat16" and tensors["fc.weight"].dtype == torch.bfloat16
     floats = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     assert_same(network, rounded, "vllm", config, floats)
-
-
-# From folder to folder.
-
-
-@pytest.mark.parametrize(("engine", "words"), [("vllm", "eagle3"), ("sglang", "EAGLE3"), ("speculators", "vllm serve")])
-def test_a_trained_folder_is_exported(target, tmp_path, engine, words):
-    network = network_of(target, known=20, **EAGLE3)
-    save_network(network, tmp_path / "mine", torch.float32)
-    (tmp_path / "mine" / "acceptance.json").write_text(json.dumps({"p": [[0.9], [0.8], [0.1]]}))
-    out = tmp_path / "out"
-    done = paceline.export_drafter(tmp_path / "mine", target, engine, out, target_name="someone/target")
-    assert words in done.serve and str(out) in done.serve and "2 draft tokens: the planner's" in done.notes[0]
-    assert {file.name for file in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
-    if engine != "speculators":
-        config, tensors = json.loads((out / "config.json").read_text()), load_file(out / "model.safetensors")
-        assert_same(network, target, engine, config, tensors)
-
-
-DAMAGES = {
-    "a tensor": lambda config, tensors: tensors["fc.weight"][:, :32].mul_(1.1),
-    "two states in each other's place": lambda config, tensors: tensors.update(
-        {"fc.weight": tensors["fc.weight"].roll(32, 1).contiguous()}
-    ),
-    "rotary frequencies": lambda config, tensors: config["rope_parameters"].update(rope_theta=20.0),
-    "the residual": lambda config, tensors: config.update(norm_before_residual=True),
-    "what is fed back": lambda config, tensors: config.update(norm_output=True),
-    "layers": lambda config, tensors: config.update(eagle_aux_hidden_state_layer_ids=[1, 2, 3]),
-    "tokens": lambda config, tensors: tensors["d2t"][-1:].add_(1),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_what_would_be_read_differently_is_noticed(target, tmp_path, damage):
-    network = network_of(target, known=20, **EAGLE3)
-    config, tensors = exported(network, target, "vllm", tmp_path)
-    DAMAGES[damage](config, tensors)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    save_file(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="please report it"):
-        eagle_export(order_to("vllm", target), network).check(tmp_path)

@@ -3,13 +3,9 @@
 from functools import partial
 
 import pytest
-import torch
-from paceline.drafters.eagle.network import EagleNetwork
-from paceline.drafters.eagle.settings import EagleSettings
+from formats.exporting import EAGLE3, network_of, order_to
 from paceline.drafters.formats.eagle_limits import limits, sglang_ids
-from paceline.drafters.formats.engines import ENGINES
 from paceline.drafters.formats.export_eagle import eagle_export
-from paceline.drafters.formats.export_order import Order
 from paceline.spec.target.taps import HEAD
 from torch import nn
 
@@ -17,22 +13,12 @@ from support.models import tiny_llama
 from support.sentences import sentence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-LAYER = {
-    "model_type": "llama", "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 1,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-}  # fmt: skip
-WIDE = dict(wide=True, taps=(1, 2, 3))
 ALL = ("vllm", "sglang", "speculators")
 
 
 @pytest.fixture(scope="module")
 def target():
     return tiny_llama(num_hidden_layers=6)
-
-
-def network_of(target, layer=(), known=None, **settings):
-    vocabulary = None if known is None else torch.arange(known)
-    return EagleNetwork(EagleSettings({**LAYER, **dict(layer)}, **settings), target, vocabulary)
 
 
 CASES = [
@@ -48,22 +34,22 @@ CASES = [
     (dict(input_norm=False, final_norm=False, layer={"model_type": "qwen3"}), ALL, "'qwen3'"),
     (dict(input_norm=False, final_norm=False, join_bias=True), ("vllm", "speculators"), "objective.layout: wide"),
     (dict(input_norm=False, final_norm=False), ("speculators",), "--to vllm"),
-    (dict(WIDE, final_norm=False), ALL, "final_norm: true"),
-    (dict(WIDE, tap_norms=True, fuse_norm=True), ALL, "tap_norms=True and fuse_norm=True"),
-    (dict(WIDE, taps=(1, 2, HEAD)), ALL, "taps=[1, 2, 'head']"),
-    (dict(WIDE, taps=(1, 2, 2)), ALL, "taps=[1, 2, 2]"),
-    (dict(WIDE, taps=(HEAD,), fuse=True), ALL, "taps=['head']"),
-    (dict(WIDE, taps=(HEAD,)), ("speculators",), "--to vllm"),
-    (dict(WIDE, taps=(HEAD,), tap_norms=True), ALL, "taps=['head']"),
-    (dict(WIDE, taps=(2,), fuse=True), ("sglang",), "several layers"),
-    (dict(WIDE, layer={"hidden_size": 16}, own_head=True), ALL, "own_embeddings: true"),
-    (dict(WIDE, norm_before_residual=True), ("sglang",), "norm_before_residual=True"),
-    (dict(WIDE, layer={"model_type": "qwen3"}), ("sglang",), "model_type: llama"),
-    (dict(WIDE, layer={"attention_bias": True}), ("sglang",), "attention_bias=True"),
-    (dict(WIDE, layer={"mlp_bias": True}), ("sglang",), "mlp_bias=True"),
-    (dict(WIDE, own_embeddings=True), ("sglang",), "own_embeddings: false"),
-    (dict(WIDE, taps=(1, 5)), ("sglang",), "the last layer, 5"),
-    (dict(WIDE, known=20, tap_norms=True, norm_output=True), (), ""),
+    (dict(EAGLE3, final_norm=False), ALL, "final_norm: true"),
+    (dict(EAGLE3, tap_norms=True, fuse_norm=True), ALL, "tap_norms=True and fuse_norm=True"),
+    (dict(EAGLE3, taps=(1, 2, HEAD)), ALL, "taps=[1, 2, 'head']"),
+    (dict(EAGLE3, taps=(1, 2, 2)), ALL, "taps=[1, 2, 2]"),
+    (dict(EAGLE3, taps=(HEAD,), fuse=True), ALL, "taps=['head']"),
+    (dict(EAGLE3, taps=(HEAD,)), ("speculators",), "--to vllm"),
+    (dict(EAGLE3, taps=(HEAD,), tap_norms=True), ALL, "taps=['head']"),
+    (dict(EAGLE3, taps=(2,), fuse=True), ("sglang",), "several layers"),
+    (dict(EAGLE3, layer={"hidden_size": 16}, own_head=True), ALL, "own_embeddings: true"),
+    (dict(EAGLE3, norm_before_residual=True), ("sglang",), "norm_before_residual=True"),
+    (dict(EAGLE3, layer={"model_type": "qwen3"}), ("sglang",), "model_type: llama"),
+    (dict(EAGLE3, layer={"attention_bias": True}), ("sglang",), "attention_bias=True"),
+    (dict(EAGLE3, layer={"mlp_bias": True}), ("sglang",), "mlp_bias=True"),
+    (dict(EAGLE3, own_embeddings=True), ("sglang",), "own_embeddings: false"),
+    (dict(EAGLE3, taps=(1, 5)), ("sglang",), "the last layer, 5"),
+    (dict(EAGLE3, known=20, tap_norms=True, norm_output=True), (), ""),
 ]
 
 
@@ -74,7 +60,7 @@ def test_what_an_engine_cannot_run_is_said(target, settings, engines, words):
         sentences = list(limits(network, target, engine))
         assert bool(sentences) == (engine in engines), (engine, sentences)
         assert engine not in engines or any(words in said for said in sentences), (engine, sentences)
-        order = Order("mine", "mine", None, target, "someone/target", None, ENGINES[engine])
+        order = order_to(engine, target)
         if engine in engines:
             assert sentence(partial(eagle_export, order, network), "mine cannot be run by")
         else:
@@ -84,21 +70,20 @@ def test_what_an_engine_cannot_run_is_said(target, settings, engines, words):
 def test_a_head_with_a_bias_is_refused():
     target = tiny_llama(num_hidden_layers=6)
     target.lm_head = nn.Linear(32, 61)
-    network = network_of(target, **WIDE)
+    network = network_of(target, **EAGLE3)
     assert all("bias" in next(limits(network, target, engine)) for engine in ALL)
 
 
 @pytest.mark.parametrize("engine", ["transformers", "tgi"])
 def test_engines_without_eagle_are_named(target, engine):
-    order = Order("mine", "mine", None, target, "someone/target", None, ENGINES[engine])
     with pytest.raises(ValueError, match="runs no EAGLE heads; export mine --to vllm"):
-        eagle_export(order, network_of(target, **WIDE))
+        eagle_export(order_to(engine, target), network_of(target, **EAGLE3))
 
 
 def test_a_folder_for_one_engine_alone_says_so(target):
-    order = Order("mine", "mine", None, target, "someone/target", None, ENGINES["vllm"])
-    both = eagle_export(order, network_of(target, **WIDE)).notes
-    alone = eagle_export(order, network_of(target, norm_before_residual=True, **WIDE)).notes
+    order = order_to("vllm", target)
+    both = eagle_export(order, network_of(target, **EAGLE3)).notes
+    alone = eagle_export(order, network_of(target, norm_before_residual=True, **EAGLE3)).notes
     assert both == () and alone[0].startswith("SGLang cannot run this folder: norm_before_residual=True")
 
 
