@@ -23,10 +23,10 @@ class Convention:
     residual: str
     changes: int  # of these, against what the config says
 
-    def difference(self, other: "Convention") -> str:
-        """What differs from `other`, in words."""
-        pairs = (self.taps, other.taps), (self.rope, other.rope), (self.residual, other.residual)
-        return ", ".join(f"{mine} instead of {given}" for mine, given in pairs if mine != given)
+    def against(self, other: "Convention") -> str:
+        """What is not as in `other`, in words."""
+        mine, given = ((one.taps, one.rope, one.residual) for one in (self, other))
+        return ", ".join(word for word, otherwise in zip(mine, given) if word != otherwise)
 
 
 def candidates(config: EagleConfig, settings: EagleSettings, target: "PreTrainedModel") -> list[Convention]:
@@ -41,7 +41,7 @@ def candidates(config: EagleConfig, settings: EagleSettings, target: "PreTrained
             replace(
                 settings, taps=tap, norm_before_residual=residual, layer={**settings.layer, "rope_parameters": rope}
             ),
-            f"layers {_ids(tap, target)}",
+            f"hidden states {_ids(tap, target)}",
             f"rope base {rope['rope_theta']:g}" + (f" ({rope['rope_type']})" if rope["rope_type"] != "default" else ""),
             f"norm_before_residual={str(residual).lower()}",
             sum((tap != taps[0], rope != ropes[0], residual != residuals[0])),

@@ -124,8 +124,9 @@ def choose(
     _refuse_chance(agreed, config.name, config.verifier(), ", however its layer ids, rope base and residual are read")
     if taken is not declared:
         print(
-            f"drafter {config.name} is read with {convention.difference(declared[0])} as by its config: it guesses "
-            f"{agreed.hits} of {agreed.tried} tokens of the target's own text so, and {declared[1].hits} by its config",
+            f"drafter {config.name}: by its config it has {declared[0].against(convention)}; it is read with "
+            f"{convention.against(declared[0])}, and so guesses {agreed.hits} of {agreed.tried} tokens of the target's "
+            f"own text instead of {declared[1].hits}",
             file=sys.stderr,
         )
     return convention.settings

@@ -76,6 +76,12 @@ GROUPS = {
             "paceline quantise smollm2-135m -o smollm2-4bit --calibrate prompts.jsonl",
         ),
     },
+    "Use published drafters": {
+        "convert": Command(
+            "...drafters.formats.convert", "make a folder with safetensors of a pickled drafter", options.convert,
+            "paceline convert EAGLE3-Vicuna1.3-13B/pytorch_model.bin -o vicuna-eagle3",
+        ),
+    },
     "What there is": {
         "models": Command(
             ".commands", "list the models that have a short name, and where they are", options.nothing,

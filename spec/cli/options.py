@@ -211,6 +211,11 @@ def quantise(parser: Parser) -> None:
     parser.set_defaults(dtype="float32")
 
 
+def convert(parser: Parser) -> None:
+    parser.reads("file", metavar="FILE", help="the pickle: a .bin, .pt, .pth or .ckpt of tensors, with its config.json")
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --drafter")
+
+
 def nothing(parser: Parser) -> None:
     """A command without options."""
 

@@ -167,3 +167,65 @@ class Reference:
                 scores = (k[: i + 1, group] @ q[i, head]) / self.head**0.5
                 mixed[i, head] = scores.softmax(0) @ v[: i + 1, group]
         return mixed.flatten(1) @ self.t[f"{at}self_attn.o_proj.weight"].T + self.t.get(f"{at}self_attn.o_proj.bias", 0)
+
+
+def medusa(heads=3, blocks=2, own=True, bias=True, engine=False, known=V):
+    """Heads in the layout of their authors, or of an engine (vLLM)."""
+    block = "blocks.{}.layers.{}" if engine else "{}.{}.linear"
+    names = [block.format(head, number) for head in range(heads) for number in range(blocks)]
+    tensors = {f"{name}.weight": drawn(WIDTH, WIDTH) for name in names}
+    tensors |= {f"{name}.bias": drawn(WIDTH) for name in names} if bias else {}
+    lm_head = "lm_heads.{}.weight" if engine else f"{{}}.{blocks}.weight"
+    return tensors | ({lm_head.format(head): drawn(known, WIDTH) for head in range(heads)} if own else {})
+
+
+def medusa_logits(tensors, hidden, lm_head, blocks=2, head=0):  # (n, H) -> (n, V')
+    """One head, by its authors' names."""
+    x = hidden
+    for number in range(blocks):
+        inner = x @ tensors[f"{head}.{number}.linear.weight"].T + tensors.get(f"{head}.{number}.linear.bias", 0)
+        x = x + F.silu(inner)
+    return x @ tensors.get(f"{head}.{blocks}.weight", lm_head).T
+
+
+def mlp_speculator(guesses=3, inner=20, tied=False):
+    counts = (
+        {"emb": 1, "head": 1, "ln": 1, "proj": 2} if tied else dict.fromkeys(("emb", "head", "ln", "proj"), guesses)
+    )
+    tensors = {f"emb.{i}.weight": drawn(V, inner, scale=1.0) for i in range(counts["emb"])}
+    tensors |= {f"head.{i}.weight": drawn(V, inner, scale=1.0) for i in range(counts["head"])}
+    tensors |= {f"proj.{i}.weight": drawn(inner, inner if i else WIDTH) for i in range(counts["proj"])}
+    for i in range(counts["ln"]):
+        tensors |= {f"ln.{i}.weight": norm(inner), f"ln.{i}.bias": drawn(inner)}
+    return {f"speculator.{name}": tensor for name, tensor in tensors.items()}
+
+
+def mlp_logits(tensors, hidden, path, guesses=3, scale_input=False):  # (H,), list of tokens -> (V,)
+    """What follows the tokens of a path, from the target's state before them."""
+    tensors = {name.removeprefix("speculator."): tensor for name, tensor in tensors.items()}
+    state = rms(hidden, eps=1e-6) / 2**0.5 if scale_input else hidden
+    inner = tensors["emb.0.weight"].shape[1]
+    state_weight = 0.5 ** (0.5 / guesses)
+    token_weight = ((1 - state_weight**2) * inner / 2) ** 0.5
+    for i, token in enumerate(path):
+
+        def part(name, shared=0, i=i):
+            return tensors.get(name.format(i), tensors.get(name.format(shared)))
+
+        state = part("proj.{}.weight", 1) @ state + token_weight / state_weight * part("emb.{}.weight")[token]
+        state = F.gelu(rms(state, part("ln.{}.weight"), eps=1e-6) + part("ln.{}.bias"))
+    return part("head.{}.weight") @ state
+
+
+def stepping_target(attention=0.1, step=7):
+    """A target of eight layers that mostly says x + 7 after token x, and always without attention; what it says is
+    read off its random states, which differ from layer to layer."""
+    from support.models import tiny_llama
+
+    target = tiny_llama(V, num_hidden_layers=LAYERS, rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    with torch.no_grad():
+        for block in target.model.layers:
+            block.self_attn.o_proj.weight.mul_(attention)
+        states = target.model(torch.arange(V)[:, None]).last_hidden_state[:, 0]
+        target.lm_head.weight[(torch.arange(V) + step) % V] = states
+    return target
