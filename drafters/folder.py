@@ -151,7 +151,7 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
     if config["paceline_drafter"] not in known:
         raise ValueError(
             f"drafter {name_or_path} is of a kind {config['paceline_drafter']!r} and this version knows "
-            f"{' and '.join(known)}; upgrade"
+            f"{', '.join(known)}; upgrade"
         )
     return DrafterFolder(path if path.is_dir() else fetch(str(name_or_path)), config)
 

@@ -38,9 +38,9 @@ def shipped_folder(name: str | Path) -> Path | None:
 def best_shipped(target: "PreTrainedModel") -> Path | None:
     """The shipped drafter of `target` that commits the most tokens per step; None where there is none.
 
-    Heads come before draft models: their steps are cheaper, and they can be combined with prompt lookup."""
+    Heads come before what forwards a network for every level of a tree: their steps are cheaper."""
     fingerprint = target_fingerprint(target)
-    head_kinds = [name for name, kind in KINDS.items() if kind.follows_any_tree]
+    head_kinds = [name for name, kind in KINDS.items() if not kind.fills_dynamic]
     measured = [
         (config.get("paceline_drafter") in head_kinds, _measured(about), folder)
         for folder, config, about in _shipped()
