@@ -79,6 +79,13 @@ class Checkpoint:
                     f"tensor {name!r} has shape {list(tensors[name].shape)}, and {list(shape)} fits the other tensors "
                     "and this target; fetch the drafter again, or use one made for this target"
                 )
+            self.check_weights(name, tensors[name])
+
+    def check_weights(self, name: str, tensor: Tensor) -> None:
+        """Raise ValueError unless a tensor holds numbers of floating point."""
+        if not tensor.is_floating_point():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            raise self.refused(f"tensor {name!r} holds {dtype} and no weights; fetch the drafter again")
 
     def refused(self, why: str) -> ValueError:
         return ValueError(f"drafter {self.name}: {why}")

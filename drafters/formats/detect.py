@@ -56,7 +56,7 @@ def detect(config: dict[str, Any], names: Iterable[str], of_target: bool = False
     Raises ValueError for a type of speculators that is not known."""
     kind = config.get("speculators_model_type")
     if kind is not None:
-        if kind not in _SPECULATORS:
+        if not isinstance(kind, str) or kind not in _SPECULATORS:
             raise ValueError(f"speculators_model_type={kind!r} is not among {', '.join(_SPECULATORS)}; take another")
         return _SPECULATORS[kind]
     names = set(names)

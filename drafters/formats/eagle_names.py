@@ -4,6 +4,7 @@ Files differ in spelling only, but for the draft vocabulary: they keep offsets, 
 values of weights, and no configuration.
 """
 
+import re
 from collections.abc import Iterable
 
 import torch
@@ -35,6 +36,11 @@ _READ = {
     "embedding_layernorm.": "embedding_norm.",
     "pre_lm_head_layernorm.": "norm.",
 }
+# What layers of Llama and Qwen3 have; the second norm is that of EAGLE-3's features.
+_LAYER = re.compile(
+    r"layers\.\d+\.(self_attn\.([qkvo]_proj\.(weight|bias)|[qk]_norm\.weight)|mlp\.(gate|up|down)_proj\.(weight|bias)"
+    r"|(input_layernorm|hidden_norm|post_attention_layernorm)\.weight)"
+)
 
 
 def _table(wide: bool) -> dict[str, str]:
@@ -45,7 +51,8 @@ def network_name(name: str, wide: bool) -> str | None:
     """The network's name of a published tensor without its prefix; None for one that it has no place for."""
     for published, ours in {**_table(wide), **_READ}.items():
         if name.startswith(published):
-            return ours + name.removeprefix(published)
+            read = ours + name.removeprefix(published)
+            return read if not read.startswith("layers.") or _LAYER.fullmatch(read) else None
     return None
 
 

@@ -69,6 +69,8 @@ class EagleTensors(dict[str, Tensor]):
                     f"tensor {self.published(name)!r} has shape {shape} and the others ask for {wanted}; fetch the "
                     "drafter again"
                 )
+            if tensor.is_floating_point():
+                self.checkpoint.check_weights(self.published(name), self[name])
         if extra:
             raise self.refused(
                 f"it has a tensor {extra[0]!r}, which layers of Llama and Qwen3 have no place for; it is of another "

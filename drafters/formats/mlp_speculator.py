@@ -103,14 +103,15 @@ def load_speculator(checkpoint: Checkpoint, target: "PreTrainedModel") -> MlpSpe
     names, config = without_prefixes(checkpoint.files), checkpoint.config()
     tensors = checkpoint.tensors(names.values())
     tensors = {name: tensors[full] for name, full in names.items()}
-    counts = {part: sum(name.startswith(f"{part}.") for name in names) for part in ("emb", "proj", "head")}
+    counts = {part: max(1, sum(name.startswith(f"{part}.") for name in names)) for part in ("emb", "proj", "head")}
     guesses = max(counts.values())
     if min(counts["emb"], counts["head"]) < guesses:  # guesses share parts, and only the config counts them
         said = config.get("n_predict", config.get("num_lookahead_tokens"))
         if type(said) is not int or not 1 <= said <= 16:
             raise checkpoint.refused(f"its config says n_predict={said!r}, which is no number of guesses")
         guesses = said
-    inner = tensors["emb.0.weight"].shape[-1] if tensors["emb.0.weight"].ndim else 0
+    first = tensors.get("emb.0.weight", torch.empty(vocab_size, 1))
+    inner = first.shape[-1] if first.ndim == 2 else 1
     shapes: dict[str, tuple[int, ...]] = {f"emb.{i}.weight": (vocab_size, inner) for i in range(counts["emb"])}
     shapes |= {f"head.{i}.weight": (vocab_size, inner) for i in range(counts["head"])}
     shapes |= {f"proj.{i}.weight": (inner, inner if i else size) for i in range(counts["proj"])}

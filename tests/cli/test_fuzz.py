@@ -35,7 +35,7 @@ RIGHT = {  # values that make sense, by the name of the option
     "temperatures": ["0", "0,0.5"], "source": ["self"], "server": ["localhost"], "overrides": ["target.dtype=none"],
     "shape": ["smollm2-135m"], "executors": ["all", "eager"], "split": ["train"], "prompt": ["AB"], "chat": ["AB"],
     "folder": ["heads"], "hub_id": ["someone/drafter"], "columns": ["prompt=prompt"], "to": ["tgi", "vllm"],
-    "max_new_tokens": ["1", "2", "3"],
+    "max_new_tokens": ["1", "2", "3"], "file": ["notes.txt", "bytes"],
 }  # fmt: skip
 WRONG = {
     "verify": ["luck", ""], "tree": ["tall", "auto", "9999x9999", "p.jsonl", "nowhere.json", ""],

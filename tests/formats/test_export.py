@@ -147,6 +147,8 @@ def test_what_has_no_form_or_place_is_refused(target, draft, tmp_path):
         (draft, "ollama", "new", "choose one of vllm"),
         (draft, "vllm", "there", "is there already"),
         ("ngram", "vllm", "new", "no weights to export"),
+        ("auto", "vllm", "new", "is not one drafter"),
+        (f"{draft}+ngram", "vllm", "new", "is not one drafter"),
         (tmp_path / "model", "vllm", "new", "an ordinary model"),
         (tmp_path / "there", "vllm", "new", "config.json"),
     ]
