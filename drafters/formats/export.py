@@ -62,7 +62,7 @@ def export_drafter(
     if name in KINDS and not KINDS[name].weights:
         raise ValueError(f"drafter {name!r} has no weights to export; engines have prompt lookup of their own")
     if name == "auto" or ("+" in name and not Path(name).exists()):
-        raise ValueError(f"drafter {name!r} is not one drafter; name a single one with weights, by its folder or hub id")
+        raise ValueError(f"drafter {name!r} is not one drafter; name one with weights, by its folder or hub id")
     source = str(shipped_folder(name) or name)
     found = None if source in NAMED else read_folder(source)
     known_as = target_name or str(getattr(target.config, "_name_or_path", "") or "TARGET")

@@ -38,7 +38,7 @@ def eagle_export(order: Order, network: "EagleNetwork") -> Export:
     engine, target = order.engine.name, order.target
     if engine not in ("vllm", "sglang", "speculators"):
         raise ValueError(f"{order.engine.title} runs no EAGLE heads; export {order.name} --to vllm or --to sglang")
-    for sentence in limits(network, target, engine):
+    if sentence := next(limits(network, target, engine), None):
         raise ValueError(f"{order.name} cannot be run by {order.engine.title}: {sentence}")
     dtype = smallest_dtype(network)
     tensors = (wide_tensors if network.settings.wide else joined_tensors)(network, target, engine)
@@ -68,10 +68,8 @@ def _notes(order: Order, network: "EagleNetwork") -> tuple[str, ...]:
             f"The head knows {len(network.vocabulary)} tokens and the engine gives it the target's whole LM head, so "
             "it will draft tokens that it has not learned to avoid, which costs acceptance."
         )
-    if order.engine.name == "vllm":
-        for sentence in limits(network, order.target, "sglang"):
-            notes.append(f"SGLang cannot run this folder: {sentence}.")
-            break
+    if order.engine.name == "vllm" and (sentence := next(limits(network, order.target, "sglang"), None)):
+        notes.append(f"SGLang cannot run this folder: {sentence}.")
     if order.engine.name == "speculators" and Path(order.target_name).is_dir():
         notes.append(
             f"vllm serve with this folder alone needs the target by its hub id, and {order.target_name} is a folder: "
