@@ -75,8 +75,8 @@ def export_drafter(
         export.write(work, advice.tokens)
         serve = _command(order, export, Path(folder).name, advice)
         (work / "README.md").write_text(_readme(order, serve, notes), encoding="utf-8")
-        for file in work.iterdir():
-            file.chmod(0o644)  # engines often run as another user
+        for file in work.rglob("*"):
+            file.chmod(0o755 if file.is_dir() else 0o644)  # engines often run as another user
         export.check(work)
     return Exported(Path(folder), _command(order, export, str(folder), advice), advice.tokens, notes)
 

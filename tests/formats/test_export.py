@@ -70,6 +70,7 @@ def test_a_draft_model_is_completed(target, draft, tmp_path, tokenizer, to):
     method = {"vllm": "draft_model", "sglang": "STANDALONE", "transformers": "assistant_model"}[to]
     assert str(tmp_path / "out") in done.serve and method in done.serve
     assert done.tokens == 3 and any("has not been measured" in note for note in done.notes)
+    assert all(file.stat().st_mode & 0o777 == 0o644 for file in (tmp_path / "out").iterdir()), "read by anyone"
     readme = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in readme and all(note in readme for note in done.notes)
 
