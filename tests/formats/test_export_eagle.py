@@ -3,8 +3,9 @@ their key lists and formulas compute the network's logits and features."""
 
 import pytest
 import torch
-from formats.exporting import EAGLE3, assert_same, exported, network_of
+from formats.exporting import EAGLE3, LAYER, assert_same, exported, network_of
 from paceline.spec.target.taps import HEAD
+from transformers import AutoConfig
 
 from support.models import tiny_llama
 
@@ -160,6 +161,14 @@ def test_speculators_form_gives_vllm_the_same_logits(target, tmp_path, name):
     plain = {**layer, **config, "rope_theta": rope["rope_theta"], "rope_scaling": None}
     plain["num_aux_hidden_states"] = len(ids)
     assert_same(network, target, "vllm", plain, tensors)
+
+
+@pytest.mark.parametrize("rope", [LAYER["rope_parameters"], LLAMA3], ids=["default", "llama3"])
+def test_transformers_reads_the_config(target, tmp_path, rope):
+    """Engines begin with that."""
+    exported(network_of(target, layer={"rope_parameters": rope}, **EAGLE3), target, "vllm", tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.rope_parameters == rope and config.head_dim == 8 and config.draft_vocab_size == 61
 
 
 def test_embeddings_that_are_the_targets_are_not_stored_again(target, tmp_path):
