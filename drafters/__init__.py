@@ -27,11 +27,11 @@ def load_drafter(
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
-    target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
-    those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: a
-    drafter trained here, a published one (EAGLE, EAGLE-3, Medusa or MLPSpeculator, known by its tensors), or a causal
-    LM, loaded in the target's dtype onto its device. A causal LM that is already loaded may be passed instead of a
-    name, and a drafter is returned as it is.
+    target, with prompt lookup beside it, or ngram where none ships. `paceline drafters` lists the names of those that
+    ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: a drafter trained
+    here, a published one (EAGLE, EAGLE-3, Medusa or MLPSpeculator, known by its tensors), or a causal LM, loaded in
+    the target's dtype onto its device. A causal LM that is already loaded may be passed instead of a name, and a
+    drafter is returned as it is.
 
     A causal LM may have another vocabulary than the target, or another tokenizer: it then drafts the tokens that both
     have. They are compared by `tokenizer`, the target's, and `draft_tokenizer`; each is taken from where its model was
@@ -92,7 +92,7 @@ def _around(model: Any, target: "PreTrainedModel", tokenizers: "Tokenizers") -> 
 
 
 def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
-    """The best drafter that ships for `target`, combined with prompt lookup where possible; ngram where none ships."""
+    """The best drafter that ships for `target`, with prompt lookup beside it; ngram where none ships."""
     from .beside import Beside
     from .ngram import NgramDrafter
     from .shipped import best_shipped
@@ -100,8 +100,7 @@ def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
     folder = best_shipped(target)
     if folder is None:
         return NgramDrafter()
-    drafter = _trained(folder, target, weights, (None, None))
-    return Beside(drafter, NgramDrafter()) if drafter.traits.follows_any_tree else drafter
+    return Beside(_trained(folder, target, weights, (None, None)), NgramDrafter())
 
 
 def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str, tokenizers: "Tokenizers") -> "Drafter":

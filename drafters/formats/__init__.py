@@ -43,16 +43,13 @@ class Published:
         return make(heads, self.name)
 
     def _eagle(self) -> "Drafter":
-        from .conventions import candidates
         from .eagle import EagleFile
         from .probe import choose
 
         file = EagleFile(self.checkpoint, self.target)
-        network = file.network()
+        network, conventions = file.network()
         if self.settings is None:
-            self.settings = choose(
-                network, candidates(file.config, network.settings, self.target), file.config, self.target
-            )
+            self.settings = choose(network, conventions, file.config, self.target)
         network.adopt(self.settings)
         make: Any = KINDS["eagle"].drafter_class()
         return make(network, self.name)

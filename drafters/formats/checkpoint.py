@@ -26,7 +26,7 @@ _STRAY = ("training_state", "training_args", "optimizer", "scheduler", "rng_stat
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder with safetensors. `files` says in which file each tensor is."""
+    """A folder with a config and safetensors. `files` says in which file each tensor is."""
 
     name: str  # as the user gave it
     path: Path
@@ -98,7 +98,7 @@ def open_checkpoints(name_or_path: str | Path) -> list[Checkpoint]:
     Empty for what holds no weights. Raises ValueError where these are pickles, or a file is damaged."""
     name = str(name_or_path)
     folder = Path(name) if Path(name).is_dir() else _cached(name)
-    if folder is None or not (Path(name).is_dir() or any(folder.glob("*.safetensors"))):
+    if folder is None:
         return _on_the_hub(name)
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     _refuse_pickles(name, names)
@@ -143,13 +143,16 @@ def _of_files(name: str, folder: Path, files: set[str]) -> Checkpoint:
 
 
 def _cached(name: str) -> Path | None:
-    """The folder of a hub id that was fetched before."""
+    """The folder of a hub id whose weights were fetched before, all of them."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, local_files_only=True))
+        folder = Path(snapshot_download(name, local_files_only=True))
+        index = folder / INDEX
+        files = _shards(index) if index.is_file() else {file.name for file in folder.glob("*.safetensors")}
     except (OSError, ValueError):
         return None
+    return folder if files and all((folder / file).is_file() for file in files) else None
 
 
 def _on_the_hub(name: str) -> list[Checkpoint]:
@@ -160,6 +163,7 @@ def _on_the_hub(name: str) -> list[Checkpoint]:
     try:
         with quietly():
             names = [file for file in api.list_repo_files(name) if "/" not in file]
+            folder = Path(hf_hub_download(name, "config.json")).parent if "config.json" in names else Path(name)
             groups = _groups(names, lambda: _shards(Path(hf_hub_download(name, INDEX))))
             read = [
                 {
@@ -172,7 +176,7 @@ def _on_the_hub(name: str) -> list[Checkpoint]:
     except Exception:  # whatever the hub raises: who loads it as a model says what is wrong
         return []
     _refuse_pickles(name, names)
-    return [Checkpoint(name, Path(name), files) for files in read]
+    return [Checkpoint(name, folder, files) for files in read]
 
 
 def _refuse_pickles(name: str, files: list[str]) -> None:

@@ -30,8 +30,8 @@ class Convention:
 
 
 def candidates(config: EagleConfig, settings: EagleSettings, target: "PreTrainedModel") -> list[Convention]:
-    """All plausible conventions, first the one that the config declares, then those that differ in little. Raises
-    ValueError where no list of layers fits the target."""
+    """All plausible conventions, first the one that the config declares, then those that differ in little; of the taps
+    in `settings` the number is right. Raises ValueError where no list of layers fits the target."""
     taps = _taps(config, settings, target)
     ropes = _ropes(settings.layer["rope_parameters"], target)
     declared = bool(config.flag("norm_before_residual")) and settings.wide
@@ -62,7 +62,7 @@ def _taps(config: EagleConfig, settings: EagleSettings, target: "PreTrainedModel
     shifted = [[number + shift for number in ids] for shift in (1, -1) for ids in declared or [default]]
     spread = [spread_ids(count, layers)] if count > 1 else []
     lists = [*declared, *(shifted if declared else [default, *shifted]), default, *spread]
-    width = sum(feature_sizes(target, settings.taps))
+    width = count * feature_sizes(target, (0,))[0]
     fitting = [
         taps for ids in lists
         if len(set(ids)) == count and all(1 <= number <= layers for number in ids)

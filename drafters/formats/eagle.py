@@ -15,6 +15,7 @@ from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
+from .conventions import Convention, candidates
 from .eagle_config import EagleConfig
 from .eagle_names import OFFSETS, known_ids
 from .eagle_tensors import EagleTensors, begins
@@ -34,16 +35,16 @@ class EagleFile:
         self.tap_size = feature_sizes(target, (0,))[0]
         self.tensors = EagleTensors(checkpoint)
 
-    def network(self) -> EagleNetwork:
-        """The network by what the config says, in the target's dtype and on its device. Its taps are only as many as
-        they should be. Raises ValueError, in one sentence, for what does not fit."""
+    def network(self) -> tuple[EagleNetwork, list[Convention]]:
+        """The network in the target's dtype, on its device, and the conventions by which it may be read; it is made by
+        the first. Raises ValueError, in one sentence, for what does not fit."""
         layer = self._layer()
         vocabulary = self._vocabulary()
         self._drop_copies(vocabulary)
         self._check_widths(layer["hidden_size"])
-        settings = self._settings(layer)
+        conventions = candidates(self.config, self._settings(layer), self.target)
         try:
-            network = EagleNetwork(settings, self.target, vocabulary)
+            network = EagleNetwork(conventions[0].settings, self.target, vocabulary)
         except Exception as error:  # whatever transformers raises for a config
             raise self.tensors.refused(
                 f"no network can be made of its config ({one_line(error)}); fetch the drafter again"
@@ -52,15 +53,16 @@ class EagleFile:
             self.tensors["vocabulary"] = vocabulary
         self.tensors.check(network.stored())
         network.load_state_dict(self.tensors, strict=False)
-        return network.to(self.target.dtype).requires_grad_(False).eval()
+        return network.to(self.target.dtype).requires_grad_(False).eval(), conventions
 
     def _settings(self, layer: dict[str, Any]) -> EagleSettings:
+        """What the tensors tell; taps are numbered only."""
         has, flag = self.tensors.__contains__, self.config.flag
-        own: dict[str, Any] = {"own_embeddings": has("embeddings"), "own_head": has("lm_head.weight")}
+        stored: dict[str, Any] = {"own_embeddings": has("embeddings"), "own_head": has("lm_head.weight")}
         if not self.tensors.wide:
             return EagleSettings(
                 layer, join_bias=has("join.bias"), input_norm=has("layers.0.input_layernorm.weight"),
-                final_norm=has("norm.weight"), embedding_norm=has("embedding_norm.weight"), **own,
+                final_norm=has("norm.weight"), embedding_norm=has("embedding_norm.weight"), **stored,
             )  # fmt: skip
         fuses = has("fuse.weight")
         count = self.tensors["fuse.weight"].shape[1] // self.tap_size if fuses else 1
@@ -68,7 +70,7 @@ class EagleFile:
             layer, taps=range(count) if fuses else (HEAD,), wide=True, fuse=fuses,
             tap_norms=begins(self.tensors, "tap_norms.") or flag("fc_norm") is True,
             fuse_norm=has("fuse_norm.weight") or flag("norm_before_fc") is True,
-            norm_output=flag("norm_output") is True, **own,
+            norm_output=flag("norm_output") is True, **stored,
         )  # fmt: skip
 
     def _layer(self) -> dict[str, Any]:
@@ -113,8 +115,8 @@ class EagleFile:
     def _vocabulary(self) -> Tensor | None:
         """The ids that it drafts, ascending; None for all. The head's rows are put into that order."""
         tensors, offsets = self.tensors, self.tensors.pop("vocabulary", None)
-        own = "lm_head.weight" in tensors
-        rows = tensors.need("lm_head.weight").shape[0] if own else self.vocab_size
+        stored = "lm_head.weight" in tensors
+        rows = tensors.need("lm_head.weight").shape[0] if stored else self.vocab_size
         if offsets is None:
             if rows < self.vocab_size:
                 raise tensors.refused(
@@ -126,7 +128,7 @@ class EagleFile:
             return None
         if offsets.ndim != 1 or offsets.is_floating_point() or offsets.dtype == torch.bool or not len(offsets):
             raise tensors.refused(f"tensor {OFFSETS!r} holds no offsets of tokens; fetch the drafter again")
-        if own and len(offsets) != rows:
+        if stored and len(offsets) != rows:
             raise tensors.refused(
                 f"tensor {OFFSETS!r} lists {len(offsets)} tokens and the head has {rows}; fetch the drafter again"
             )
@@ -136,7 +138,7 @@ class EagleFile:
             raise self._for_another(f"drafts token {worst} and this target has {self.vocab_size}")
         if bool((ids[1:] == ids[:-1]).any()):
             raise tensors.refused(f"tensor {OFFSETS!r} lists a token twice; fetch the drafter again")
-        if own:
+        if stored:
             tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
         return ids
 

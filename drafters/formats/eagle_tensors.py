@@ -26,16 +26,18 @@ class EagleTensors(dict[str, Tensor]):
             if not name.startswith(_BESIDE) and not name.endswith(".inv_freq")
         }
         self.first = next((spelt for spelt in ("midlayer.", "transformer.") if begins(names, spelt)), "layers.0.")
+        marked = self.first == "midlayer." or "layers.0.hidden_norm.weight" in names
+        if not marked and OFFSETS not in names:
+            names.pop("embed_tokens.weight", None)  # EAGLE-1's is a copy of the target's, which its reference takes
         loaded = checkpoint.tensors(names.values())
         tensors = {name: loaded[full] for name, full in names.items()}
-        marked = self.first == "midlayer." or "layers.0.hidden_norm.weight" in names
         self.wide = marked or (OFFSETS in names and not _joins(tensors))
         named = {name: network_name(name, self.wide) for name in tensors}
         super().__init__({ours: tensors[name] for name, ours in named.items() if ours is not None})
         self.spelt = {ours: name for name, ours in named.items() if ours is not None}
         self.unknown = [name for name, ours in named.items() if ours is None]
         if not self.wide:
-            self.pop("embeddings", None)  # copies of the target's, which the reference takes instead
+            self.pop("embeddings", None)
         self._drop_second_norms()
 
     def refused(self, why: str) -> ValueError:

@@ -53,16 +53,16 @@ def load_heads(checkpoint: Checkpoint, target: "PreTrainedModel") -> MedusaHeads
         shapes |= dict.fromkeys(lm_heads, (known, size))
     checkpoint.check(tensors, shapes)
 
-    own = [tensors[name] if order is None else tensors[name][order] for name in lm_heads] if present else []
-    if len(own) == 1 < count:
-        own = [] if _is_targets(own[0], vocabulary, target) else own * count
-    heads = MedusaHeads(HeadSettings(heads=count, blocks=depth, own_heads=bool(own)), target, vocabulary)
+    rows = [tensors[name] if order is None else tensors[name][order] for name in lm_heads] if present else []
+    if len(rows) == 1 < count:
+        rows = [] if _is_targets(rows[0], vocabulary, target) else rows * count
+    heads = MedusaHeads(HeadSettings(heads=count, blocks=depth, own_heads=bool(rows)), target, vocabulary)
     zeros = torch.zeros(size)
     state = {
         "weight": torch.stack([tensors[f"{name}.weight"] for name in blocks]).unflatten(0, (depth, count)),
         "bias": torch.stack([tensors.get(f"{name}.bias", zeros) for name in blocks]).unflatten(0, (depth, count)),
     }
-    heads.load_state_dict(state | ({"head_weight": torch.stack(own)} if own else {}), strict=False)
+    heads.load_state_dict(state | ({"head_weight": torch.stack(rows)} if rows else {}), strict=False)
     return heads.to(target.dtype).requires_grad_(False).eval()
 
 

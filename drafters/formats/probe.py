@@ -1,8 +1,9 @@
 """Whether a drafter that others trained predicts this target, tried on a little of the target's own text.
 
 A head with a wrong list of layers, another rotary base, or of another target loads without an error and predicts
-nothing. So the target writes some tokens, greedily and from fixed beginnings; the drafter is given the true states and
-tokens before each, and its first guess is compared with the token that the target chooses. Knows no format.
+nothing. So the target writes some tokens, greedily and from fixed beginnings (but no three tokens twice in a text, as a
+loop tells nothing); the drafter is given the true states and tokens before each, and its first guess is compared with
+the token that the target would choose. Knows no file.
 """
 
 import sys
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import NoRepeatNGramLogitsProcessor
 
 from ...spec.target.given import cache_name
 from ...spec.target.taps import HEAD, Tap, joined, listening, put_taps
@@ -73,13 +75,14 @@ def own_text(target: "PreTrainedModel", taps: set[Tap]) -> OwnText:
     config = target.generation_config
     begin = [token for token in (config.bos_token_id,) if isinstance(token, int)]
     rows = [[*begin, token % min(vocab_size, target.config.get_text_config().vocab_size)] for token in BEGINNINGS]
-    text, cache = torch.tensor(rows, device=target.device), None
+    text, cache, varied = torch.tensor(rows, device=target.device), None, NoRepeatNGramLogitsProcessor(3)
     for _ in range(TOKENS):
         step = text if cache is None else text[:, -1:]
         given: dict[str, Any] = {} if cache is None else {cache_name(): cache}
         output = target(input_ids=step, use_cache=True, **given)
-        cache = output[cache_name()]
-        text = torch.cat([text, output.logits[:, -1:].argmax(-1)], dim=1)
+        cache = output.get(cache_name())
+        best = varied(text, output.logits[:, -1].float()).argmax(-1)
+        text = torch.cat([text, best[:, None]], dim=1)
     with listening() as heard:
         chosen = target(input_ids=text, use_cache=False).logits.argmax(-1)  # (R, T)
     joined(heard, ordered)  # raises where one is missing
@@ -105,12 +108,12 @@ def choose(
     """The settings by which `network` predicts the target's own text best: of the first convention, which is the
     declared one, unless another is surely better. Raises ValueError where none is better than chance."""
     text = own_text(target, {tap for convention in conventions for tap in convention.settings.taps})
-    places = torch.arange(text.tokens.shape[1], device=target.device).expand_as(text.tokens)
+    positions = torch.arange(text.tokens.shape[1], device=target.device).expand_as(text.tokens)
 
     def tried(convention: Convention) -> Agreement:
         network.adopt(convention.settings)
         features = network.fused(joined(text.features, tuple(convention.settings.taps)))
-        logits = network(text.tokens, features, places).logits
+        logits = network(text.tokens, features, positions).logits
         return agreement(logits, text.chosen, network.index_of_token)
 
     results = [(convention, tried(convention)) for convention in conventions]

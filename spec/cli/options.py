@@ -244,7 +244,7 @@ def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafte
     )
     if drafter:
         named = (
-            "auto: the best heads of the package, and ngram; ngram; a folder or model; HEADS+ngram; none "
+            "auto: the best drafter of the package, and ngram; ngram; a folder or model; X+ngram; none "
             "(default %(default)s)"
         )
         group.add_argument("--drafter", type=DrafterInput, default="auto", metavar="NAME", help=named)

@@ -9,6 +9,7 @@ from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.eagle.drafter import EagleDrafter
 from paceline.drafters.eagle.session import EagleSession
 from paceline.drafters.ngram import NgramDrafter
+from paceline.spec.plan.step_times import slot_bytes
 
 from support.models import noisy_copy, random_eagle, tiny_llama
 
@@ -127,6 +128,14 @@ def test_kept_prompts_are_drafted_behind_as_if_read_anew(model, drafters, name):
         assert drafts[0] == drafts[1]
         texts = [[*row, 11 + turn, 30, 45] for row in plain.sequences.tolist()]
     assert cache.tokens_reused == 2 * (6 + 9 - 2) + 2 * (6 + 2 * 9 + 3 - 2)
+
+
+def test_what_a_token_takes_is_counted(model, drafters):
+    """Keys and values of one layer for the draft's pairs, and the feature; of two layers for a draft model's tokens."""
+    layer, feature = 2 * 16 * 4, 32 * 4
+    for name, size in (("eagle", layer + feature), ("draft", 2 * layer), ("draft+ngram", 2 * layer)):
+        assert slot_bytes(model, drafters[name]) == size
+    assert slot_bytes(model) == 2 * layer and slot_bytes(model, NgramDrafter()) == 0
 
 
 def test_ties_orphan_no_child(model, ragged):

@@ -4,9 +4,9 @@ import pytest
 import torch
 from formats.published import INNER, KNOWN, WIDTH, Reference, V, config_of, drawn, eagle1, eagle3, layer, norm, write
 from paceline.drafters.formats.checkpoint import open_checkpoints
-from paceline.drafters.formats.conventions import candidates
 from paceline.drafters.formats.detect import detect
 from paceline.drafters.formats.eagle import EagleFile
+from paceline.drafters.formats.eagle_config import EagleConfig
 from paceline.spec.target.taps import joined, listening, put_taps
 
 from support.models import tiny_llama
@@ -109,10 +109,7 @@ LAYOUTS = {
 def read(folder, target):
     (checkpoint,) = open_checkpoints(folder)
     assert detect(checkpoint.config(), checkpoint.files) == "EAGLE"
-    file = EagleFile(checkpoint, target)
-    network = file.network()
-    network.adopt(candidates(file.config, network.settings, target)[0].settings)
-    return network
+    return EagleFile(checkpoint, target).network()[0]
 
 
 @torch.no_grad()
@@ -176,6 +173,41 @@ def test_adopting_is_as_making_anew(target, tmp_path):
     assert network.settings == others and network.config.to_dict() == anew.config.to_dict()
     after, made = (net(tokens, net.fused(features), torch.arange(9)[None]).logits for net in (network, anew))
     assert torch.equal(after, made) and not torch.allclose(after, before)
+
+
+LLAMA_3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+SPELLINGS = [
+    {"rope_theta": 500, "rope_scaling": LLAMA_3},
+    {"rope_theta": 500.0, "rope_scaling": {"type": "llama3", **LLAMA_3}, "rope_parameters": None},
+    {"rope_parameters": {"rope_theta": 500.0, **LLAMA_3}, "rope_theta": 7.0},
+    {"rope_scaling": {"rope_theta": 500.0, **LLAMA_3}},
+    {"rope_parameters": {"full_attention": {"rope_theta": 500.0, **LLAMA_3}}},
+    {"transformer_layer_config": {"rope_parameters": {"rope_theta": 500.0, **LLAMA_3}}, "rope_theta": 7.0},
+]
+
+
+@pytest.mark.parametrize("config", SPELLINGS)
+def test_rotary_frequencies_have_many_spellings(config, target, tmp_path):
+    expected = {**LLAMA_3, "rope_theta": 500.0}
+    assert {name: value for name, value in EagleConfig(config, "x").rope().items() if name != "type"} == expected
+    sizes = config.get("transformer_layer_config", config) | config_of()
+    nested = {"transformer_layer_config": sizes} if "transformer_layer_config" in config else {}
+    network = read(write(tmp_path, eagle3(), {**config, **config_of(), **nested}), target)
+    model = tiny_llama(V, rope_parameters=expected)
+    assert torch.equal(network.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+def test_frequencies_are_plain_where_nothing_is_said():
+    for config in (
+        {},
+        {"rope_scaling": None},
+        {"rope_scaling": {"type": "default"}},
+        {"rope_parameters": {"type": "mrope"}},
+    ):
+        assert EagleConfig(config, "x").rope() == {"rope_type": "default", "rope_theta": 10000.0}
 
 
 def test_sizes_come_from_the_tensors(target, tmp_path):

@@ -156,6 +156,7 @@ class Hub:
         monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda name: (config, {}))
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot)
         monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda name, file: str(Path(self.folder or ".") / file))
 
     def snapshot(self, name, **options):
         if options.get("local_files_only"):
@@ -188,11 +189,22 @@ def test_an_ordinary_model_of_the_hub_is_not_fetched_for_its_names(target, monke
     assert hub.asked == ["model.safetensors"]
 
 
+def test_the_config_of_a_hub_id_tells_its_format_too(target, tmp_path, monkeypatch):
+    folder = write(tmp_path, eagle3(), config_of(speculators_model_type="peagle"))
+    hub = Hub(monkeypatch, eagle3(), {"model_type": "llama"}, ["config.json", "model.safetensors"], folder)
+    sentence(lambda: paceline.load_drafter("someone/head", target), "has the format P-EAGLE")
+    assert hub.asked == ["model.safetensors"], "it is not fetched"
+
+
 def test_what_was_fetched_before_needs_no_network(learned, tmp_path, monkeypatch):
     folder = learned.save(tmp_path / "head", **RIGHT)
-    hub = Hub(monkeypatch, {}, config_of(**RIGHT), folder=folder)
+    files = ["config.json", "model.safetensors"]
+    hub = Hub(monkeypatch, learned.tensors, config_of(**RIGHT), files, folder)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(folder))
     assert paceline.load_drafter("someone/head", learned.target).traits.kind == "eagle" and hub.asked == []
+    index = {"weight_map": {"fc.weight": "model-2-of-2.safetensors"}}  # it was stopped before this one came
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert paceline.load_drafter("someone/head", learned.target) and hub.asked == ["model.safetensors"]
 
 
 def test_a_written_file_has_the_engines_names(learned, tmp_path):
