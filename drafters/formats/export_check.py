@@ -10,7 +10,6 @@ from ...spec.console import quietly
 from ...spec.target.taps import HEAD, listening, put_taps
 from ..medusa import MedusaHeads
 from .checkpoint import open_checkpoints
-from .conventions import candidates
 from .eagle import EagleFile
 from .medusa import load_heads
 
@@ -29,8 +28,7 @@ def check_eagle(folder: Path, network: "EagleNetwork", target: "PreTrainedModel"
     ids = sorted(tap + 1 for tap in network.settings.taps if tap != HEAD)
     if any(given != ids for given in file.config.layer_ids()[:1]):  # the next is for SGLang, which counts by target
         raise ValueError(f"{folder.name} does not name the layers that the drafter reads, {ids}; {_REPORT}")
-    read = file.network()
-    read.adopt(candidates(file.config, read.settings, target)[0].settings)
+    read, _ = file.network()  # as the config says
     known = network.vocabulary if network.trimmed and not read.trimmed else slice(None)
     if read.trimmed and not torch.equal(read.vocabulary, network.vocabulary):
         raise ValueError(f"{folder.name} does not name the tokens that the drafter knows; {_REPORT}")
