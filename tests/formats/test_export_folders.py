@@ -1,6 +1,7 @@
 """EAGLE heads exported from folder to folder, and what would be read differently is noticed."""
 
 import json
+from functools import partial
 
 import paceline
 import pytest
@@ -9,9 +10,11 @@ from formats.exporting import EAGLE3, assert_same, exported, network_of, order_t
 from paceline.drafters.eagle.folder import save_network
 from paceline.drafters.formats import probe
 from paceline.drafters.formats.export_eagle import eagle_export
+from paceline.training.objectives.eagle import EagleObjective
 from safetensors.torch import save_file
 
 from support.models import tiny_llama
+from support.sentences import sentence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -32,6 +35,22 @@ def test_a_trained_folder_is_exported(target, tmp_path, engine, words):
     assert {file.name for file in out.iterdir()} == {"README.md", "config.json", "model.safetensors"}
     if engine != "speculators":
         assert_same(network, target, engine, *stored(out))
+
+
+@pytest.mark.parametrize(("layout", "reason"), [("wide", None), ("eagle1", None), ("joined", "objective.layout: wide")])
+def test_what_is_trained_is_exported_or_told_how_to_train(target, tmp_path, layout, reason):
+    rows = [{"input_ids": torch.arange(20)[None], "loss_mask": torch.ones(1, 20)}]
+    settings = {"kind": "eagle", "layout": layout, "known_tokens": 20}
+    objective = EagleObjective.build(settings | ({"taps": [0, 2, 4]} if layout == "wide" else {}), target, rows)
+    objective.save(tmp_path / "mine")  # rounded
+    network = paceline.load_drafter(tmp_path / "mine", target).network
+    for engine in ("vllm", "sglang"):
+        export = partial(paceline.export_drafter, tmp_path / "mine", target, engine, tmp_path / engine)
+        if reason:
+            sentence(export, reason)
+            continue
+        export()
+        assert_same(network, target, engine, *stored(tmp_path / engine))
 
 
 def test_a_published_head_goes_from_one_form_to_another(target, tmp_path, monkeypatch):
