@@ -26,6 +26,7 @@ class Target:
     dtype: str = "auto"
     weights: str = "16"  # or the blocks of a quantised model, as for load_target
     hidden: Literal["online", "offline"] = "online"  # run the target, or read its hidden states from disk
+    hidden_bits: Literal[8, 16] = 16  # of a number on disk: 8 with a scale for each token, or as the target computes it
     hidden_folder: str | None = None  # of the hidden states; by default beside the data
     trust_remote_code: bool = False
 

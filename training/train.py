@@ -194,19 +194,20 @@ def _shard_on_cpus(accelerator: Accelerator, plugin: FullyShardedDataParallelPlu
 def _hidden_bytes(config: Config, objective, model, splits: dict[str, Rows]) -> int:
     if config.target.hidden == "online":
         return 0
-    return sum(hidden_bytes(model, objective.taps, len(rows), rows.length) for rows in splits.values())
+    bits = config.target.hidden_bits
+    return sum(hidden_bytes(model, objective.taps, len(rows), rows.length, bits) for rows in splits.values())
 
 
 def _target(config: Config, objective, model, splits: dict[str, Rows], accelerator: Accelerator):
     """The target that gives the objective its hidden states; with states on disk, after writing the missing ones."""
-    taps = objective.taps
+    taps, bits = objective.taps, config.target.hidden_bits
     if config.target.hidden == "online":
         return OnlineTarget(model, taps)
-    name = hidden_folder(target_fingerprint(model), model.dtype, taps)
+    name = hidden_folder(target_fingerprint(model), model.dtype, taps, bits)
     folder = Path(config.target.hidden_folder or config.data.folder) / name
     ranks = accelerator.process_index, accelerator.num_processes
     for split, rows in splits.items():
-        write_hidden_states(model, split, rows, folder, *ranks, taps=taps)
+        write_hidden_states(model, split, rows, folder, *ranks, taps=taps, bits=bits)
     accelerator.wait_for_everyone()
     return OfflineTarget(folder, logit_head(model), taps)
 

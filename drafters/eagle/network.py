@@ -186,10 +186,22 @@ class EagleNetwork(PreTrainedModel):
 
     def fused(self, features: Tensor) -> Tensor:  # (..., F) -> (..., H)
         """The target's features in the draft's width. Features that are fed back have it already."""
+        return self.fuse(self.normed(features))
+
+    def normed(self, features: Tensor) -> Tensor:  # (..., F) -> (..., F)
+        """What `fuse` reads of the target's features."""
         states = features.split(self.tap_sizes, dim=-1)
         if self.settings.tap_norms:
             features = torch.cat([self.tap_norms[str(i)](state) for i, state in enumerate(states)], dim=-1)
-        return self.fuse(self.fuse_norm(features))
+        return self.fuse_norm(features)
+
+    def inputs(self, input_ids: Tensor, features: Tensor) -> Tensor:  # (..., n), (..., n, H) -> (..., n, E + H)
+        """Embeddings and features side by side, normalised: what `join`, or attention in wide layers, reads."""
+        embedding = F.embedding(input_ids, self.embeddings).to(features.dtype)
+        of_embedding, of_feature = self.embedding_norm, self.feature_norm
+        if isinstance(first := self.layers[0], WideLayer):
+            of_embedding, of_feature = first.input_layernorm, first.hidden_norm
+        return torch.cat([of_embedding(embedding), of_feature(features)], dim=-1)
 
     def forward(
         self,
@@ -202,7 +214,6 @@ class EagleNetwork(PreTrainedModel):
         **options: Any,
     ) -> CausalLMOutput:
         """`logits` (B, n, V') of the token after each pair."""
-        embedding = F.embedding(input_ids, self.embeddings).to(features.dtype)
         mask = attention_mask
         if mask is None:
             mask = create_causal_mask(
@@ -213,10 +224,10 @@ class EagleNetwork(PreTrainedModel):
             "attention_mask": mask, "position_embeddings": self.rotary_emb(features, position_ids), _CACHE: cache,
         }  # fmt: skip
         if self.join is None:
+            embedding = F.embedding(input_ids, self.embeddings).to(features.dtype)
             hidden = self.layers[0](features, embedding, **attention)
         else:
-            both = torch.cat([self.embedding_norm(embedding), self.feature_norm(features)], dim=-1)
-            hidden = self.layers[0](self.join(both), **attention)
+            hidden = self.layers[0](self.join(self.inputs(input_ids, features)), **attention)
         for layer in self.layers[1:]:
             hidden = layer(hidden, **attention)
         return CausalLMOutput(logits=self.lm_head(self.norm(hidden)[:, -logits_to_keep:]))

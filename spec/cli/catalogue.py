@@ -61,6 +61,10 @@ GROUPS = {
             "...training.evaluate", "measure a drafter on prompts and keep the result with it", options.evaluate,
             "paceline evaluate runs/smollm2-135m-hydra/best --prompts prompts.jsonl",
         ),
+        "export": Command(
+            "...drafters.formats.export", "write a drafter in the form that an engine reads", options.export,
+            "paceline export smollm2-135m-draft --to vllm -o draft-for-vllm",
+        ),
         "push": Command(
             "...training.push", "upload a drafter folder to the model hub", options.push,
             "paceline push runs/smollm2-135m-hydra/best someone/my-drafter --private",

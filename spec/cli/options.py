@@ -183,6 +183,16 @@ def push(parser: Parser) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
+def export(parser: Parser) -> None:
+    parser.reads("drafter", metavar="FOLDER", help="a drafter's folder, its hub id, or the name of one that ships")
+    engines = "vllm, sglang, speculators (vLLM serves it by itself), transformers, or tgi for Medusa heads"
+    parser.add_argument("--to", required=True, metavar="ENGINE", help=engines)
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="OUT", help="folder to make")
+    target = "the target that it was trained for (default %(default)s)"
+    parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
+    _device_options(parser)
+
+
 def quantise(parser: Parser) -> None:
     parser.reads("model", metavar="MODEL", help="folder, short name or hub id")
     parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --model")

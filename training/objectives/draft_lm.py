@@ -26,11 +26,10 @@ from ...spec.target.tokenizers import load_tokenizer
 from ...spec.target.weights import linear_shape
 from ..config import read
 from .draft_network import Sizes, make_network, share, target_weights
-from .known_tokens import frequent_tokens
+from .known_tokens import frequent_tokens, of_known
 from .losses import check_mixture, mixed_loss
 from .objective import NO_LABEL, Batch, Judge, Losses, Objective, TargetView, windows
 from .start import start_folder
-from .target import ScaledHead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,9 +199,7 @@ class Known:
         """The target's LM head trimmed to these tokens, for hidden states in `dtype`; its softmax is conditional on one
         of them being next."""
         if self._law is None:
-            scaled = isinstance(head, ScaledHead)
-            linear = trimmed_head(head.linear if scaled else head, self.ids, dtype)
-            self._law = ScaledHead(linear, head.factor, head.cap) if scaled else linear
+            self._law = of_known(head, self.ids, dtype)
         return self._law
 
 

@@ -1,9 +1,13 @@
-"""Which tokens a drafter of a smaller vocabulary should know: the commonest of the target's own."""
+"""Which tokens a drafter of a smaller vocabulary should know: the commonest of the target's own; and the target's law
+over them."""
 
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ...drafters.known_tokens import trimmed_head
+from .target import ScaledHead
 
 
 def frequent_tokens(rows: Iterable[dict], size: int, vocab_size: int) -> Tensor:
@@ -20,3 +24,11 @@ def frequent_tokens(rows: Iterable[dict], size: int, vocab_size: int) -> Tensor:
     if not counts.any():
         raise ValueError("the data hold none of the target's own tokens to take a head vocabulary from; prepare more")
     return counts.argsort(descending=True, stable=True)[:size].sort().values
+
+
+def of_known(head: nn.Module, ids: Tensor, dtype: torch.dtype) -> nn.Module:
+    """The target's LM head trimmed to the known tokens `ids` (V',), for hidden states in `dtype`: its softmax is the
+    target's law on condition that one of them is next."""
+    scaled = isinstance(head, ScaledHead)
+    linear = trimmed_head(head.linear if scaled else head, ids, dtype)
+    return ScaledHead(linear, head.factor, head.cap) if scaled else linear

@@ -50,6 +50,7 @@ DIVERGENCES = {
     "acceptance": acceptance,
 }
 NAMES = ("cross_entropy", *DIVERGENCES)
+SOFT = ("forward_kl", "cross_entropy")  # are linear in log q, and so have one cheap gradient
 
 
 def check_mixture(mixture: dict[str, float]) -> dict[str, float]:
@@ -100,6 +101,29 @@ def mixed_loss(
     leaves = [states if tensor is hidden else tensor for tensor in inputs]
     (total,) = Summed.apply(loss_of, parts, [hidden.new_zeros((), dtype=torch.float32)], leaves, *inputs)
     return total, top
+
+
+class SoftCrossEntropy(torch.autograd.Function):
+    """The sum over tokens of -`wanted` log softmax(`logits`), and the tokens (n,) of the highest logits. Computed in the
+    dtype of the logits, with few passes over them; `wanted` (n, V) is at least 0 and need not sum to 1."""
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        probabilities = logits.softmax(-1)
+        highest, top = logits.max(-1)
+        # log sum exp, from the highest logit and its probability
+        normaliser = highest.to(wide) - probabilities.gather(1, top[:, None])[:, 0].to(wide).log()
+        mass = wanted.sum(-1, dtype=wide)  # (n,)
+        total = (mass * normaliser).sum() - (wanted * logits).sum(dtype=wide)
+        ctx.save_for_backward(probabilities.mul_(mass[:, None]).sub_(wanted))
+        ctx.mark_non_differentiable(top)
+        return total, top
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _):
+        (gradient,) = ctx.saved_tensors
+        return gradient * grad, None
 
 
 class Summed(torch.autograd.Function):

@@ -1,0 +1,114 @@
+"""The network that EAGLE's training begins with: new, of layers of the target, or an earlier drafter.
+
+`settings` is the section `objective` of a configuration (`eagle.Settings`). Knows nothing of losses.
+"""
+
+import sys
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...drafters.eagle.folder import load_network
+from ...drafters.eagle.network import EagleNetwork
+from ...drafters.eagle.settings import FAMILIES, EagleSettings
+from ...drafters.folder import origin_of
+from ...spec.target.taps import HEAD
+from ...spec.target.weights import dense_rows, linear_shape
+from .eagle_fit import begin_as_target
+from .known_tokens import frequent_tokens
+from .start import start_folder
+
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "joined": {"embedding_norm": True, "feature_norm": True, "norm_output": True},
+    "eagle1": {"input_norm": False, "final_norm": False},
+    "wide": {"wide": True},
+}
+_OF_TARGET = (
+    "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act",
+    "rms_norm_eps", "max_position_embeddings", "attention_bias", "mlp_bias", "initializer_range", "rope_parameters",
+)  # fmt: skip
+
+
+def make_network(settings, target, rows: Iterable[dict]) -> EagleNetwork:
+    """The network, its trained weights in float32. Raises ValueError for settings that make none."""
+    if settings.start is not None:
+        return _from_start(settings, target)
+    vocab_size, vocabulary = target.config.get_text_config().vocab_size, None
+    if settings.known_tokens is not None:
+        vocabulary = frequent_tokens(rows, settings.known_tokens, vocab_size)
+    network = EagleNetwork(eagle_settings(settings, target), target, vocabulary)
+    if network.settings.own_head:
+        head = target.get_output_embeddings()
+        if linear_shape(head)[1] == network.config.hidden_size:
+            network.lm_head.weight.data.copy_(dense_rows(head, network.vocabulary.to(target.device)))
+        else:
+            nn.init.normal_(network.lm_head.weight, std=network.config.initializer_range)
+    if network.settings.own_embeddings:
+        rows_of_target = target.get_input_embeddings().weight.detach()
+        if rows_of_target.shape == network.embeddings.shape:
+            network.embeddings.data.copy_(rows_of_target)
+        else:
+            nn.init.normal_(network.embeddings, std=network.config.initializer_range)
+    if settings.layer_of_target is not None:
+        begin_as_target(network, target, settings.layer_of_target, rows)
+    return network
+
+
+def eagle_settings(settings, target) -> EagleSettings:
+    """Those of the network that a configuration describes for `target`."""
+    known = {each.name for each in fields(EagleSettings)} - {"layer", "taps"}
+    if unknown := settings.parts.keys() - known:
+        raise ValueError(f"objective.parts has {min(unknown)!r}; known are {', '.join(sorted(known))}")
+    if settings.layers < 1:
+        raise ValueError(f"objective.layers is {settings.layers}; give at least 1")
+    parts = {**LAYOUTS[settings.layout], **settings.parts}
+    count = target.config.get_text_config().num_hidden_layers
+    taps = settings.taps
+    if taps is None:
+        taps = [1, count // 2 - 1, count - 4] if parts.get("wide") else [HEAD]
+    layer = {**_layer_of(target), "num_hidden_layers": settings.layers, **settings.layer}
+    return EagleSettings(layer=layer, taps=taps, **parts)
+
+
+def _layer_of(target) -> dict[str, Any]:
+    """The Hugging Face config of a layer of the target's sizes."""
+    config = target.config.get_text_config()
+    values = {name: getattr(config, name, None) for name in _OF_TARGET}
+    layer = {name: value for name, value in values.items() if value is not None}
+    rope = layer.get("rope_parameters") or {}
+    if "rope_type" not in rope and rope:  # of several kinds of layers
+        layer["rope_parameters"] = rope.get("full_attention") or next(iter(rope.values()))
+    layer["hidden_size"] = linear_shape(target.get_output_embeddings())[1]
+    layer.setdefault("intermediate_size", 4 * layer["hidden_size"])
+    return {"model_type": next((name for name in FAMILIES if config.model_type.startswith(name)), FAMILIES[0]), **layer}
+
+
+def _from_start(settings, target) -> EagleNetwork:
+    """The network called `settings.start`, which may be another target's. Raises ValueError where it is of another
+    shape than settings and target ask for."""
+    folder = start_folder(settings.start)
+    if folder is None or folder.kind != "eagle":
+        raise ValueError(f"objective.start {settings.start} holds no EAGLE network; give the folder of a trained one")
+    network = load_network(folder, target)
+    asked, started = eagle_settings(settings, target), network.settings
+    for each in fields(EagleSettings):
+        if getattr(asked, each.name) != getattr(started, each.name):
+            raise ValueError(
+                f"objective.start {settings.start} has {each.name} {getattr(started, each.name)!r} and the objective "
+                f"asks for {getattr(asked, each.name)!r}; set it to that"
+            )
+    known = len(network.vocabulary)
+    if settings.known_tokens not in (None, known):
+        raise ValueError(
+            f"objective.known_tokens is {settings.known_tokens} and {known} in {settings.start}, its start; set it to "
+            "that"
+        )
+    for name, parameter in network.named_parameters():
+        if started.own_head or not name.startswith("lm_head."):  # else it is the target's
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_()
+    network.origin = origin_of(folder)
+    return network.train()
