@@ -72,7 +72,7 @@ def test_loss_and_gradient_are_those_of_plain_autograd(target, layout, losses):
     seen, trained = seen_of(target, batch), [p for p in objective.parameters() if p.requires_grad]
     expected = losses_of_chains(objective, batch, seen)
     gradients = torch.autograd.grad(expected, trained, allow_unused=True)
-    total, counted, hits, tried = objective.train()(batch, seen)
+    total, counted, _, tried = objective.train()(batch, seen)
     total.backward()
     torch.testing.assert_close(total, expected, rtol=1e-6, atol=1e-6)
     assert counted == tried[0] > 8
