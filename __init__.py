@@ -11,6 +11,7 @@ _PUBLIC = {
     **dict.fromkeys(("patch", "unpatch"), ".spec.patch"),
     "load_target": ".spec.target.load",
     "load_drafter": ".drafters",
+    "export_drafter": ".drafters.formats.export",
     "PromptCache": ".spec.engines.reuse",
     "TreeShape": ".spec.tree",
     "Trace": ".spec.trace",

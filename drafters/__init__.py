@@ -27,10 +27,11 @@ def load_drafter(
     """The drafter called `name_or_path` for the model `target`.
 
     "ngram" is prompt lookup, which needs no weights. "auto" is the best drafter that ships with the package for this
-    target (heads are combined with prompt lookup), or ngram where none ships. `paceline drafters` lists the names of
-    those that ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: trained
-    heads, or a causal LM, loaded in the target's dtype onto its device. A causal LM that is already loaded may be
-    passed instead of a name, and a drafter is returned as it is.
+    target, with prompt lookup beside it, or ngram where none ships. `paceline drafters` lists the names of those that
+    ship. "A+B" runs two drafters side by side. Anything else is a folder, a hub id or a short name: a drafter trained
+    here, a published one (EAGLE, EAGLE-3, Medusa or MLPSpeculator, known by its tensors), or a causal LM, loaded in
+    the target's dtype onto its device. A causal LM that is already loaded may be passed instead of a name, and a
+    drafter is returned as it is.
 
     A causal LM may have another vocabulary than the target, or another tokenizer: it then drafts the tokens that both
     have. They are compared by `tokenizer`, the target's, and `draft_tokenizer`; each is taken from where its model was
@@ -91,7 +92,7 @@ def _around(model: Any, target: "PreTrainedModel", tokenizers: "Tokenizers") -> 
 
 
 def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
-    """The best drafter that ships for `target`, combined with prompt lookup where possible; ngram where none ships."""
+    """The best drafter that ships for `target`, with prompt lookup beside it; ngram where none ships."""
     from .beside import Beside
     from .ngram import NgramDrafter
     from .shipped import best_shipped
@@ -99,25 +100,29 @@ def _best(target: "PreTrainedModel", weights: str) -> "Drafter":
     folder = best_shipped(target)
     if folder is None:
         return NgramDrafter()
-    drafter = _trained(folder, target, weights, (None, None))
-    return Beside(drafter, NgramDrafter()) if drafter.traits.follows_any_tree else drafter
+    return Beside(_trained(folder, target, weights, (None, None)), NgramDrafter())
 
 
 def _trained(name_or_path: str | Path, target: "PreTrainedModel", weights: str, tokenizers: "Tokenizers") -> "Drafter":
-    """Heads or a draft model, by shipped name, short name, folder or hub id."""
+    """A drafter of ours, a published one, or a draft model, by shipped name, short name, folder or hub id."""
     from ..spec.target.load import NAMED
     from .folder import read_folder
+    from .formats import published
     from .shipped import shipped_folder
 
     source = shipped_folder(name_or_path) or name_or_path
     folder = None if str(source) in NAMED else read_folder(source)
-    if folder is None:
-        from .draft_model import ModelDrafter
-
-        load: Callable[[], Drafter] = partial(ModelDrafter.load, source, None, target, tokenizers)
-    else:
+    others = None if folder or str(source) in NAMED else published(source, target)
+    load: Callable[[], Drafter]
+    if folder is not None:
         folder.check_target(target)
         load = partial(KINDS[folder.kind].drafter_class().load, source, folder, target)
+    elif others is not None:
+        load = others.load
+    else:
+        from .draft_model import ModelDrafter
+
+        load = partial(ModelDrafter.load, source, None, target, tokenizers)
     if weights == "16":
         return load()
     from .draft_weights import made, quickest

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal, Share
 from ..spec.state import DecodeState
-from ..spec.target.protocol import Span
+from ..spec.target.protocol import Resumable, Span
 from ..spec.tree import TokenTree, TreeShape
 
 COPIED = 2  # length of the second drafter's chain in the default tree
@@ -62,21 +62,22 @@ class Beside:
                 f"drafter {self.name!r} needs a tree of two or more branches, the last one a chain, which is "
                 f"{self.parts[1].name!r}'s; use one like '4x2x1+chain:6'"
             )
-        return BesideSession(self.parts, request)
+        sessions = [
+            drafter.open(replace(request, shape=shape.part(nodes), share=Share(shape, tuple(nodes))))
+            for drafter, nodes in zip(self.parts, (first, second))
+        ]
+        remembering = [session for part, session in zip(self.parts, sessions) if part.traits.remembers]
+        resumable = all(isinstance(session, Resumable) for session in remembering)
+        return (ResumableBesideSession if resumable else BesideSession)(sessions, request)
 
 
 class BesideSession:
     """One run of both drafters, each with its own session on its own part of the tree."""
 
-    def __init__(self, parts: tuple[Drafter, Drafter], request: DraftRequest):
-        shape = request.fixed_shape
+    def __init__(self, sessions: list[DraftSession], request: DraftRequest):
+        self.sessions, shape = sessions, request.fixed_shape
         self.tree = TokenTree.of(shape, request.device)
-        self.nodes: list[Tensor] = []
-        self.sessions: list[DraftSession] = []
-        for drafter, nodes in zip(parts, divided(shape)):
-            self.nodes.append(torch.tensor(nodes, device=request.device))
-            share = Share(shape, tuple(nodes))
-            self.sessions.append(drafter.open(replace(request, shape=shape.part(nodes), share=share)))
+        self.nodes = [torch.tensor(nodes, device=request.device) for nodes in divided(shape)]
         self.first_alone = request.sampling.coupling == "own"
 
     @property
@@ -115,6 +116,19 @@ class BesideSession:
     def copy_rows(self, other: Self, rows: Tensor) -> None:
         for session, source in zip(self.sessions, other.sessions):
             session.copy_rows(source, rows)
+
+
+class ResumableBesideSession(BesideSession):
+    """One whose drafters, those that remember anything, can go on from a text that was read before."""
+
+    def save_row(self, row: int, count: int) -> list:
+        parts = (session if isinstance(session, Resumable) else None for session in self.sessions)
+        return [None if part is None else part.save_row(row, count) for part in parts]
+
+    def load_row(self, row: int, saved: list, count: int) -> None:
+        for session, part in zip(self.sessions, saved):
+            if isinstance(session, Resumable):
+                session.load_row(row, part, count)
 
 
 def divided(shape: TreeShape) -> tuple[list[int], list[int]]:

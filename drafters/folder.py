@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..spec.console import quietly, waiting
+from ..spec.console import one_line, quietly, waiting
 from ..spec.files import whole
 from ..spec.plan.trees import Rates
 from ..spec.provenance import target_fingerprint
@@ -64,8 +64,12 @@ class DrafterFolder:
         file = self.path / "model.safetensors"
         if not file.is_file():
             pickles = sorted(entry.name for entry in self.path.iterdir() if entry.suffix in PICKLES)
-            contents = f"but {pickles[0]}, a pickle, which can run code" if pickles else "and so no weights"
-            raise ValueError(f"drafter {self.path} has no model.safetensors {contents}; save it as safetensors")
+            if pickles:
+                raise ValueError(
+                    f"drafter {self.path} has no model.safetensors but {pickles[0]}, a pickle, which can run code; "
+                    f"make a folder of it by paceline convert {self.path / pickles[0]} -o FOLDER"
+                )
+            raise ValueError(f"drafter {self.path} has no model.safetensors and so no weights; fetch it again")
         try:
             return load_file(file)
         except (SafetensorError, OSError) as error:
@@ -125,8 +129,12 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
     if path.suffix.lower() == ".gguf" and not path.is_dir():
         return None
     if path.is_file():
-        kind_of_file = "a pickle, which can run code" if path.suffix in PICKLES else "a file"
-        raise ValueError(f"drafter {path} is {kind_of_file}; give a folder with config.json and model.safetensors")
+        if path.suffix in PICKLES:
+            raise ValueError(
+                f"drafter {path} is a pickle, which can run code; make a folder of it by paceline convert {path} "
+                "-o FOLDER"
+            )
+        raise ValueError(f"drafter {path} is a file; give a folder with config.json and model.safetensors")
     config = _config(str(name_or_path))
     if "paceline_drafter" not in config:
         return None
@@ -143,15 +151,24 @@ def read_folder(name_or_path: str | Path) -> DrafterFolder | None:
     if config["paceline_drafter"] not in known:
         raise ValueError(
             f"drafter {name_or_path} is of a kind {config['paceline_drafter']!r} and this version knows "
-            f"{' and '.join(known)}; upgrade"
+            f"{', '.join(known)}; upgrade"
         )
-    if not path.is_dir():
-        from huggingface_hub import snapshot_download
+    return DrafterFolder(path if path.is_dir() else fetch(str(name_or_path)), config)
 
-        kept = ["*.json", "*.safetensors", "*.md"]
-        with waiting(f"fetching {name_or_path} from the model hub"), quietly():
-            path = Path(snapshot_download(str(name_or_path), allow_patterns=kept))
-    return DrafterFolder(path, config)
+
+def fetch(name: str) -> Path:
+    """The folder of a hub id, of which JSON, safetensors and Markdown are fetched. Raises ValueError where the model
+    hub does not give it."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        with waiting(f"fetching {name} from the model hub"), quietly():
+            return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.md"]))
+    except Exception as error:  # whatever the hub raises
+        raise ValueError(
+            f"drafter {name!r} could not be fetched from the model hub ({type(error).__name__}: {one_line(error)}); "
+            "check the network"
+        ) from error
 
 
 def _config(name: str) -> dict:

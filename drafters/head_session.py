@@ -1,6 +1,6 @@
 """The session of trained heads: one hidden state for each row, and a tree filled from it. Knows nothing of networks."""
 
-from typing import TYPE_CHECKING, Self
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -8,16 +8,60 @@ from torch import Tensor, nn
 from ..spec.proposal import DraftRequest, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
+from ..spec.target.taps import linear_head
+from ..spec.target.weights import linear_shape
+from .head_settings import HeadSettings
 from .static_tree import StaticTree
 
-if TYPE_CHECKING:
-    from .medusa import MedusaHeads
+Started = tuple[Tensor, ...]  # what `start` computes from a hidden state and `follow` reads
+
+
+class Heads(Protocol):
+    """A network that drafts from the target's last hidden state alone: V' known of V tokens, hidden size H."""
+
+    settings: HeadSettings  # of which `heads` is how many tokens ahead it guesses
+    vocab_size: int
+    hidden_size: int
+    trimmed: bool  # whether it knows a part of the vocabulary only
+
+    @property
+    def weight(self) -> Any:
+        """One of its weights, on its device."""
+
+    @property
+    def vocabulary(self) -> Any:
+        """The ids (V',) that it knows, ascending."""
+
+    @property
+    def index_of_token(self) -> Any:
+        """The index (V,) of each token among these; V' for unknown ones."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def start(self, hidden: Tensor) -> Started:  # (..., H)
+        """The part of the computation that depends on the hidden state alone."""
+
+    def follow(self, started: Started, depth: int, path: Tensor) -> Tensor:  # -> (..., V') float32
+        """The logits for the children of nodes at `depth`; `path` (..., depth + 1) are the tokens from root to node."""
+
+    def linears(self) -> list[nn.Linear]:
+        """The layers that compiled steps may pack."""
 
 
 class MedusaSession(Unremembering):
     """One run, whose only state is a hidden state per row. Nodes deeper than the number of heads stay empty."""
 
-    def __init__(self, heads: "MedusaHeads", request: DraftRequest):
+    def __init__(self, name: str, heads: Heads, request: DraftRequest):
+        """Raises ValueError where the heads, of the drafter `name`, are not for this target's hidden states."""
+        assert request.target is not None, "heads read the hidden states of a model"
+        expected = linear_shape(linear_head(request.target))[1], request.target.dtype, request.device
+        if (heads.hidden_size, heads.dtype, heads.weight.device) != expected:
+            raise ValueError(
+                f"drafter {name!r} is for hidden states of {heads.hidden_size} numbers in {heads.dtype} on "
+                f"{heads.weight.device} and the target's are {expected[0]} in {expected[1]} on {expected[2]}; load it "
+                "for this target"
+            )
         self.heads = heads
         vocabulary = heads.vocabulary if heads.trimmed else None
         self.static = StaticTree(request, vocabulary, depth=heads.settings.heads)

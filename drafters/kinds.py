@@ -33,7 +33,7 @@ class Kind:
     drafter: str
     objective: str | None = None  # trains the kind and measures its acceptance on text; None: neither
     weights: bool = True  # stored in a folder; a kind without weights is loaded by its own name
-    follows_any_tree: bool = False  # the same as in its traits
+    fills_dynamic: bool = False  # the same as in its traits: it forwards a network for every level of a tree
 
     def drafter_class(self) -> DrafterClass:
         return _class(self.drafter)
@@ -44,12 +44,10 @@ class Kind:
 
 
 KINDS = {
-    "ngram": Kind(".ngram:NgramDrafter", weights=False, follows_any_tree=True),
-    "medusa": Kind(".medusa:MedusaDrafter", "..training.objectives.heads:MedusaObjective", follows_any_tree=True),
-    "draft_lm": Kind(
-        ".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective", follows_any_tree=True
-    ),
-    "eagle": Kind(".eagle.drafter:EagleDrafter", "..training.objectives.eagle:EagleObjective", follows_any_tree=True),
+    "ngram": Kind(".ngram:NgramDrafter", weights=False),
+    "medusa": Kind(".medusa:MedusaDrafter", "..training.objectives.heads:MedusaObjective"),
+    "draft_lm": Kind(".draft_model:ModelDrafter", "..training.objectives.draft_lm:DraftObjective", fills_dynamic=True),
+    "eagle": Kind(".eagle.drafter:EagleDrafter", "..training.objectives.eagle:EagleObjective", fills_dynamic=True),
 }
 
 

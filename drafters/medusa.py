@@ -27,16 +27,15 @@ from ..spec.target.taps import HEAD, linear_head
 from ..spec.target.weights import Weights, head_rows, head_weight, linear_shape
 from .blocks import GROUP, in_blocks
 from .folder import DrafterFolder, target_identity, write_folder
-from .head_session import MedusaSession
+from .head_session import MedusaSession, Started
 from .head_settings import HeadSettings
 from .known_tokens import check_vocabulary, places
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Started = tuple[Tensor, ...]  # what `start` computes from a hidden state and `follow` reads
 # A rough guess at p[depth][rank], for the default tree where no acceptance has been measured.
-_PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
+PRIOR = [[0.45 * 0.4**rank for rank in range(8)] for _ in range(16)]
 
 
 class MedusaHeads(nn.Module):
@@ -243,7 +242,7 @@ class MedusaDrafter:
             heads.vocab_size, taps=(HEAD,), follows_any_tree=True, deepest=heads.settings.heads, modules=(heads,),
             remembers=False, kind="medusa",
         )  # fmt: skip
-        self.rates = rates or _PRIOR
+        self.rates = rates or PRIOR
         self.default_shape = default_tree(self.rates, self.traits.deepest, heads.weight.device.type == "cpu")
 
     @classmethod
@@ -257,14 +256,5 @@ class MedusaDrafter:
         self.heads.put_in_blocks(weights)
         self.name += f" in {weights.name}"
 
-    def open(self, request: DraftRequest) -> "MedusaSession":
-        weight = self.heads.weight
-        assert request.target is not None, "heads read the hidden states of a model"
-        expected = linear_shape(linear_head(request.target))[1], request.target.dtype, request.device
-        if (self.heads.hidden_size, weight.dtype, weight.device) != expected:
-            raise ValueError(
-                f"drafter {self.name!r} is for hidden states of {self.heads.hidden_size} numbers in {weight.dtype} on "
-                f"{weight.device} and the target's are {expected[0]} in {expected[1]} on {expected[2]}; load it for "
-                "this target"
-            )
-        return MedusaSession(self.heads, request)
+    def open(self, request: DraftRequest) -> MedusaSession:
+        return MedusaSession(self.name, self.heads, request)

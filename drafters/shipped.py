@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from ..spec.console import table
 from .folder import target_fingerprint
-from .kinds import KINDS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,17 +35,28 @@ def shipped_folder(name: str | Path) -> Path | None:
 
 
 def best_shipped(target: "PreTrainedModel") -> Path | None:
-    """The shipped drafter of `target` that commits the most tokens per step; None where there is none.
-
-    Heads come before draft models: their steps are cheaper, and they can be combined with prompt lookup."""
-    fingerprint = target_fingerprint(target)
-    head_kinds = [name for name, kind in KINDS.items() if kind.follows_any_tree]
+    """The shipped drafter of `target` that decoded the fastest on devices like the target's, with prompt lookup beside
+    it; None where there is none. Of those that were not timed it is the one that commits the most tokens per step."""
+    fingerprint, times = target_fingerprint(target), speeds(target.device.type)
     measured = [
-        (config.get("paceline_drafter") in head_kinds, _measured(about), folder)
+        (times.get(folder.name, 0.0), _measured(about), folder)
         for folder, config, about in _shipped()
         if _fingerprint(config) == fingerprint and _measured(about) is not None
     ]
     return max(measured, default=(None, None, None))[-1]
+
+
+def speeds(device: str) -> dict[str, float]:
+    """How many times as fast as plain decoding the shipped drafters were on a kind of device ("cpu", "cuda"), with
+    prompt lookup beside them, by name. A kind on which none was timed is taken for a CPU."""
+    kinds = _read(speeds_file())
+    about = kinds.get(device) or kinds.get("cpu") or {}
+    return about.get("times", {})
+
+
+def speeds_file() -> Path:
+    """For each kind of device the measured speeds, and the run that they are from (docs/cpu/speeds.py writes it)."""
+    return PRETRAINED / "speeds.json"
 
 
 def drafters(args: Namespace) -> None:
@@ -58,8 +68,9 @@ def drafters(args: Namespace) -> None:
         kind = config.get("mode") or config.get("paceline_drafter") or "not in this copy"
         measured, prompts = _measured(about), (about.get("measured") or {}).get("prompts")
         number = "-" if measured is None else f"{measured:.2f}"
-        rows.append([name, kind, (config.get("paceline_target") or {}).get("name", "-"), number, str(prompts or "-")])
-    print(table(["name", "kind", "target", "tokens per step", "prompts"], rows))
+        target, fast = (config.get("paceline_target") or {}).get("name", "-"), speeds("cpu").get(name)
+        rows.append([name, kind, target, number, str(prompts or "-"), "-" if fast is None else f"{fast:.2f}"])
+    print(table(["name", "kind", "target", "tokens per step", "prompts", "times plain on a CPU, with ngram"], rows))
     print("\nOther drafters: ngram, which needs no weights, and any drafter folder or hub id.")
 
 

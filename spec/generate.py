@@ -238,7 +238,8 @@ class _Call:
                 if self.trace_file is not None:
                     trace.append_to(self.trace_file)
             if kept is not None:
-                kept.keep(executor.engine)
+                with executor.packing:
+                    kept.keep(executor.engine)
             if self.streamer is not None:
                 self.streamer.end()
             sequences = batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)

@@ -66,8 +66,8 @@ class Engine:
                 part.load_row(row, saved, held.count)
 
     def hold(self, row: int, session: bool) -> Held:
-        """A copy of what is known of a row's text, but for its last two tokens: a draft model may not have seen the
-        last but one. With `session` the drafter's part, too."""
+        """A copy of what is known of a row's text, but for its last two tokens: the root, which is not absorbed, and
+        the one before it, which may be a drafter's to read again. With `session` the drafter's part, too."""
         assert isinstance(self.target, Resumable), "others are refused"
         count = max(int(self.state.lengths[row]) - 2, 0)
         part = self.session.save_row(row, count) if session and isinstance(self.session, Resumable) else None

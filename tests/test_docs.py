@@ -39,7 +39,7 @@ from support.tape import tape_executor
 
 COMMANDS = (
     "demo", "generate", "plan", "profile", "check", "bench", "report", "compare", "data generate", "data prepare",
-    "train", "evaluate", "push", "quantise", "drafters", "models",
+    "train", "evaluate", "export", "push", "quantise", "convert", "drafters", "models",
 )  # fmt: skip
 OTHERS = {"--no-deps", "--debug", "--help", "--version"}  # options that are not of one command
 

@@ -7,7 +7,6 @@ model. Knows nothing of trees, of training, and of files.
 """
 
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -15,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
+from ...spec.console import one_line
 from ...spec.target.given import cache_name
-from ...spec.target.taps import HEAD, Tap, feature_sizes
+from ...spec.target.taps import HEAD, Tap, feature_sizes, put_taps
 from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..folder import target_identity
 from ..known_tokens import check_vocabulary, places
@@ -59,6 +60,19 @@ class WideLayer(nn.Module):
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
+def _made(layer: dict[str, Any], vocab_size: int) -> tuple["PreTrainedConfig", list[nn.Module]]:
+    """The config and the decoder layers that `layer` describes. Raises ValueError where it describes none."""
+    family = layer["model_type"]
+    try:
+        config = _CONFIGS[family](**{**layer, "vocab_size": vocab_size, "tie_word_embeddings": False})
+        config._attn_implementation = "sdpa"
+        return config, [_LAYERS[family](config, number) for number in range(config.num_hidden_layers)]
+    except Exception as error:  # of whatever type, as transformers computes with what it is given
+        raise ValueError(
+            f"the settings of `layer` make no decoder layer ({one_line(error)}); give those of a {family} config"
+        ) from error
+
+
 class EagleNetwork(PreTrainedModel):
     """The network for one target. Width H, features F, embeddings E, vocabulary V of the target, V' known tokens.
 
@@ -73,8 +87,8 @@ class EagleNetwork(PreTrainedModel):
 
     def __init__(self, settings: EagleSettings, target: PreTrainedModel, vocabulary: Tensor | None = None):
         vocab_size, target_size = linear_shape(target.get_output_embeddings())
-        family = settings.layer["model_type"]
-        config = _CONFIGS[family](**{**settings.layer, "vocab_size": vocab_size, "tie_word_embeddings": False})
+        put_taps(target, settings.taps)  # raises where it has no such layer
+        config, layers = _made(settings.layer, vocab_size)
         super().__init__(config)
         self.target = target_identity(target)
         self.origin: dict | None = None  # the network that this one went on from, as `origin_of` describes it
@@ -94,18 +108,17 @@ class EagleNetwork(PreTrainedModel):
         # A dictionary, as lists of modules are taken for stacks of layers.
         self.tap_norms = nn.ModuleDict({str(i): norm(width, settings.tap_norms) for i, width in enumerate(sizes)})
         self.fuse_norm = norm(sum(sizes), settings.fuse_norm)
-        fuses = settings.wide or settings.fuse or sum(sizes) != size
+        fuses = settings.fuse or sum(sizes) != size
         self.fuse = nn.Linear(sum(sizes), size, bias=False) if fuses else nn.Identity()
         self.embedding_norm = norm(embedded, settings.embedding_norm)
         self.feature_norm = norm(size, settings.feature_norm)
         self.join = None if settings.wide else nn.Linear(embedded + size, size, settings.join_bias)
-        layers = [_LAYERS[family](config, number) for number in range(config.num_hidden_layers)]
         if settings.wide:
             layers[0] = WideLayer(layers[0], size, embedded, eps, settings.norm_before_residual)
         elif not settings.input_norm:
             layers[0].input_layernorm = nn.Identity()
         self.layers = nn.ModuleList(layers)
-        self.rotary_emb = _ROTARY[family](config)
+        self.rotary_emb = _ROTARY[config.model_type](config)
         self.norm = norm(size, settings.final_norm)
         self.trimmed = vocabulary is not None and len(vocabulary) < vocab_size
         ids = torch.arange(vocab_size) if vocabulary is None else vocabulary.cpu()
@@ -158,6 +171,19 @@ class EagleNetwork(PreTrainedModel):
         """The tap of this network at which the feature that is fed back is read: (B, n, H)."""
         return HEAD if self.settings.norm_output or not self.settings.final_norm else self.config.num_hidden_layers - 1
 
+    def adopt(self, settings: EagleSettings) -> None:
+        """From now on follow `settings` that differ in what no tensor depends on: taps of the same sizes, rotary
+        frequencies, and the residual of a wide layer."""
+        rope = settings.layer.get("rope_parameters")
+        if rope != self.settings.layer.get("rope_parameters"):
+            config = type(self.config)(**{**self.config.to_dict(), "rope_parameters": rope})
+            self.config.rope_parameters = config.rope_parameters
+            self.rotary_emb = type(self.rotary_emb)(config).to(self.device)
+        first = self.layers[0]
+        if isinstance(first, WideLayer):
+            first.norm_before_residual = settings.norm_before_residual
+        self.settings = settings
+
     def fused(self, features: Tensor) -> Tensor:  # (..., F) -> (..., H)
         """The target's features in the draft's width. Features that are fed back have it already."""
         return self.fuse(self.normed(features))
@@ -186,7 +212,7 @@ class EagleNetwork(PreTrainedModel):
         cache: Any = None,
         logits_to_keep: int = 0,
         **options: Any,
-    ) -> SimpleNamespace:
+    ) -> CausalLMOutput:
         """`logits` (B, n, V') of the token after each pair."""
         mask = attention_mask
         if mask is None:
@@ -204,7 +230,7 @@ class EagleNetwork(PreTrainedModel):
             hidden = self.layers[0](self.join(self.inputs(input_ids, features)), **attention)
         for layer in self.layers[1:]:
             hidden = layer(hidden, **attention)
-        return SimpleNamespace(logits=self.lm_head(self.norm(hidden)[:, -logits_to_keep:]))
+        return CausalLMOutput(logits=self.lm_head(self.norm(hidden)[:, -logits_to_keep:]))
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head

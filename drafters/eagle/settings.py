@@ -35,11 +35,9 @@ class EagleSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "taps", tuple(self.taps))
-        if self.layer.get("model_type") not in FAMILIES:
-            raise ValueError(
-                f"layer.model_type={self.layer.get('model_type')!r} is no family of layers; choose one of "
-                f"{', '.join(FAMILIES)}"
-            )
+        family = self.layer.get("model_type") if isinstance(self.layer, dict) else None
+        if family not in FAMILIES:
+            raise ValueError(f"layer.model_type={family!r} is no family of layers; choose one of {', '.join(FAMILIES)}")
         if not self.taps:
             raise ValueError("taps=[] leaves nothing to draft from; name layers of the target, or 'head'")
         if self.norm_output and not self.final_norm:

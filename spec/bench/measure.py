@@ -281,8 +281,8 @@ def _memory(model: "PreTrainedModel", decoders: dict[str, Decoder]) -> dict:
     for name, decoder in decoders.items():
         sizes = {p.data_ptr(): p.nbytes for module in _modules(decoder) for p in module.parameters()}
         weights = sum(size for address, size in sizes.items() if address not in target_addresses)
-        drafts = None if decoder.drafter is None else decoder.drafter.traits.causal_lm
-        drafters[name] = {"weights": weights, "slot": slot_bytes(drafts) if drafts is not None else 0}
+        slot = 0 if decoder.drafter is None else slot_bytes(model, decoder.drafter)
+        drafters[name] = {"weights": weights, "slot": slot}
     return {"target": stored_bytes(model), "slot": slot_bytes(model), "drafters": drafters}
 
 

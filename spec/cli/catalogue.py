@@ -61,6 +61,10 @@ GROUPS = {
             "...training.evaluate", "measure a drafter on prompts and keep the result with it", options.evaluate,
             "paceline evaluate runs/smollm2-135m-hydra/best --prompts prompts.jsonl",
         ),
+        "export": Command(
+            "...drafters.formats.export", "write a drafter in the form that an engine reads", options.export,
+            "paceline export smollm2-135m-draft --to vllm -o draft-for-vllm",
+        ),
         "push": Command(
             "...training.push", "upload a drafter folder to the model hub", options.push,
             "paceline push runs/smollm2-135m-hydra/best someone/my-drafter --private",
@@ -70,6 +74,12 @@ GROUPS = {
         "quantise": Command(
             "..quantise.command", "make a smaller target of 4 or 8 bits, and measure what that costs", options.quantise,
             "paceline quantise smollm2-135m -o smollm2-4bit --calibrate prompts.jsonl",
+        ),
+    },
+    "Use published drafters": {
+        "convert": Command(
+            "...drafters.formats.convert", "make a folder with safetensors of a pickled drafter", options.convert,
+            "paceline convert EAGLE3-Vicuna1.3-13B/pytorch_model.bin -o vicuna-eagle3",
         ),
     },
     "What there is": {

@@ -54,11 +54,11 @@ def demo(args: Namespace) -> None:
 
 
 def _warm_up(args: Namespace, model: "PreTrainedModel", drafter: Drafter, prompts: list[dict]) -> None:
-    """A step of each way on each prompt, so that what is made on first use is there."""
+    """A step of each way on each prompt, the longest first, so that what is made on first use is there."""
     if args.executor == "compiled":
-        said = "two steps (with and without the drafter) are compiled for each size of prompt"
+        said = "two steps (with and without the drafter) are compiled"
         print(f"\n{said}; it is kept on this machine, and --executor eager does without", file=sys.stderr)
-    for prompt in prompts:
+    for prompt in sorted(prompts, key=lambda prompt: -prompt["input_ids"].shape[1]):
         for warmed in (drafter, None):  # a tree that the drafter cannot fill ends it at once
             _generate(args, model, prompt, warmed, stopping_criteria=[After(0)])
 

@@ -183,6 +183,16 @@ def push(parser: Parser) -> None:
     parser.add_argument("--private", action="store_true", help="make the repository private, where it is new")
 
 
+def export(parser: Parser) -> None:
+    parser.reads("drafter", metavar="FOLDER", help="a drafter's folder, its hub id, or the name of one that ships")
+    engines = "vllm, sglang, speculators (vLLM serves it by itself), transformers, or tgi for Medusa heads"
+    parser.add_argument("--to", required=True, metavar="ENGINE", help=engines)
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="OUT", help="folder to make")
+    target = "the target that it was trained for (default %(default)s)"
+    parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
+    _device_options(parser)
+
+
 def quantise(parser: Parser) -> None:
     parser.reads("model", metavar="MODEL", help="folder, short name or hub id")
     parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --model")
@@ -199,6 +209,11 @@ def quantise(parser: Parser) -> None:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
     _device_options(parser)
     parser.set_defaults(dtype="float32")
+
+
+def convert(parser: Parser) -> None:
+    parser.reads("file", metavar="FILE", help="the pickle: a .bin, .pt, .pth or .ckpt of tensors, with its config.json")
+    parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --drafter")
 
 
 def nothing(parser: Parser) -> None:
@@ -229,7 +244,7 @@ def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafte
     )
     if drafter:
         named = (
-            "auto: the best heads of the package, and ngram; ngram; a folder or model; HEADS+ngram; none "
+            "auto: the best drafter of the package, and ngram; ngram; a folder or model; X+ngram; none "
             "(default %(default)s)"
         )
         group.add_argument("--drafter", type=DrafterInput, default="auto", metavar="NAME", help=named)

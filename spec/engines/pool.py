@@ -6,7 +6,7 @@ engine that is not in use holds no reference to it. Knows nothing of how runs ar
 """
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -44,6 +44,12 @@ class KeptRun:
     def nbytes(self) -> int:
         return self.engine.nbytes
 
+    def takes(self, spec: "RunSpec") -> bool:
+        """Whether it is a run for `spec`, maybe with more slots than that asks for: a step costs little more with twice
+        the slots, while making one for fewer slots takes seconds."""
+        slots = self.spec.capacity
+        return spec.capacity <= slots <= 2 * spec.capacity and replace(spec, capacity=slots) == self.spec
+
     def wake(self, model: "PreTrainedModel") -> None:
         """Give the engine its target's model back, to which it has no reference while it is not in use."""
         self.engine.target.model = model
@@ -59,9 +65,11 @@ class EnginePool:
     lock: threading.RLock = field(default_factory=threading.RLock)
 
     def alike(self, spec: "RunSpec", target: tuple[int, int] | None, drafter: Drafter) -> list[KeptRun]:
-        """The kept runs for `spec`, in use or not, the most recently used first."""
+        """The kept runs that can take `spec`, in use or not: of its capacity or up to twice that, the smallest and then
+        the most recently used first."""
         with self.lock:
-            runs = [run for run in reversed(self.runs) if run.spec == spec and run.target_state == target]
+            runs = [run for run in reversed(self.runs) if run.takes(spec) and run.target_state == target]
+            runs.sort(key=lambda run: run.spec.capacity)
             return [run for run in runs if self._drafts_alike(run, drafter)]
 
     def take(

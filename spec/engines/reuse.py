@@ -130,6 +130,8 @@ class KeptTexts:
     def keep(self, engine: Engine) -> None:
         """Keep the texts of all rows of `engine`, which have ended, in place of their beginnings."""
         state = engine.state
+        if self.session is not None:
+            engine.session.propose(state)  # a step begins by taking in what the last one committed
         with self.cache.lock:
             texts = self.cache.texts_of(self.model)
             for row, length in enumerate(state.lengths.tolist()):

@@ -23,7 +23,7 @@ from ..tree import DynamicShape, TreeShape
 from ..verify import draft_sampling
 from .compile_times import patience, paying_tokens, step_key
 from .executors import EXECUTORS, CompiledLater, Executor, choose
-from .pool import EnginePool, KeptRun, forget, pool_of, state_of, target_state
+from .pool import EnginePool, KeptRun, forget, modules_of, pool_of, state_of, target_state
 from .regions import distinct_layers
 
 
@@ -75,7 +75,7 @@ def open_run(
     target = target_state(model) if pool.runs and asked.executor != "eager" else None
     auto, settled = asked.executor == "auto", asked.settled("compiled")
     compiled_before = auto and bool(pool.alike(settled, target, drafter))
-    key = step_key([model, *drafter.traits.modules], settled.batch, settled.capacity) if auto else ""
+    key = step_key([model, *modules_of(drafter)], settled.batch, settled.capacity) if auto else ""
     paying = paying_tokens(key) if auto else None
     name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before, paying)
     if auto and name == "compiled" and not compiled_before:
@@ -178,7 +178,7 @@ def open_engine(
     `eos` is how many end-of-text ids a row may have. Raises ValueError for a shape that the drafter cannot fill."""
     if isinstance(shape, DynamicShape) and not drafter.traits.fills_dynamic:
         raise ValueError(
-            f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model as drafter"
+            f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model or EAGLE"
         )
     traits = target.traits
     sizes = traits.batch, traits.capacity

@@ -140,12 +140,15 @@ def recording_cost(depth: int, steps: int = 64, repeats: int = 15) -> float:
     return statistics.median(seconds)
 
 
-def slot_bytes(model: PreTrainedModel) -> int:
-    """Bytes of one cache slot of one row, over all layers."""
-    runner = open_idle(model, "eager", NoDrafter(), TreeShape.chain(0), capacity=64)
+def slot_bytes(model: PreTrainedModel, drafter: Drafter | None = None) -> int:
+    """Bytes that one token of one row takes in the target's cache, over all layers, or in the session of `drafter`."""
+    drafting = drafter or NoDrafter()
+    capacity = 2 * (drafting.default_shape.slots + 32)
+    runner = open_idle(model, "eager", drafting, drafting.default_shape, capacity)
     with torch.no_grad():
         runner.run(lambda phase: None)
-    return runner.engine.target.nbytes // 64
+    engine = runner.engine
+    return (engine.target.nbytes if drafter is None else engine.session.nbytes) // capacity
 
 
 def wait_for(model: PreTrainedModel) -> None:

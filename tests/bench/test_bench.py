@@ -58,7 +58,9 @@ def test_every_method_decodes_every_turn_to_the_same_text(pair, tmp_path):
             assert record.events == []
     order = [record.method for record in run.records if record.prompt == "1" and record.turn == 0]
     assert order[:6] != order[6:], "the order rotates"
-    assert run.header["memory"]["drafters"]["draft"]["weights"] == run.header["memory"]["target"]
+    memory = run.header["memory"]
+    draft = memory["drafters"]["draft"]
+    assert (draft["weights"], draft["slot"]) == (memory["target"], memory["slot"])
     assert names["draft"]["shape"] == {"nodes": 10, "depth": 2, "parents": [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3]}
 
 

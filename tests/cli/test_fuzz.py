@@ -34,8 +34,8 @@ RIGHT = {  # values that make sense, by the name of the option
     "executor": ["eager", "auto"], "methods": ["ngram", "ar", "draft:tree=2x1", "ngram:name=short"],
     "temperatures": ["0", "0,0.5"], "source": ["self"], "server": ["localhost"], "overrides": ["target.dtype=none"],
     "shape": ["smollm2-135m"], "executors": ["all", "eager"], "split": ["train"], "prompt": ["AB"], "chat": ["AB"],
-    "folder": ["heads"], "hub_id": ["someone/drafter"], "columns": ["prompt=prompt"],
-    "max_new_tokens": ["1", "2", "3"],
+    "folder": ["heads"], "hub_id": ["someone/drafter"], "columns": ["prompt=prompt"], "to": ["tgi", "vllm"],
+    "max_new_tokens": ["1", "2", "3"], "file": ["notes.txt", "bytes"],
 }  # fmt: skip
 WRONG = {
     "verify": ["luck", ""], "tree": ["tall", "auto", "9999x9999", "p.jsonl", "nowhere.json", ""],
@@ -46,7 +46,7 @@ WRONG = {
     "temperatures": ["hot", "-1", "nan", ""], "source": ["you"], "server": ["ftp://here"], "split": ["test"],
     "overrides": ["objective.kind=none", "run.folder", "optimisation.batch=-1", "=", "data.folder=empty", "a.b.c=["],
     "shape": ["gpt-9"], "executors": ["eager,fast", ""], "prompt": [""], "chat": [""], "folder": ["target", "nowhere"],
-    "hub_id": ["no one"], "columns": ["prompt", "=", "luck=prompt", "prompt=nothing", ""],
+    "hub_id": ["no one"], "columns": ["prompt", "=", "luck=prompt", "prompt=nothing", ""], "to": ["ollama", ""],
     "max_new_tokens": ["0", "-1", "x", "1.5", "", "99", "9" * 15],
 }  # fmt: skip
 ANYTHING = [

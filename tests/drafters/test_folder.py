@@ -109,7 +109,10 @@ def without_mode(folder):
 
 
 BROKEN = {
-    "bin": (as_pickle("pytorch_model.bin"), r"pytorch_model.bin, a pickle, .* save it as safetensors"),
+    "bin": (
+        as_pickle("pytorch_model.bin"),
+        r"pytorch_model.bin, a pickle, .* paceline convert .*/pytorch_model.bin -o FOLDER",
+    ),
     "pt": (as_pickle("medusa_lm_head.pt"), "medusa_lm_head.pt, a pickle"),
     "ckpt": (as_pickle("last.ckpt"), "last.ckpt, a pickle"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no model.safetensors and so no weights"),
@@ -148,7 +151,9 @@ def test_a_drafter_of_another_target_is_refused_naming_both(saved, tmp_path):
 
 def test_a_pickle_by_its_name_is_refused(target, tmp_path):
     (tmp_path / "heads.pt").write_bytes(pickle.dumps({}))
-    with pytest.raises(ValueError, match=r"heads.pt is a pickle, which can run code; give a folder"):
+    with pytest.raises(
+        ValueError, match=r"heads.pt is a pickle, which can run code; make a folder of it by paceline convert"
+    ):
         paceline.load_drafter(tmp_path / "heads.pt", target)
 
 

@@ -7,6 +7,7 @@ import json
 import paceline
 import pytest
 import torch
+from paceline.drafters.eagle.folder import save_network
 from paceline.drafters.kinds import KINDS, Kind
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.proposal import DrafterTraits, NoDrafter, is_drafter
@@ -14,7 +15,7 @@ from paceline.training.objectives.objective import Objective
 from paceline.training.ranks import judge_of
 from paceline.training.train import objective_of
 
-from support.models import fitted_heads, noisy_copy
+from support.models import fitted_heads, noisy_copy, random_eagle
 
 
 class ToyDrafter(NgramDrafter):
@@ -35,9 +36,9 @@ class ToyObjective(Objective):
 
 def test_a_line_makes_a_kind(target, tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text(json.dumps({"paceline_drafter": "toy", "longest": 3}))
-    with pytest.raises(ValueError, match="of a kind 'toy' and this version knows medusa and draft_lm; upgrade"):
+    with pytest.raises(ValueError, match="of a kind 'toy' and this version knows medusa, draft_lm, eagle; upgrade"):
         paceline.load_drafter(tmp_path, target)
-    with pytest.raises(ValueError, match=r"objective\.kind is 'toy'; known are draft_lm, medusa$"):
+    with pytest.raises(ValueError, match=r"objective\.kind is 'toy'; known are draft_lm, eagle, medusa$"):
         objective_of({"kind": "toy"})
     assert judge_of(ToyDrafter(), target, 4) is None
     monkeypatch.setitem(KINDS, "toy", Kind(f"{__name__}:ToyDrafter", f"{__name__}:ToyObjective"))
@@ -48,21 +49,24 @@ def test_a_line_makes_a_kind(target, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_trained_is_not_suggested(target):
-    with pytest.raises(ValueError, match=r"objective\.kind is 'ngram'; known are draft_lm, medusa$"):
+    with pytest.raises(ValueError, match=r"objective\.kind is 'ngram'; known are draft_lm, eagle, medusa$"):
         objective_of({"kind": "ngram"})
     assert judge_of(NgramDrafter(), target, 4) is None and judge_of(NoDrafter(), target, 4) is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_what_the_table_promises(target, tmp_path, kind):
-    """A drafter that is loaded says which kind it is and whether it can follow any tree."""
+    """A drafter that is loaded says which kind it is, and whether it can grow trees; all can stand beside another."""
     if kind == "medusa":
         fitted_heads(target, "markov", steps=0).save(tmp_path)
     elif kind == "draft_lm":
         noisy_copy(target).save_pretrained(tmp_path)
+    elif kind == "eagle":
+        save_network(random_eagle(target), tmp_path)
     drafter = paceline.load_drafter(tmp_path if KINDS[kind].weights else kind, target)
     assert type(drafter) is KINDS[kind].drafter_class() and is_drafter(drafter)
-    assert (drafter.traits.kind, drafter.traits.follows_any_tree) == (kind, KINDS[kind].follows_any_tree)
+    traits = drafter.traits
+    assert (traits.kind, traits.fills_dynamic, traits.follows_any_tree) == (kind, KINDS[kind].fills_dynamic, True)
     if KINDS[kind].objective is None:
         return
     objective = KINDS[kind].objective_class()

@@ -4,11 +4,12 @@ import pytest
 import torch
 from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.eagle.drafter import EagleDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.proposal import NoDrafter
 
-from support.models import fitted_heads, noisy_copy, tiny_llama
+from support.models import eagle_copy, fitted_heads, noisy_copy, tiny_llama
 from support.tape import TapeExecutor, tape_executor
 
 
@@ -23,6 +24,9 @@ def drafters(model):
     for mode in ("independent", "markov", "hydra"):
         made[mode] = MedusaDrafter(fitted_heads(model, mode, known=40))
     made["beside"] = Beside(made["hydra"], made["ngram"])
+    two_levels = [[0.6, 0.3], [0.6]]
+    made["eagle"] = EagleDrafter(eagle_copy(model, known=torch.arange(2, 58)), rates=two_levels)
+    made["eagle beside"] = Beside(made["eagle"], made["ngram"])
     return made
 
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 LINEARS = 15  # of the target: seven in each layer, and the LM head
 COMPILED = [
-    ("none", "match", "greedy"), ("ngram", "match", "greedy"), ("beside", "match", "greedy"),
+    ("none", "match", "greedy"), ("ngram", "match", "greedy"), ("eagle beside", "match", "greedy"),
     ("model", "residual", "sampled"), ("independent", "match", "greedy"), ("hydra", "match", "sampled"),
     ("markov", "residual", "sampled"),
 ]  # fmt: skip
@@ -65,7 +65,8 @@ def test_compiled_text_equals_eager_text(model, drafters, prompts, capfd, which,
     run.engine.target.model = model  # which an engine at rest does not hold
     layers = [layer for part in run.engine.packable for layer in part.modules() if type(layer) is torch.nn.Linear]
     assert all(hasattr(layer, "packed_weight") for layer in layers) or not is_x86()
-    own = {"none": 0, "ngram": 0, "model": LINEARS}.get(which, 1)  # that one is the heads' LM head
+    # EAGLE has the target's layers, and `join` and an LM head; heads have that alone.
+    own = {"none": 0, "ngram": 0, "model": LINEARS, "eagle beside": LINEARS + 1}.get(which, 1)
     assert len(layers) == LINEARS + own
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1, "no recompile between prompts"
     assert "compiling the step" in capfd.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import torch
 from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.eagle.drafter import EagleDrafter
 from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
@@ -21,7 +22,7 @@ from paceline.spec.engines import executors, pool, runs
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.refill import Text, decode_texts
 
-from support.models import fitted_heads, noisy_copy, tiny_llama
+from support.models import eagle_copy, fitted_heads, noisy_copy, tiny_llama
 from support.tape import tape_executor
 
 # torch warns of settings of the GPU.
@@ -36,10 +37,11 @@ WAYS = {
 }
 DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra", "beside"]
 RULES = ["match", "residual", "typical"]
-PAIRS = [pair for pair in itertools.product(DRAFTERS, RULES, WAYS) if pair != ("ngram", "residual", "sampled")]
+EAGLES = [("eagle", "match", "greedy"), ("eagle", "residual", "sampled"), ("eagle beside", "match", "sampled")]
+PAIRS = [pair for pair in itertools.product(DRAFTERS, RULES, WAYS) if pair != ("ngram", "residual", "sampled")] + EAGLES
 COMPILED_PAIRS = [  # compiling takes seconds a pair
     ("none", "match", "greedy"), ("ngram", "match", "sampled"), ("model", "residual", "sampled"),
-    ("beside", "match", "greedy"), ("hydra", "typical", "sampled"), ("markov", "residual", "sampled"),
+    ("eagle beside", "match", "greedy"), ("hydra", "typical", "sampled"), ("markov", "residual", "sampled"),
 ]  # fmt: skip
 ENDS = [17, 30]
 
@@ -71,13 +73,14 @@ def made(device, dtype=torch.float32):
 
 
 def drafter_of(which, model):
-    if which in ("none", "ngram"):
-        return {"none": NoDrafter(), "ngram": NgramDrafter()}[which]
+    simple = {"none": NoDrafter, "ngram": NgramDrafter, "eagle": lambda: EagleDrafter(eagle_copy(model))}
+    if which in simple:
+        return simple[which]()
     whole = tiny_llama(seed=2)
     if which == "model":
         return ModelDrafter(noisy_copy(whole).to(model.device, model.dtype))
-    if which == "beside":
-        return Beside(drafter_of("hydra", model), NgramDrafter())
+    if "beside" in which:
+        return Beside(drafter_of("eagle" if "eagle" in which else "hydra", model), NgramDrafter())
     return MedusaDrafter(fitted_heads(whole, which, known=40).to(model.device, model.dtype))
 
 

@@ -103,7 +103,7 @@ def random_eagle(model, known=None, layer=None, seed=0, **settings):
     network = EagleNetwork(EagleSettings(sizes, **settings), model, known)
     for parameter in network.parameters():
         if parameter.requires_grad:
-            parameter.add_(0.3 * torch.randn_like(parameter))
+            parameter.add_(0.1 * torch.randn_like(parameter))
     return network.requires_grad_(False).eval().to(model.dtype)
 
 
@@ -124,7 +124,7 @@ def eagle_copy(model, noise=0.02, known=None, seed=1):
 
 @torch.no_grad()
 def eagle_features(model, taps, input_ids):
-    """The hidden states (B, T, F) at `taps`, by transformers' own names of them."""
+    """The hidden states (B, T, F) at `taps`, below the last layer by transformers' own names of them."""
     from paceline.spec.target.taps import HEAD, listening, put_taps
 
     put_taps(model, (HEAD,))

@@ -10,8 +10,9 @@ WAYS = {
 }
 DRAFTERS = ["none", "ngram", "model", "independent", "markov", "hydra", "beside"]
 PAIRS = [
-    pair for pair in itertools.product(DRAFTERS, ["match", "residual", "typical"], WAYS)
-    if pair != ("ngram", "residual", "sampled")
+    *(pair for pair in itertools.product(DRAFTERS, ["match", "residual", "typical"], WAYS)
+      if pair != ("ngram", "residual", "sampled")),
+    ("eagle", "match", "greedy"), ("eagle", "residual", "sampled"), ("eagle beside", "match", "sampled"),
 ]  # fmt: skip
 
 

@@ -1,0 +1,28 @@
+"""Published drafters that are pickled, and where the same weights are safetensors. Knows nothing of files."""
+
+from pathlib import Path
+
+# By the last part of a hub id: what to fetch instead.
+_REVISIONS = {
+    "EAGLE-Qwen2-7B-Instruct": ("yuhuili/EAGLE-Qwen2-7B-Instruct", "refs/pr/1"),
+    "medusa-vicuna-7b-v1.3": ("FasterDecoding/medusa-vicuna-7b-v1.3", "refs/pr/1"),
+}
+_TWINS = {
+    "EAGLE3-LLaMA3.1-Instruct-8B": "nm-testing/EAGLE3-LLaMA3.1-Instruct-8B-converted",
+    "EAGLE-LLaMA3-Instruct-70B": "yuhuili/EAGLE-LLaMA3-Instruct-70B",
+    "EAGLE-Llama-3.1-8B-Instruct": "nm-testing/eagle-llama3.1-8b-instruct",
+}
+
+
+def pickle_refusal(name: str, file: str) -> str:
+    """The sentence for a drafter whose weights are the pickle `file` alone."""
+    said = f"drafter {name} has its weights in {file}, a pickle, which can run code, and it is not read; "
+    title = Path(name).name
+    if title in _REVISIONS:
+        hub_id, revision = _REVISIONS[title]
+        return f"{said}hf download {hub_id} --revision {revision} --local-dir {title} fetches them as safetensors"
+    if title in _TWINS and _TWINS[title] != name:
+        return f"{said}{_TWINS[title]} has them as safetensors"
+    where = Path(name) / file if Path(name).is_dir() else file
+    fetch = "" if Path(name).is_dir() else f"fetch it, and config.json, by hf download {name}, and "
+    return f"{said}{fetch}make a folder of it by paceline convert {where} -o FOLDER"

@@ -1,0 +1,165 @@
+"""The target's own text tells how a head is meant, whatever its config says, and whether it is for this target."""
+
+import paceline
+import pytest
+import torch
+from formats.published import KNOWN, WIDTH, V, config_of, eagle1, eagle3, stepping_target, write
+from paceline.drafters.formats.conventions import candidates
+from paceline.drafters.formats.eagle_config import EagleConfig
+from paceline.drafters.formats.probe import BEGINNINGS, TOKENS, Agreement, agreement, own_text
+from paceline.spec.target.taps import HEAD
+
+from support.models import tiny_llama
+from support.sentences import sentence
+
+IDS = "eagle_aux_hidden_state_layer_ids"
+RIGHT = {IDS: [2, 4, 7], "norm_before_residual": True, "rope_theta": 100.0}
+WRONG = {
+    "ids of layers": ({IDS: [1, 3, 6]}, "hidden states [1, 3, 6]; it is read with hidden states [2, 4, 7], and"),
+    "ids counted twice": (
+        {IDS: None, "eagle_config": {IDS: [2, 4, 7]}},
+        "hidden states [3, 5, 8]; it is read with hidden states [2, 4, 7], and",
+    ),
+    "base": ({"rope_theta": 1e6}, "rope base 1e+06; it is read with rope base 100, and"),
+    "no base": ({"rope_theta": None}, "rope base 10000; it is read with rope base 100, and"),
+    "residual": (
+        {"norm_before_residual": False},
+        "norm_before_residual=false; it is read with norm_before_residual=true, and",
+    ),
+    "no residual": (
+        {"norm_before_residual": None},
+        "norm_before_residual=false; it is read with norm_before_residual=true, and",
+    ),
+    "all of them": (
+        {IDS: [1, 3, 6], "rope_theta": None, "norm_before_residual": None},
+        "hidden states [1, 3, 6], rope base 10000, norm_before_residual=false; it is read with hidden",
+    ),
+}
+
+
+def test_what_the_config_says_is_taken_where_it_is_right(learned, tmp_path, capsys):
+    drafter = paceline.load_drafter(learned.save(tmp_path / "head", **RIGHT), learned.target)
+    assert drafter.network.settings.taps == (1, 3, 6) and drafter.network.settings.norm_before_residual
+    assert drafter.name == "head" and drafter.traits.kind == "eagle" and len(drafter.network.vocabulary) == V - 1
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_in_the_config_is_found_and_said(learned, tmp_path, capsys, case):
+    changes, words = WRONG[case]
+    config = {name: value for name, value in {**RIGHT, **changes}.items() if value is not None}
+    drafter = paceline.load_drafter(learned.save(tmp_path / "head", **config), learned.target)
+    settings = drafter.network.settings
+    assert settings.taps == drafter.traits.taps == (1, 3, 6) and settings.norm_before_residual
+    assert settings.layer["rope_parameters"] == {"rope_type": "default", "rope_theta": 100.0}
+    said = capsys.readouterr().err
+    assert f"by its config it has {words}" in said and said.count("\n") == 1 and "of 100 tokens" in said
+
+
+def test_the_text_is_the_targets_with_several_tokens_per_step(learned, tmp_path):
+    alone = paceline.load_drafter(learned.save(tmp_path, **RIGHT), learned.target)
+    beside = paceline.load_drafter(f"{tmp_path}+ngram", learned.target)
+    prompt = learned.text[5:9, :4]
+    options = dict(attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=20)
+    truth = learned.target.generate(prompt, **options)
+    options |= dict(return_dict_in_generate=True)
+    for drafter, tree in ((alone, "3x2"), (alone, "dynamic:8x3x2"), (beside, "chain:3+chain:4")):
+        out = paceline.generate(learned.target, prompt, drafter=drafter, tree=tree, **options)
+        assert torch.equal(out.sequences, truth) and out.trace.summary()["tokens_per_step"] > 1.3
+
+
+def test_a_drafter_is_tried_once_for_all_its_weights(learned, tmp_path, capsys):
+    folder = learned.save(tmp_path / "head", **{**RIGHT, IDS: [1, 3, 6]})
+    paceline.load_drafter(folder, learned.target, weights="auto")
+    assert capsys.readouterr().err.count("hidden states [2, 4, 7]") == 1
+
+
+def test_random_heads_are_refused(learned, tmp_path):
+    refused = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        for make in (eagle1, eagle3, lambda: eagle3(known=V)):
+            folder = write(tmp_path / f"head{len(refused)}", make(), config_of())
+            refused.append(sentence(lambda folder=folder: paceline.load_drafter(folder, learned.target)))
+    assert len(refused) == 9 and all(
+        "of 100 tokens of this target's own text, no more than by chance" in x for x in refused
+    )
+
+
+def test_a_head_of_another_target_of_the_same_sizes_is_refused(learned, tmp_path):
+    folder = learned.save(tmp_path, **RIGHT, base_model_name_or_path="someone/its-target")
+    words = (
+        "however its layer ids, rope base and residual are read: it was made for another target, and its config names"
+    )
+    sentence(lambda: paceline.load_drafter(folder, stepping_target(step=11)), words, "someone/its-target")
+
+
+def test_one_that_says_the_commonest_token_is_no_better_than_chance():
+    chosen, every = torch.tensor([[7] * 60 + [1, 2, 3, 4] * 10]), torch.arange(V)
+    constant = torch.zeros(1, 100, V).index_fill(2, torch.tensor([7]), 1.0)
+    assert agreement(constant, chosen, every).hits == 60 and not agreement(constant, chosen, every).above_chance
+    right = torch.nn.functional.one_hot(chosen, V).float()
+    some = torch.where(torch.arange(100)[None, :, None] % 3 > 0, right, right.roll(1, 2))
+    assert agreement(right, chosen, every).above_chance and agreement(some, chosen, every).above_chance
+
+
+def test_agreement_counts_like_a_loop():
+    torch.manual_seed(0)
+    known = torch.randperm(V)[:KNOWN].sort().values
+    index = torch.full((V,), KNOWN).index_copy(0, known, torch.arange(KNOWN))
+    logits, chosen = torch.randn(3, 9, KNOWN), torch.randint(0, V, (3, 9))
+    guesses = known[logits.argmax(-1)]
+    got = agreement(logits, chosen, index)
+    pairs = list(zip(guesses.flatten().tolist(), chosen.flatten().tolist()))
+    assert (got.hits, got.tried) == (sum(a == b for a, b in pairs), 27)
+    assert got.expected == pytest.approx(sum(a == b for a, _ in pairs for _, b in pairs) / 27)
+    logprobs = logits.log_softmax(-1).flatten(0, 1)
+    told = [logprobs[i, index[token]] for i, token in enumerate(chosen.flatten().tolist()) if token in known]
+    torch.testing.assert_close(got.logprobs, torch.stack(told))
+
+
+def test_luck_does_not_overrule_a_config():
+    torch.manual_seed(0)
+    base = -torch.rand(100)
+    one = Agreement(base, 50, 100, 2.0)
+    assert not Agreement(base + 0.05 * torch.randn(100), 52, 100, 2.0).better_than(one)
+    assert Agreement(base + 0.05 + 0.05 * torch.randn(100), 52, 100, 2.0).better_than(one)
+    assert not one.better_than(one)
+
+
+def test_the_text_is_greedy_and_the_states_are_the_targets():
+    target = tiny_llama(V, num_hidden_layers=5)
+    text = own_text(target, {0, 3, HEAD})
+    rows = torch.cat([torch.ones(4, 1, dtype=torch.int64), torch.tensor(BEGINNINGS)[:, None] % V], dim=1)
+    whole = target.generate(
+        rows, attention_mask=torch.ones_like(rows), do_sample=False, max_new_tokens=TOKENS, no_repeat_ngram_size=3
+    )
+    assert torch.equal(text.tokens, whole[:, 1:])
+    out = target(whole, output_hidden_states=True)
+    assert torch.equal(text.chosen, out.logits.argmax(-1)[:, 1:])
+    for tap, state in ((0, 1), (3, 4), (HEAD, -1)):
+        torch.testing.assert_close(text.features[tap], out.hidden_states[state][:, :-1])
+
+
+@pytest.mark.parametrize(
+    ("config", "lists"),
+    [
+        ({}, [[2, 4, 5], [3, 5, 6], [1, 3, 4], [2, 4, 6]]),
+        ({IDS: [2, 4, 7]}, [[2, 4, 7], [3, 5, 8], [1, 3, 6], [2, 4, 5], [2, 4, 6]]),
+        ({"eagle_config": {IDS: [1, 3, 6]}}, [[2, 4, 7], [3, 5, 8], [1, 3, 6], [2, 4, 5], [2, 4, 6]]),
+        ({IDS: [2, 4, 7], "eagle_config": {IDS: [1, 3, 6]}}, [[2, 4, 7], [3, 5, 8], [1, 3, 6], [2, 4, 5], [2, 4, 6]]),
+        ({"target_layer_ids": [0, 3, 6]}, [[1, 4, 7], [2, 5, 8], [2, 4, 5], [2, 4, 6]]),
+        ({IDS: [7, 2, 4]}, [[2, 4, 7], [3, 5, 8], [1, 3, 6], [2, 4, 5], [2, 4, 6]]),
+        ({IDS: [1, 2, 3, 4]}, [[2, 4, 5], [3, 5, 6], [1, 3, 4], [2, 4, 6]]),  # not as many as its tensors read
+    ],
+)
+def test_lists_of_layers_that_are_tried(config, lists):
+    from paceline.drafters.eagle.settings import EagleSettings
+
+    target = tiny_llama(V, num_hidden_layers=8)
+    settings = EagleSettings(
+        config_of(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), range(3), fuse=True
+    )
+    tried = list(dict.fromkeys(each.settings.taps for each in candidates(EagleConfig(config, "x"), settings, target)))
+    as_states = [[8 if tap == HEAD else tap + 1 for tap in taps] for taps in tried]
+    assert as_states[0] == lists[0] and sorted(as_states) == sorted(lists) and WIDTH == 32
