@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from eagle.chains import documents, losses_of_chains, states_of_chain
 from paceline.spec.target.taps import HEAD
 from paceline.training.objectives.eagle import EagleObjective, Settings, text_ranks
 from paceline.training.objectives.eagle_unroll import Text, unroll
 from paceline.training.objectives.objective import NO_LABEL, TargetView
 
-from support.eagle_chains import documents, losses_of_chains, states_of_chain
 from support.models import random_eagle, tiny_llama
 from support.packed import packed
 

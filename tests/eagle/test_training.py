@@ -178,6 +178,7 @@ def eagle_run(folder, name, **changes):
     return settings(folder, name, objective=section, run__keep=9, **changes)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_from_a_checkpoint_and_from_states_on_disk(folder):
     """A run resumed half-way ends with the same weights; so does one with the states of both taps read from disk, and
     one with states of 8 bits nearly."""
