@@ -101,7 +101,8 @@ def _weights(folder: Path) -> dict[str, float]:
 
 
 def _sizes(config: dict) -> dict:
-    """The settings that say how large the network is, of heads and of draft models."""
+    """The settings that say how large the network is, of heads, draft models and the layers of EAGLE."""
+    config = {**config, **config.get("layer", {})}
     names = ("mode", "heads", "blocks", "rank", "known_tokens", "hidden_size", "num_hidden_layers")
     names += ("intermediate_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
     return {name.replace("_", " "): config[name] for name in names if config.get(name) is not None}

@@ -66,10 +66,23 @@ def test_the_command_plans_trains_and_refuses(folder, capsys):
     assert "did you mean 'smollm2-135m-draft'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("recipe", ["medusa", "hydra", "draft", "draft-pretrain"])
+@pytest.mark.parametrize("recipe", ["medusa", "hydra", "draft", "draft-pretrain", "eagle"])
 def test_shipped_recipes_make_an_objective(recipe):
     config = configuration.load(f"smollm2-135m-{recipe}")
     assert config.target.model == "smollm2-135m"
     target = tiny_llama(vocab=9000, num_hidden_layers=30)
-    made = objective_of(config.objective).build(config.objective, target, [{"input_ids": [5, 6], "loss_mask": [1, 1]}])
+    made = objective_of(config.objective).build(config.objective, target, random_rows(2))
     assert made.depths == 4 and adamw(made, config.optimisation).param_groups
+
+
+def test_the_recipe_for_a_gpu_plans_with_what_it_trains(tmp_path, tokenizer, capsys):
+    """With a tiny Llama of as many layers and tokens in the place of the 8 B."""
+    target = write_target(tmp_path / "target", tokenizer, vocab=33000, num_hidden_layers=32)
+    write_data(tmp_path / "data", random_rows(6), random_rows(2, seed=1))
+    places = [f"target.model={target}", f"data.folder={tmp_path / 'data'}", f"run.folder={tmp_path / 'run'}"]
+    small = ["budget.tokens=100", "optimisation.batch=2", "optimisation.mixed_precision=no"]
+    assert cli.main(["train", "llama-3.1-8b-eagle3", "--plan", *places, *small]) == 0
+    out, err = capsys.readouterr()
+    attention, mlp = 64 * (32 + 16 + 16) + 32 * 32, 3 * 32 * 48
+    assert f"{(attention + mlp + 96 * 32 + 32000 * 32 + 4 * 32) / 1e6:.4g}M trained" in out and "tokens/s" in out
+    assert "begins as layer 31 of the target" in err

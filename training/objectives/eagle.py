@@ -136,13 +136,14 @@ class EagleObjective(Objective):
         labels = self.network.index_of_token[text.ids[at + 1]]  # (P,): V' for unknown ones
         weights = counted[at] * self.settings.decay ** (ahead - 1) * (ahead <= self.steps)  # (P, steps)
         right = torch.zeros_like(counted)  # (N, steps)
-        law, lm_head, leaf = self._law_of(head), self.network.lm_head, placed.detach().requires_grad_()
+        law, lm_head = self._law_of(head, text.hidden.dtype), self.network.lm_head
+        leaf = placed.detach().requires_grad_()
 
         def loss_of(part: slice) -> tuple[Tensor]:
             label, weight = labels[part], weights[part]
             distribution, total = self._wanted(law, text.hidden[at[part]], label, weight.sum(1))
             for step in range(steps):
-                logits = lm_head(leaf[part, step].to(lm_head.weight.dtype))  # (n, V')
+                logits = _logits(lm_head, leaf[part, step])  # (n, V')
                 loss, top = SoftCrossEntropy.apply(logits, distribution * weight[:, step, None].to(logits.dtype))
                 total = total + loss
                 right[at[part] - 1 - step, step] = (top == label) & counted[at[part], step]
@@ -171,15 +172,16 @@ class EagleObjective(Objective):
         total = fed[0].new_zeros((), dtype=torch.promote_types(fed[0].dtype, torch.float32))
         for step, features in enumerate(fed):
             judged = text.judged[columns, step]
-            wanted = text.features[columns[judged] + step + 1].to(total.dtype)
+            with torch.no_grad():
+                wanted = self.network.fused(text.features[columns[judged] + step + 1].to(total.dtype))
             distance = F.smooth_l1_loss(features[judged].to(total.dtype), wanted, reduction="none").mean(-1).sum()
             total = total + self.settings.decay**step * distance
         return total
 
-    def _law_of(self, head: nn.Module) -> nn.Module:
-        """From the target's last hidden states to logits of the known tokens."""
+    def _law_of(self, head: nn.Module, dtype: torch.dtype) -> nn.Module:
+        """From the target's last hidden states, in `dtype`, to logits of the known tokens."""
         if not self._law:
-            self._law = (of_known(head, self.network.vocabulary, next(head.parameters()).dtype),)
+            self._law = (of_known(head, self.network.vocabulary, dtype),)
         return self._law[0]
 
     def _nothing(self) -> Losses:
@@ -200,11 +202,16 @@ def text_ranks(network: EagleNetwork, batch: Batch, seen: TargetView, depths: in
         judged = text.judged[columns, depth]
         labels = network.index_of_token[text.ids[columns[judged] + depth + 2], None]  # (n, 1)
         ranks = []
-        for part, label in zip(states[judged].to(head.weight.dtype).split(chunk), labels.split(chunk)):
-            logits = head(part)  # (n, V')
+        for part, label in zip(states[judged].split(chunk), labels.split(chunk)):
+            logits = _logits(head, part)  # (n, V')
             picked = logits.gather(1, label.clamp(max=known - 1))
             before = ((logits > picked) | ((logits == picked) & (order < label))).sum(-1)
             ranks.append(torch.where(label[:, 0] < known, before, network.vocab_size))
         if ranks:
             at[judged, depth] = torch.cat(ranks)
     return at
+
+
+def _logits(head: nn.Module, states: Tensor) -> Tensor:  # (n, H) -> (n, V')
+    """In the dtype of the head: a frozen one has the target's, in training of float32 too."""
+    return head(states.to(head.weight.dtype) if isinstance(head, nn.Linear) else states)

@@ -3,12 +3,10 @@
 `settings` is the section `objective` of a configuration (`eagle.Settings`). Knows nothing of losses.
 """
 
-import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-import torch
 from torch import nn
 
 from ...drafters.eagle.folder import load_network

@@ -57,35 +57,48 @@ class Text:
 class Columns:
     """Keys, values and mask of an unroll: what the layers of a network take for their cache and for their mask."""
 
-    def __init__(self, lengths: list[int], columns: Tensor, steps: int):
+    def __init__(self, lengths: list[int], columns: Tensor):
         cuts = torch.tensor([0, *lengths], device=columns.device).cumsum(0)
-        which = torch.bucketize(columns, cuts, right=True) - 1  # the document of each column
-        self.counts = lengths, which.bincount(minlength=len(lengths)).tolist()
-        self.masks = []  # of each document, (1, columns, length + steps * columns) for all steps after the first
-        for column, length in zip((columns - cuts[which]).split(self.counts[1]), lengths):
-            earlier = torch.arange(length, device=columns.device) <= column[:, None]
-            same = torch.eye(len(column), dtype=torch.bool, device=columns.device)
-            self.masks.append(torch.cat([earlier, *[same] * steps], dim=1)[None])
+        document = torch.bucketize(columns, cuts, right=True) - 1  # of each column
+        self.counts = lengths, document.bincount(minlength=len(lengths)).tolist()
+        parts = zip((columns - cuts[document]).split(self.counts[1]), lengths)
+        self.hidden = [torch.arange(length, device=part.device) > part[:, None] for part, length in parts]  # (c, L)
         self.kept: dict[int, list[list[tuple[Tensor, Tensor]]]] = {}  # of each layer, step and document
 
     def update(self, keys: Tensor, values: Tensor, layer: int, **_) -> tuple[Tensor, Tensor]:
-        """As of a cache of transformers; (1, H, n, D) each."""
+        """As of a cache of transformers; (1, Hkv, n, D) each."""
         steps = self.kept.setdefault(layer, [])
         counts = self.counts[len(steps) > 0]
         steps.append(list(zip(keys.split(counts, 2), values.split(counts, 2))))
         return keys, values
 
     def attend(self, query: Tensor, layer: int, scaling: float) -> Tensor:  # (1, H, n, D) -> (1, n, H, D)
-        """Attention of the latest step."""
-        documents, heads = list(zip(*self.kept[layer])), query.shape[1]
-        first, attended = len(self.kept[layer]) == 1, []
-        for part, steps, mask in zip(query.split(self.counts[not first], 2), documents, self.masks):
-            keys, values = (torch.cat(states, 2) for states in zip(*steps))  # (1, Hkv, k, D)
-            groups = heads // keys.shape[1]
-            keys, values = (states.repeat_interleave(groups, 1) for states in (keys, values))
-            visible = None if first else mask[..., : keys.shape[2]]
-            attended.append(F.scaled_dot_product_attention(part, keys, values, visible, is_causal=first, scale=scaling))
+        """Attention of the latest step, in each document."""
+        steps = self.kept[layer]
+        parts, attended = query.split(self.counts[len(steps) > 1], 2), []
+        for part, hidden, *states in zip(parts, self.hidden, *steps):
+            if len(steps) == 1:
+                keys, values = (state.repeat_interleave(part.shape[1] // state.shape[1], 1) for state in states[0])
+                attended.append(F.scaled_dot_product_attention(part, keys, values, is_causal=True, scale=scaling))
+            else:
+                attended.append(_drafting(part * scaling, states, hidden))
         return torch.cat(attended, 2).transpose(1, 2)
+
+
+def _drafting(query: Tensor, steps: list[tuple[Tensor, Tensor]], hidden: Tensor) -> Tensor:  # (1, H, c, D)
+    """Attention of the columns of a document to its true pairs, but for those that are `hidden` (c, L), and to their
+    own drafted ones: of each step one key, so that no matrix of columns by columns is made."""
+    (keys, values), *drafted = steps
+    size, groups = hidden.shape, query.shape[1] // keys.shape[1]
+    grouped = query.unflatten(1, (-1, groups))  # (1, Hkv, groups, c, D)
+    scores = (grouped.flatten(2, 3) @ keys.mT).unflatten(2, (groups, -1))  # (1, Hkv, groups, c, L)
+    scores = scores.masked_fill(hidden, -torch.inf)
+    alone = [(grouped * key[:, :, None]).sum(-1, keepdim=True) for key, _ in drafted]
+    shares = torch.cat([scores, *alone], -1).softmax(-1).to(values.dtype)
+    attended = (shares[..., : size[1]].flatten(2, 3) @ values).unflatten(2, (groups, -1))
+    for number, (_, value) in enumerate(drafted, size[1]):
+        attended = attended + shares[..., number, None] * value[:, :, None]
+    return attended.flatten(1, 2)
 
 
 def _attention(module, query, key, value, attention_mask: Columns, scaling: float, **options) -> tuple[Tensor, None]:
@@ -99,7 +112,7 @@ ALL_ATTENTION_FUNCTIONS.register(_ATTENTION, _attention)
 def unroll(network, text: Text, columns: Tensor, steps: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Of each step and column (C,), the LM head's input and the feature that is fed back, (C, H) each."""
     last = len(text.ids) - 1
-    seen = Columns(text.lengths, columns, steps - 1)
+    seen = Columns(text.lengths, columns)
     positions, tokens = text.positions, text.ids.roll(-1)  # the last pair of a document has a wrong token, and no label
     features = network.fused(text.features.to(next(network.layers.parameters()).dtype))
     put_taps(network, (HEAD, network.feedback))

@@ -104,8 +104,8 @@ def mixed_loss(
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """The sum over tokens of -`wanted` log softmax(`logits`), and the tokens (n,) of the highest logits. Computed in the
-    dtype of the logits, with few passes over them; `wanted` (n, V) is at least 0 and need not sum to 1."""
+    """The sum over tokens of -`wanted` log softmax(`logits`), and the tokens (n,) of the highest logits. `wanted` is
+    at least 0 and need not sum to 1. Computed in the dtype of the logits, with few passes over them."""
 
     @staticmethod
     def forward(ctx, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:

@@ -106,7 +106,7 @@ class OfflineTarget:
     @staticmethod
     def _states(file, name: str, row: int) -> Tensor:  # (T, H)
         states = file.get_slice(name)[row]
-        if f"{name}.scale" not in file.keys():
+        if f"{name}.scale" not in file.keys():  # noqa: SIM118
             return states
         scale = file.get_slice(f"{name}.scale")[row]  # (T, 1), in the dtype of the model
         return (states.float() * scale.float()).to(scale.dtype)
