@@ -88,7 +88,7 @@ def _from_start(settings, target) -> EagleNetwork:
     """The network called `settings.start`, which may be another target's. Raises ValueError where it is of another
     shape than settings and target ask for."""
     folder = start_folder(settings.start)
-    if folder is None or folder.kind != "eagle":
+    if folder is None or folder.kind != settings.kind:
         raise ValueError(f"objective.start {settings.start} holds no EAGLE network; give the folder of a trained one")
     network = load_network(folder, target)
     asked, started = eagle_settings(settings, target), network.settings
