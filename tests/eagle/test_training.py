@@ -201,6 +201,12 @@ def test_a_run_goes_on_from_a_checkpoint_and_from_states_on_disk(folder):
     assert kept == ["float32-taps-0-head", "float32-taps-0-head-8bits"]
 
 
+def test_a_target_of_16_bits_is_learnt_from_and_judged(folder):
+    """Trained weights are of float32, and the frozen LM head has the target's dtype."""
+    assert run(eagle_run(folder, "sixteen", target__dtype="bfloat16", budget__tokens=1)) is None
+    assert "eval/tokens_per_step" in (folder / "sixteen" / "metrics.jsonl").read_text()
+
+
 def test_a_trained_folder_is_loaded_goes_on_and_describes_itself(folder):
     config = eagle_run(folder, "loaded", budget__tokens=1)
     assert run(config) is None
