@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..eagle.network import EagleNetwork
 
 SPECULATORS = "0.9.0"  # the version of the format that is written
+_EAGLE1 = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}  # vLLM makes of it its own name
 _ARCHITECTURES = {"llama": "LlamaForCausalLMEagle3", "qwen3": "Eagle3Qwen3ForCausalLM"}  # SGLang has the first
 _LAYER = (
     "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
@@ -47,7 +48,7 @@ def eagle_export(order: Order, network: "EagleNetwork") -> Export:
         if engine == "speculators":
             config = speculators_config(network, target, dtype, order.target_name, tokens)
         else:
-            config = plain_config(network, target, dtype)
+            config = plain_config(network, target, dtype, engine)
         stored = {
             name: tensor.detach().to("cpu", dtype if tensor.is_floating_point() else tensor.dtype).contiguous()
             for name, tensor in tensors.items()
@@ -56,6 +57,8 @@ def eagle_export(order: Order, network: "EagleNetwork") -> Export:
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     read = sum(parameter.numel() for name, parameter in network.named_parameters() if name != "embeddings")
+    if network.trimmed and not network.settings.wide:  # the engine gives it the target's whole LM head
+        read += (network.vocab_size - len(network.vocabulary)) * network.config.hidden_size
     method = "eagle3" if network.settings.wide else "eagle"
     return Export(method, write, lambda folder: check_eagle(folder, network, target), read, _notes(order, network))
 
@@ -138,8 +141,8 @@ def _norms(network: "EagleNetwork") -> dict[str, bool]:
     }  # fmt: skip
 
 
-def plain_config(network: "EagleNetwork", target: "PreTrainedModel", dtype: torch.dtype) -> dict[str, Any]:
-    """config.json for `--speculative-config` of vLLM and for SGLang."""
+def plain_config(network: "EagleNetwork", target: "PreTrainedModel", dtype: torch.dtype, engine: str) -> dict[str, Any]:
+    """config.json for `--speculative-config` of vLLM or for SGLang; of EAGLE-3 it is the same for both."""
     rope, text = dict(network.config.rope_parameters), target.config.get_text_config()
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
     ends = {name: getattr(text, name, None) for name in ("bos_token_id", "eos_token_id")}
@@ -154,7 +157,8 @@ def plain_config(network: "EagleNetwork", target: "PreTrainedModel", dtype: torc
         "torch_dtype": name_of_dtype,
     }
     if not network.settings.wide:
-        return {"architectures": ["LlamaForCausalLM"], **config, "bias": False}  # engines take it for attention's too
+        # The engines have other names for the same class, and both take `bias` for that of attention, too.
+        return {"architectures": [_EAGLE1[engine]], **config, "bias": False}
     ids, norms = _ids(network), _norms(network)
     eagle: dict[str, Any] = {"use_aux_hidden_state": bool(ids), "norm_before_fc": norms["norm_before_fc"]}
     config |= {
@@ -191,7 +195,12 @@ def speculators_config(
         "target_hidden_size": None if size == network.config.hidden_size else size,
         "embed_requires_grad": own_embeddings(network, target) is not None,
         "eagle_aux_hidden_state_layer_ids": _ids(network),
-        "transformer_layer_config": {**layer_config(network), "rope_parameters": rope},
+        # vLLM copies little else than this config, and looks there for the number of taps.
+        "transformer_layer_config": {
+            **layer_config(network),
+            "rope_parameters": rope,
+            "num_aux_hidden_states": len(network.settings.taps),
+        },
         "speculators_config": {
             "algorithm": "eagle3",
             "proposal_methods": [proposal],

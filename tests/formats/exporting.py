@@ -18,6 +18,7 @@ LAYER = {
     "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
 }  # fmt: skip
 EAGLE3 = dict(taps=(1, 2, 3), wide=True)
+EAGLE1 = {"vllm": "LlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}  # what each engine registers
 
 
 def network_of(target, known=None, layer=(), **settings):
@@ -71,7 +72,7 @@ def assert_same(network, target, engine, config, tensors):
     states["head"] = states[6]  # transformers puts the last one through the final norm, and engines do not
     states[6] = last[0][0, :-1]
     reader = Reader(engine, config, tensors, target)
-    if config["architectures"] == ["LlamaForCausalLM"]:
+    if config["architectures"] == [EAGLE1[engine]]:
         theirs, fed = reader.eagle1(text[1:], states["head"])
         known = network.vocabulary
         torch.testing.assert_close(theirs[:, known], ours[:, known], rtol=1e-5, atol=1e-5)

@@ -3,7 +3,8 @@ their key lists and formulas compute the network's logits and features."""
 
 import pytest
 import torch
-from formats.exporting import EAGLE3, LAYER, assert_same, exported, network_of
+from formats.exporting import EAGLE3, LAYER, assert_same, exported, network_of, order_to
+from paceline.drafters.formats.export_eagle import eagle_export
 from paceline.spec.target.taps import HEAD
 from transformers import AutoConfig
 
@@ -70,7 +71,17 @@ def test_the_golden_list_of_an_eagle_1_head(target, tmp_path):
     assert config == {**common, "architectures": ["LlamaForCausalLM"], "bias": False}
     config, tensors = exported(network, target, "sglang", tmp_path)
     assert tensors.keys() == {*keys, "fc.weight", "fc.bias"} and not tensors["fc.bias"].any()
-    assert config["bias"] is False, "SGLang would give attention biases"
+    # With `bias` SGLang would give attention biases.
+    assert config == {**common, "architectures": ["LlamaForCausalLMEagle"], "bias": False}
+
+
+def test_the_advice_counts_the_whole_head_that_an_engine_reads(target):
+    """Of an EAGLE-1 head that knows a part of the vocabulary, which the engine cannot know."""
+    plain, trimmed = (
+        eagle_export(order_to("vllm", target), network_of(target, known=known, input_norm=False, final_norm=False))
+        for known in (None, 20)
+    )
+    assert trimmed.weights == plain.weights
 
 
 def test_the_golden_form_of_speculators(target, tmp_path):
@@ -80,7 +91,8 @@ def test_the_golden_form_of_speculators(target, tmp_path):
     layer = config.pop("transformer_layer_config")
     rope = ("rope_theta", "rope_scaling")
     names = (*list(CONFIG3)[1:14], "max_position_embeddings", "rope_parameters")
-    assert layer == {name: CONFIG3[name] for name in names if name not in rope}
+    layer_of_vllm = {name: CONFIG3[name] for name in names if name not in rope}
+    assert layer == {**layer_of_vllm, "num_aux_hidden_states": 3}, "where vLLM looks for the number of taps"
     assert config == {
         "architectures": ["Eagle3Speculator"], "speculators_model_type": "eagle3", "speculators_version": "0.9.0",
         "draft_vocab_size": 20, "norm_before_residual": False, "norm_before_fc": False, "fc_norm": False,
@@ -149,7 +161,14 @@ def test_a_tied_target_leaves_the_head_its_own_rows(tmp_path, engine):
         assert known or not {"d2t", "t2d"} & tensors.keys(), "vLLM has no place for them where all tokens are known"
 
 
-@pytest.mark.parametrize("name", ["eagle 3.1", "norm before residual", "two layers", "qwen3", "narrower"])
+COPIED = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
+COPIED += ("eagle_aux_hidden_state_layer_ids",)  # by vLLM, beside the layer's config
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["eagle 3.1", "norm before residual", "two layers", "qwen3", "narrower", "two taps", "five taps out of order"],
+)
 def test_speculators_form_gives_vllm_the_same_logits(target, tmp_path, name):
     network = network_of(target, **{**LAYOUTS, **VLLM}[name])
     config, tensors = exported(network, target, "speculators", tmp_path)
@@ -158,8 +177,8 @@ def test_speculators_form_gives_vllm_the_same_logits(target, tmp_path, name):
     ids = config["eagle_aux_hidden_state_layer_ids"]
     width = config["target_hidden_size"] or layer["hidden_size"]
     assert tensors["fc.weight"].shape[1] == width * len(ids)
-    plain = {**layer, **config, "rope_theta": rope["rope_theta"], "rope_scaling": None}
-    plain["num_aux_hidden_states"] = len(ids)
+    plain = {**layer, **{name: config[name] for name in COPIED}}
+    plain |= {"rope_theta": rope["rope_theta"], "rope_scaling": None, "architectures": ["LlamaForCausalLMEagle3"]}
     assert_same(network, target, "vllm", plain, tensors)
 
 
