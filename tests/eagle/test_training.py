@@ -201,7 +201,7 @@ def test_a_run_goes_on_from_a_checkpoint_and_from_states_on_disk(folder):
     assert kept == ["float32-taps-0-head", "float32-taps-0-head-8bits"]
 
 
-def test_a_trained_folder_is_loaded_goes_on_and_describes_itself(folder):
+def test_a_trained_folder_is_loaded_goes_on_and_describes_itself(folder, capsys):
     config = eagle_run(folder, "loaded", budget__tokens=1)
     assert run(config) is None
     made = Path(config.run.folder) / "latest"
@@ -211,7 +211,9 @@ def test_a_trained_folder_is_loaded_goes_on_and_describes_itself(folder):
     card = (made / "README.md").read_text()
     assert "| kind | eagle |" in card and "| known tokens | 40 |" in card and "| intermediate size | 48 |" in card
     section = {**config.objective, "start": str(made)}
+    capsys.readouterr()
     again = EagleObjective.build(section, model, [])
+    assert "gives the network, and objective.layer_of_target has no effect" in capsys.readouterr().err
     assert again.network.origin["name"] == "latest" and again.network.norm.weight.dtype == torch.float32
     for name, tensor in again.network.stored().items():
         assert torch.equal(tensor, drafter.network.state_dict()[name].to(tensor.dtype)), name

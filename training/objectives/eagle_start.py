@@ -3,6 +3,7 @@
 `settings` is the section `objective` of a configuration (`eagle.Settings`). Knows nothing of losses.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
@@ -90,6 +91,9 @@ def _from_start(settings, target) -> EagleNetwork:
     folder = start_folder(settings.start)
     if folder is None or folder.kind != "eagle":
         raise ValueError(f"objective.start {settings.start} holds no EAGLE network; give the folder of a trained one")
+    if settings.layer_of_target is not None:
+        unused = "objective.layer_of_target has no effect"
+        print(f"objective.start {settings.start} gives the network, and {unused}", file=sys.stderr)
     network = load_network(folder, target)
     asked, started = eagle_settings(settings, target), network.settings
     for each in fields(EagleSettings):
