@@ -6,6 +6,7 @@ from pathlib import Path
 import paceline
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from paceline.drafters.eagle.drafter import EagleDrafter
 from paceline.spec.target.load import load_target
 from paceline.spec.tree import TreeShape
@@ -16,7 +17,7 @@ from paceline.training.train import run
 
 from support.models import tiny_llama, whole_rows
 from support.sentences import sentence
-from support.training_runs import assert_same_end, random_rows, settings, weights, write_data, write_target
+from support.training_runs import assert_same_end, lines, random_rows, settings, weights, write_data, write_target
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -176,6 +177,19 @@ def eagle_run(folder, name, **changes):
         "losses": {"forward_kl": 1},
     }
     return settings(folder, name, objective=section, run__keep=9, **changes)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_target_of_16_bits_is_trained_for_in_either_precision(folder, precision):
+    """Losses and ranks, with the frozen head in the target's dtype and all that is trained in float32."""
+    changes = {"target__dtype": "bfloat16", "optimisation__mixed_precision": precision, "budget__tokens": 1}
+    config = eagle_run(folder, f"bfloat16-{precision}", **changes)
+    AcceleratorState._reset_state(reset_partial_state=True)  # lets this process have another precision
+    assert run(config) is None
+    AcceleratorState._reset_state(reset_partial_state=True)
+    (line,) = (line for line in lines(config) if "eval/loss" in line)
+    assert line["eval/acc_1"] is not None
+    assert {tensor.dtype for tensor in weights(config, 1).values()} == {torch.float32}
 
 
 @pytest.mark.slow
