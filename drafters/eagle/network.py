@@ -230,10 +230,7 @@ class EagleNetwork(PreTrainedModel):
             hidden = self.layers[0](self.join(self.inputs(input_ids, features)), **attention)
         for layer in self.layers[1:]:
             hidden = layer(hidden, **attention)
-        states = self.norm(hidden)[:, -logits_to_keep:]
-        if isinstance(self.lm_head, nn.Linear):  # frozen, it has the target's dtype, in training of float32 too
-            states = states.to(self.lm_head.weight.dtype)
-        return CausalLMOutput(logits=self.lm_head(states))
+        return CausalLMOutput(logits=self.lm_head(self.norm(hidden)[:, -logits_to_keep:]))
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head

@@ -143,7 +143,7 @@ class EagleObjective(Objective):
             label, weight = labels[part], weights[part]
             distribution, total = self._wanted(law, text.hidden[at[part]], label, weight.sum(1))
             for step in range(steps):
-                logits = _logits(lm_head, leaf[part, step])  # (n, V')
+                logits = lm_head(leaf[part, step])  # (n, V')
                 loss, top = SoftCrossEntropy.apply(logits, distribution * weight[:, step, None].to(logits.dtype))
                 total = total + loss
                 right[at[part] - 1 - step, step] = (top == label) & counted[at[part], step]
@@ -203,15 +203,10 @@ def text_ranks(network: EagleNetwork, batch: Batch, seen: TargetView, depths: in
         labels = network.index_of_token[text.ids[columns[judged] + depth + 2], None]  # (n, 1)
         ranks = []
         for part, label in zip(states[judged].split(chunk), labels.split(chunk)):
-            logits = _logits(head, part)  # (n, V')
+            logits = head(part)  # (n, V')
             picked = logits.gather(1, label.clamp(max=known - 1))
             before = ((logits > picked) | ((logits == picked) & (order < label))).sum(-1)
             ranks.append(torch.where(label[:, 0] < known, before, network.vocab_size))
         if ranks:
             at[judged, depth] = torch.cat(ranks)
     return at
-
-
-def _logits(head: nn.Module, states: Tensor) -> Tensor:  # (n, H) -> (n, V')
-    """In the dtype of the head: a frozen one has the target's, in training of float32 too."""
-    return head(states.to(head.weight.dtype) if isinstance(head, nn.Linear) else states)

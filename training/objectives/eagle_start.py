@@ -3,11 +3,13 @@
 `settings` is the section `objective` of a configuration (`eagle.Settings`). Knows nothing of losses.
 """
 
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ...drafters.eagle.folder import load_network
 from ...drafters.eagle.network import EagleNetwork
@@ -30,10 +32,28 @@ _OF_TARGET = (
 )  # fmt: skip
 
 
+class FrozenHead(nn.Linear):
+    """The target's LM head in the target's dtype, for states of any: training has them in float32."""
+
+    @classmethod
+    def of(cls, head: nn.Linear) -> "FrozenHead":
+        made = cls(head.in_features, head.out_features, head.bias is not None, device="meta")
+        made.weight, made.bias = head.weight, head.bias
+        return made
+
+    def forward(self, states: Tensor) -> Tensor:
+        return F.linear(states.to(self.weight.dtype), self.weight, self.bias)
+
+
 def make_network(settings, target, rows: Iterable[dict]) -> EagleNetwork:
     """The network, its trained weights in float32. Raises ValueError for settings that make none."""
-    if settings.start is not None:
-        return _from_start(settings, target)
+    network = _new(settings, target, rows) if settings.start is None else _from_start(settings, target)
+    if not network.settings.own_head:
+        network.lm_head = FrozenHead.of(network.lm_head)
+    return network
+
+
+def _new(settings, target, rows: Iterable[dict]) -> EagleNetwork:
     vocab_size, vocabulary = target.config.get_text_config().vocab_size, None
     if settings.known_tokens is not None:
         vocabulary = frequent_tokens(rows, settings.known_tokens, vocab_size)
@@ -90,6 +110,9 @@ def _from_start(settings, target) -> EagleNetwork:
     folder = start_folder(settings.start)
     if folder is None or folder.kind != settings.kind:
         raise ValueError(f"objective.start {settings.start} holds no EAGLE network; give the folder of a trained one")
+    if settings.layer_of_target is not None:
+        unused = "objective.layer_of_target has no effect"
+        print(f"objective.start {settings.start} gives the network, and {unused}", file=sys.stderr)
     network = load_network(folder, target)
     asked, started = eagle_settings(settings, target), network.settings
     for each in fields(EagleSettings):
