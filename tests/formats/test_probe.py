@@ -38,7 +38,9 @@ WRONG = {
 
 
 def test_what_the_config_says_is_taken_where_it_is_right(learned, tmp_path, capsys):
-    drafter = paceline.load_drafter(learned.save(tmp_path / "head", **RIGHT), learned.target)
+    folder, generator = learned.save(tmp_path / "head", **RIGHT), torch.get_rng_state()
+    drafter = paceline.load_drafter(folder, learned.target)
+    assert torch.equal(torch.get_rng_state(), generator), "a sampled text is the same behind it"
     assert drafter.network.settings.taps == (1, 3, 6) and drafter.network.settings.norm_before_residual
     assert drafter.name == "head" and drafter.traits.kind == "eagle" and len(drafter.network.vocabulary) == V - 1
     assert capsys.readouterr().err == ""
