@@ -73,6 +73,24 @@ def _made(layer: dict[str, Any], vocab_size: int) -> tuple["PreTrainedConfig", l
         ) from error
 
 
+def rotary_embedding(layer: dict[str, Any]) -> nn.Module:
+    """The rotary embedding that `layer` describes. Raises ValueError unless its frequencies turn all numbers of an
+    attention head, in short texts and in long ones."""
+    try:
+        config: Any = _CONFIGS[layer["model_type"]](**layer)
+        rotary = _ROTARY[config.model_type](config)
+        longest = max(config.max_position_embeddings, config.rope_parameters.get("original_max_position_embeddings", 0))
+        for position in (longest, 0):
+            for part in rotary(torch.zeros(1), torch.tensor([[position]])):  # (1, 1, D)
+                if part.shape[-1] != config.head_dim or not part.isfinite().all():
+                    raise ValueError(f"{part.shape[-1]} numbers of {config.head_dim} are turned")
+    except Exception as error:  # of whatever type, as transformers computes with what it is given
+        raise ValueError(
+            f"the rope_parameters of `layer` turn no attention heads of these layers ({one_line(error)}); correct them"
+        ) from error
+    return rotary
+
+
 class EagleNetwork(PreTrainedModel):
     """The network for one target. Width H, features F, embeddings E, vocabulary V of the target, V' known tokens.
 
@@ -118,7 +136,7 @@ class EagleNetwork(PreTrainedModel):
         elif not settings.input_norm:
             layers[0].input_layernorm = nn.Identity()
         self.layers = nn.ModuleList(layers)
-        self.rotary_emb = _ROTARY[config.model_type](config)
+        self.rotary_emb: Any = rotary_embedding(settings.layer)
         self.norm = norm(size, settings.final_norm)
         self.trimmed = vocabulary is not None and len(vocabulary) < vocab_size
         ids = torch.arange(vocab_size) if vocabulary is None else vocabulary.cpu()
@@ -174,11 +192,9 @@ class EagleNetwork(PreTrainedModel):
     def adopt(self, settings: EagleSettings) -> None:
         """From now on follow `settings` that differ in what no tensor depends on: taps of the same sizes, rotary
         frequencies, and the residual of a wide layer."""
-        rope = settings.layer.get("rope_parameters")
-        if rope != self.settings.layer.get("rope_parameters"):
-            config = type(self.config)(**{**self.config.to_dict(), "rope_parameters": rope})
-            self.config.rope_parameters = config.rope_parameters
-            self.rotary_emb = type(self.rotary_emb)(config).to(self.device)
+        if settings.layer.get("rope_parameters") != self.settings.layer.get("rope_parameters"):
+            self.rotary_emb = rotary_embedding(settings.layer).to(self.device)
+            self.config.rope_parameters = self.rotary_emb.config.rope_parameters
         first = self.layers[0]
         if isinstance(first, WideLayer):
             first.norm_before_residual = settings.norm_before_residual

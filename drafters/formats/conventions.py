@@ -2,10 +2,15 @@
 from one more or less, rotary frequencies, and the residual of its first layer. Knows nothing of how good they are.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from ...spec.target.taps import HEAD, Tap, feature_sizes
+from ..eagle.network import rotary_embedding
 from ..eagle.settings import EagleSettings
 from .eagle_config import BASE, EagleConfig, default_ids, spread_ids
 
@@ -33,7 +38,7 @@ def candidates(config: EagleConfig, settings: EagleSettings, target: "PreTrained
     """All plausible conventions, first the one that the config declares, then those that differ in little; of the taps
     in `settings` the number is right. Raises ValueError where no list of layers fits the target."""
     taps = _taps(config, settings, target)
-    ropes = _ropes(settings.layer["rope_parameters"], target)
+    ropes = _ropes(config, settings.layer, target)
     declared = bool(config.flag("norm_before_residual")) and settings.wide
     residuals = [declared, not declared] if settings.wide else [False]
     made = [
@@ -86,11 +91,34 @@ def _ids(taps: tuple[Tap, ...], target: "PreTrainedModel") -> list[int]:
     return [layers if tap == HEAD else tap + 1 for tap in taps]
 
 
-def _ropes(declared: dict[str, Any], target: "PreTrainedModel") -> list[dict[str, Any]]:
-    """The frequencies that the config declares, those of EAGLE-3's own heads, and the target's."""
+def _ropes(config: EagleConfig, layer: dict[str, Any], target: "PreTrainedModel") -> list[dict[str, Any]]:
+    """The frequencies that the config declares, those of EAGLE-3's own heads, and the target's, where these fit the
+    attention heads. Raises ValueError where the declared ones do not."""
+    declared = layer["rope_parameters"]
     others = getattr(target.config.get_text_config(), "rope_parameters", None)
     ropes = [declared, {"rope_type": "default", "rope_theta": BASE}]
     if isinstance(others, dict) and others.get("rope_theta") and others.get("partial_rotary_factor", 1) == 1:
         plain = {name: value for name, value in others.items() if name != "partial_rotary_factor"}
         ropes.append({"rope_type": "default", **plain})
-    return [rope for number, rope in enumerate(ropes) if rope not in ropes[:number]]
+    fitting = []
+    for rope in ropes:
+        try:
+            with _no_warnings():
+                rotary_embedding({**layer, "rope_parameters": rope})
+        except ValueError as error:
+            if rope is declared:
+                raise ValueError(f"drafter {config.name}: no network can be made of its config ({error})") from error
+        else:
+            fitting += [] if rope in fitting else [rope]
+    return fitting
+
+
+@contextmanager
+def _no_warnings() -> Iterator[None]:
+    """transformers warns of nothing in the block."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -67,6 +67,9 @@ class EagleConfig:
         base = next((value for value in bases if value is not None), BASE)
         if type(base) not in (int, float) or not 1 < base < float("inf"):
             raise self.refused("rope_theta", base, "which is no base of rotary frequencies")
+        for share in (part.get("partial_rotary_factor") for part in [*parts, self.layer]):
+            if share not in (None, 1):
+                raise self.refused("partial_rotary_factor", share, "and layers of Llama and Qwen3 turn whole heads")
         for part in parts:
             kind = part.get("rope_type", part.get("type"))
             if kind in (None, "default", "mrope"):  # the last has the same frequencies for text

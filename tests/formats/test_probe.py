@@ -3,7 +3,9 @@
 import paceline
 import pytest
 import torch
-from formats.published import KNOWN, WIDTH, V, config_of, eagle1, eagle3, stepping_target, write
+from formats.published import KNOWN, V, config_of, eagle1, eagle3, stepping_target, write
+from paceline.drafters.eagle.network import EagleNetwork
+from paceline.drafters.eagle.settings import EagleSettings
 from paceline.drafters.formats.conventions import candidates
 from paceline.drafters.formats.eagle_config import EagleConfig
 from paceline.drafters.formats.probe import BEGINNINGS, TOKENS, Agreement, agreement, own_text
@@ -156,12 +158,28 @@ def test_the_text_is_greedy_and_the_states_are_the_targets():
     ],
 )
 def test_lists_of_layers_that_are_tried(config, lists):
-    from paceline.drafters.eagle.settings import EagleSettings
-
     target = tiny_llama(V, num_hidden_layers=8)
     settings = EagleSettings(
         config_of(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), range(3), fuse=True
     )
     tried = list(dict.fromkeys(each.settings.taps for each in candidates(EagleConfig(config, "x"), settings, target)))
     as_states = [[8 if tap == HEAD else tap + 1 for tap in taps] for taps in tried]
-    assert as_states[0] == lists[0] and sorted(as_states) == sorted(lists) and WIDTH == 32
+    assert as_states[0] == lists[0] and sorted(as_states) == sorted(lists)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_frequencies_of_the_target_are_tried_where_they_fit_the_heads(size):
+    """A target whose frequencies have a list for each pair of numbers, such as Phi-3's, and attention heads as large as
+    its own, or larger."""
+    long = {"rope_type": "longrope", "rope_theta": 100.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    long |= {"original_max_position_embeddings": 64, "factor": 4.0}
+    target = tiny_llama(V, num_hidden_layers=8, rope_parameters=long)
+    layer = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "head_dim": size}
+    layer |= {"max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    tried = candidates(EagleConfig({}, "x"), EagleSettings(layer, range(3), wide=True, fuse=True), target)
+    kinds = {each.settings.layer["rope_parameters"]["rope_type"] for each in tried}
+    assert kinds == {"default"} | ({"longrope"} if size == 8 else set())
+    network = EagleNetwork(tried[0].settings, target)
+    for each in tried:
+        network.adopt(each.settings)
+        assert network.rotary_emb.inv_freq.shape == (size // 2,)

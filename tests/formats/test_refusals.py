@@ -84,6 +84,8 @@ def changed(tensors, **changes):
     return {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None}
 
 
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+LONG |= {"original_max_position_embeddings": 64, "factor": 32.0}
 Q, FC = "layers.0.self_attn.q_proj.weight", "fc.weight"
 SECOND = {"layers.1.input_layernorm.weight": norm(WIDTH), "layers.1.hidden_norm.weight": norm(WIDTH)}
 UP, SPELT = "layers.0.mlp.up_proj.weight", "midlayer.mlp.up_proj.weight"
@@ -137,6 +139,11 @@ DAMAGED = {
     "rope base": (eagle3, {"rope_theta": "10000"}, "its config says rope_theta='10000'"),
     "rope type": (eagle3, {"rope_scaling": {"type": "spiral"}}, "rope_type='spiral', which transformers does not know"),
     "rope without numbers": (eagle3, {"rope_scaling": {"rope_type": "llama3"}}, "no network can be made of its config"),
+    "a part of each head": (eagle3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, and layers of Llama"),
+    "a part, in the rope": (eagle3, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+                            "partial_rotary_factor=0.25, and layers of Llama and Qwen3 turn whole heads"),
+    "long rope": (eagle3, {"rope_scaling": {**LONG, "long_factor": [1.0] * 3}}, "turn no attention heads of these"),
+    "short rope": (eagle3, {"rope_scaling": {**LONG, "short_factor": [1.0] * 5}}, "turn no attention heads of these"),
     "eps": (eagle3, {"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
     "act": (eagle3, {"hidden_act": "sigh"}, "hidden_act='sigh'"),
     "ids": (eagle3, {"eagle_aux_hidden_state_layer_ids": "2,4,7"}, "layer_ids='2,4,7'"),
