@@ -31,6 +31,7 @@ class Checkpoint:
     name: str  # as the user gave it
     path: Path
     files: dict[str, Path]
+    saved: bool = True  # as `save_pretrained` does, in contrast to a file that lies beside such weights
 
     def config(self) -> dict[str, Any]:
         """The content of its config.json; empty where there is none. Raises ValueError for a damaged one."""
@@ -102,7 +103,7 @@ def open_checkpoints(name_or_path: str | Path) -> list[Checkpoint]:
         return _on_the_hub(name)
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     _refuse_pickles(name, names)
-    read = [_of_files(name, folder, files) for files in _groups(names, lambda: _shards(folder / INDEX))]
+    read = [_of_files(name, folder, *group) for group in _groups(names, lambda: _shards(folder / INDEX))]
     return [checkpoint for checkpoint in read if checkpoint.files]
 
 
@@ -111,14 +112,15 @@ def fetched(checkpoint: Checkpoint) -> Checkpoint:
     if Path(checkpoint.name).is_dir():
         return checkpoint
     folder = fetch(checkpoint.name)
-    return _of_files(checkpoint.name, folder, {file.name for file in checkpoint.files.values()})
+    return _of_files(checkpoint.name, folder, {file.name for file in checkpoint.files.values()}, checkpoint.saved)
 
 
-def _groups(names: list[str], shards: Callable[[], set[str]]) -> list[set[str]]:
-    """The files that belong together: of the index, or the one of `save_pretrained`; then every other one."""
-    whole = shards() if INDEX in names else {WEIGHTS} & set(names)
-    others = [file for file in names if file.endswith(".safetensors") and file not in whole]
-    return [group for group in (whole, *({file} for file in others)) if group]
+def _groups(names: list[str], shards: Callable[[], set[str]]) -> list[tuple[set[str], bool]]:
+    """The files that belong together: of the index, or the one of `save_pretrained`, as the bool says; then every other
+    one."""
+    saved = shards() if INDEX in names else {WEIGHTS} & set(names)
+    others = [file for file in names if file.endswith(".safetensors") and file not in saved]
+    return [*([(saved, True)] if saved else []), *(({file}, False) for file in others)]
 
 
 def _shards(index: Path) -> set[str]:
@@ -131,7 +133,7 @@ def _shards(index: Path) -> set[str]:
         raise ValueError(f"{index} is no index of weights ({error}); fetch the drafter again") from error
 
 
-def _of_files(name: str, folder: Path, files: set[str]) -> Checkpoint:
+def _of_files(name: str, folder: Path, files: set[str], saved: bool) -> Checkpoint:
     inside: dict[str, Path] = {}
     for file in sorted(files):
         try:
@@ -139,7 +141,7 @@ def _of_files(name: str, folder: Path, files: set[str]) -> Checkpoint:
                 inside |= dict.fromkeys(opened.keys(), folder / file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / file} cannot be read ({error}); fetch the drafter again") from error
-    return Checkpoint(name, folder, inside)
+    return Checkpoint(name, folder, inside, saved)
 
 
 def _cached(name: str) -> Path | None:
@@ -168,15 +170,15 @@ def _on_the_hub(name: str) -> list[Checkpoint]:
             read = [
                 {
                     tensor: Path(file)
-                    for file in group
+                    for file in files
                     for tensor in api.parse_safetensors_file_metadata(name, file).tensors
                 }
-                for group in groups
+                for files, _ in groups
             ]
     except Exception:  # whatever the hub raises: who loads it as a model says what is wrong
         return []
     _refuse_pickles(name, names)
-    return [Checkpoint(name, folder, files) for files in read]
+    return [Checkpoint(name, folder, files, saved) for files, (_, saved) in zip(read, groups)]
 
 
 def _refuse_pickles(name: str, files: list[str]) -> None:

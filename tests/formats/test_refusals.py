@@ -21,7 +21,7 @@ from formats.published import (
     norm,
     write,
 )  # fmt: skip
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support.models import noisy_copy, tiny_llama
 from support.sentences import sentence
@@ -65,14 +65,33 @@ def test_a_draft_model_with_a_mask_token_is_pard(target, tmp_path):
 
 def test_a_whole_model_with_layers_for_several_tokens_is_a_draft_model_but_of_itself(target, tmp_path):
     noisy_copy(target).save_pretrained(tmp_path)
-    save_file({"mtp.fc.weight": norm(3)}, tmp_path / "mtp.safetensors")
-    from safetensors.torch import load_file
-
     save_file(load_file(tmp_path / "model.safetensors") | {"mtp.fc.weight": norm(3)}, tmp_path / "model.safetensors")
-    (tmp_path / "mtp.safetensors").unlink()
     assert paceline.load_drafter(tmp_path, target).traits.kind == "draft_lm"
     itself, _ = paceline.load_target(tmp_path, with_tokenizer=False)
     sentence(lambda: paceline.load_drafter(tmp_path, itself), "has the format MTP, a target's own layers")
+
+
+@pytest.mark.parametrize("form", ["MTP", "DFlash", "Hydra"])
+def test_what_is_not_read_beside_a_draft_model_does_not_matter(target, tmp_path, form):
+    """Layers for several tokens are kept outside of the index at times."""
+    noisy_copy(target).save_pretrained(tmp_path)
+    save_file(OTHERS[form][0], tmp_path / "beside.safetensors")
+    assert paceline.load_drafter(tmp_path, target).traits.kind == "draft_lm"
+    itself, _ = paceline.load_target(tmp_path, with_tokenizer=False)
+    sentence(lambda: paceline.load_drafter(tmp_path, itself), f"has the format {form}, ")
+    (tmp_path / "model.safetensors").rename(tmp_path / "another.safetensors")
+    sentence(lambda: paceline.load_drafter(tmp_path, target), f"has the format {form}, ")
+
+
+def test_heads_beside_a_model_are_for_models_as_wide(target, tmp_path):
+    """As those of Medusa-2, which tunes the model too; beside a narrower one they are of no use to this target."""
+    noisy_copy(target).save_pretrained(tmp_path / "tuned")
+    tiny_llama(V, hidden_size=16).save_pretrained(tmp_path / "draft")
+    for name in ("tuned", "draft"):
+        save_file(medusa(), tmp_path / name / "medusa_lm_head.safetensors")
+    words = "no more than by chance: it was made for another"
+    sentence(lambda: paceline.load_drafter(tmp_path / "tuned", target), words)
+    assert paceline.load_drafter(tmp_path / "draft", target).traits.kind == "draft_lm"
 
 
 def test_a_type_of_speculators_that_is_not_known_is_named(target, tmp_path):
