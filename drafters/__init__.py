@@ -55,9 +55,7 @@ def load_drafter(
         check_choice(weights)
     loaded = not isinstance(name_or_path, (str, Path))
     if loaded and weights not in ("16", "auto"):
-        raise ValueError(
-            f"weights={weights!r} is for a drafter that is loaded by name, and this one is loaded already"
-        )
+        raise ValueError(f"weights={weights!r} is for a drafter that is loaded by name, and this one is loaded already")
     tokenizers = tokenizer, draft_tokenizer
     with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):  # new layers draw weights
         if loaded:

@@ -92,7 +92,7 @@ class EagleFile:
             "num_key_value_heads": keys // heads, "head_dim": heads, "hidden_act": self.config.activation(),
             "rms_norm_eps": self.config.epsilon(), "attention_bias": biased,
             "mlp_bias": "layers.0.mlp.gate_proj.bias" in self.tensors, "rope_parameters": self.config.rope(),
-            "max_position_embeddings": max(length or 2048 for length in longest),
+            "max_position_embeddings": max(length or 2048 for length in longest), **self.config.windows(len(numbers)),
         }  # fmt: skip
 
     def _head_size(self, queries: int, keys: int, sizes: list[int]) -> int:
