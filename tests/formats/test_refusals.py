@@ -107,6 +107,7 @@ LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
 LONG |= {"original_max_position_embeddings": 64, "factor": 32.0}
 Q, FC = "layers.0.self_attn.q_proj.weight", "fc.weight"
 SECOND = {"layers.1.input_layernorm.weight": norm(WIDTH), "layers.1.hidden_norm.weight": norm(WIDTH)}
+FIRST_NORM = {"layers.1.input_layernorm.weight": norm(WIDTH)}
 UP, SPELT = "layers.0.mlp.up_proj.weight", "midlayer.mlp.up_proj.weight"
 DAMAGED = {
     "renamed": (lambda: changed(eagle3(), **{Q: None, "layers.0.self_attn.query.weight": drawn(32, 64)}), {},
@@ -168,7 +169,7 @@ DAMAGED = {
                       "sliding_window=9, and use_sliding_window=False, and it has layers of sliding_attention"),
     "chunks": (eagle3, {"layer_types": ["chunked_attention"]}, "layer_types=['chunked_attention'], which are not full"),
     "types": (eagle3, {"layer_types": "full_attention"}, "layer_types='full_attention', which are not full_attention"),
-    "types of too few": (lambda: eagle3() | layer("layers.1.", WIDTH) | SECOND, {"layer_types": ["full_attention"]},
+    "types of too few": (lambda: eagle3() | layer("layers.1.", WIDTH) | FIRST_NORM, {"layer_types": ["full_attention"]},
                          "or sliding_attention for 2 layers"),
     "eps": (eagle3, {"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
     "act": (eagle3, {"hidden_act": "sigh"}, "hidden_act='sigh'"),
