@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama as llama
 
 from ...spec.target.given import cache_name
-from ...spec.target.taps import HEAD, Tap, feature_sizes, put_taps
+from ...spec.target.taps import HEAD, Tap, feature_sizes, linear_head, put_taps
 from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..folder import target_identity
 from ..known_tokens import check_vocabulary, places
@@ -40,7 +40,7 @@ class EagleNetwork(PreTrainedModel):
     embeddings: Tensor  # (V, E), stored only if they are its own
 
     def __init__(self, settings: EagleSettings, target: PreTrainedModel, vocabulary: Tensor | None = None):
-        vocab_size, target_size = linear_shape(target.get_output_embeddings())
+        vocab_size, target_size = linear_shape(linear_head(target))
         put_taps(target, settings.taps)  # raises where it has no such layer
         config, layers = made_layers(settings.layer, vocab_size)
         super().__init__(config)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...spec.console import quietly
 from ..folder import PICKLES, fetch
+from .eagle_names import without_prefixes
 from .twins import pickle_refusal
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -63,6 +64,13 @@ class Checkpoint:
             if not tensor.isfinite().all():
                 raise self.refused(f"tensor {name!r} holds NaN or infinite numbers; fetch the drafter again")
         return tensors
+
+    def plain_names(self) -> dict[str, str]:
+        """The names of its tensors by what they are without meaningless prefixes."""
+        try:
+            return without_prefixes(self.files)
+        except ValueError as error:
+            raise self.refused(str(error)) from error
 
     def check(self, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless `tensors`, by the names of this file, are those of `shapes`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...spec.console import one_line
-from ...spec.target.taps import HEAD, feature_sizes
+from ...spec.target.taps import HEAD, feature_sizes, linear_head
 from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
@@ -30,7 +30,7 @@ class EagleFile:
     def __init__(self, checkpoint: Checkpoint, target: "PreTrainedModel"):
         self.target = target
         self.config = EagleConfig(checkpoint.config(), checkpoint.name)
-        self.vocab_size, self.target_size = linear_shape(target.get_output_embeddings())
+        self.vocab_size, self.target_size = linear_shape(linear_head(target))
         self.embedded = target.get_input_embeddings().weight.shape[1]
         self.tap_size = feature_sizes(target, (0,))[0]
         self.tensors = EagleTensors(checkpoint)

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor
 
 from ...spec.target.given import cache_name
-from ...spec.target.taps import HEAD, Tap, joined, listening, put_taps
+from ...spec.target.taps import HEAD, Tap, joined, linear_head, listening, put_taps
 from ...spec.target.weights import linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 BEGINNINGS = (300, 500, 700, 900)  # token ids; low ones are common pieces of words in nearly all vocabularies
 TOKENS = 24  # that the target writes after each
+_NOTHING = -1e4
 SURE = 3.0  # standard errors by which another convention must be better than the declared one
 
 
@@ -71,7 +72,7 @@ def own_text(target: "PreTrainedModel", taps: set[Tap]) -> OwnText:
     layers: list[Tap] = sorted(tap for tap in taps if tap != HEAD)
     ordered = (*layers, HEAD)
     put_taps(target, ordered)
-    vocab_size = linear_shape(target.get_output_embeddings())[0]
+    vocab_size = linear_shape(linear_head(target))[0]
     config = target.generation_config
     begin = [token for token in (config.bos_token_id,) if isinstance(token, int)]
     rows = [[*begin, token % min(vocab_size, target.config.get_text_config().vocab_size)] for token in BEGINNINGS]
@@ -96,6 +97,7 @@ def agreement(logits: Tensor, chosen: Tensor, index_of_token: Tensor) -> Agreeme
     guesses, wanted = logits.argmax(-1).flatten(), columns.flatten()
     inside = wanted < known
     logprobs = logits.float().log_softmax(-1).flatten(0, 1)[inside].gather(1, wanted[inside][:, None])[:, 0]
+    logprobs = logprobs.nan_to_num(nan=_NOTHING, neginf=_NOTHING)  # so that what computes nothing is the worst
     counts = [torch.bincount(values, minlength=known + 1).double() for values in (guesses, wanted)]
     expected = float((counts[0] * counts[1])[:known].sum()) / len(wanted)
     return Agreement(logprobs, int((guesses == wanted).sum()), len(wanted), expected)

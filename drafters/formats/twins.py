@@ -10,7 +10,6 @@ _REVISIONS = {
 _TWINS = {
     "EAGLE3-LLaMA3.1-Instruct-8B": "nm-testing/EAGLE3-LLaMA3.1-Instruct-8B-converted",
     "EAGLE-LLaMA3-Instruct-70B": "yuhuili/EAGLE-LLaMA3-Instruct-70B",
-    "EAGLE-Llama-3.1-8B-Instruct": "nm-testing/eagle-llama3.1-8b-instruct",
 }
 
 

@@ -122,6 +122,15 @@ def test_agreement_counts_like_a_loop():
     torch.testing.assert_close(got.logprobs, torch.stack(told))
 
 
+def test_what_computes_nothing_is_the_worst():
+    chosen, every = torch.arange(20)[None] % 7, torch.arange(V)
+    poor, nothing = torch.randn(1, 20, V), torch.full((1, 20, V), float("nan"))
+    masked = torch.zeros(1, 20, V).masked_fill(torch.arange(V) < 7, -torch.inf)
+    for other in (nothing, masked):
+        assert agreement(poor, chosen, every).better_than(agreement(other, chosen, every))
+        assert not agreement(other, chosen, every).better_than(agreement(poor, chosen, every))
+
+
 def test_luck_does_not_overrule_a_config():
     torch.manual_seed(0)
     base = -torch.rand(100)

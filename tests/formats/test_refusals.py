@@ -21,9 +21,10 @@ from formats.published import (
     norm,
     write,
 )  # fmt: skip
+from paceline.drafters.eagle.folder import save_network
 from safetensors.torch import load_file, save_file
 
-from support.models import noisy_copy, tiny_llama
+from support.models import noisy_copy, random_eagle, tiny_llama
 from support.sentences import sentence
 
 OTHERS = {
@@ -139,6 +140,8 @@ DAMAGED = {
     "d2t of another length": (lambda: changed(eagle3(), d2t=torch.arange(5)), {}, "lists 5 tokens and the head has 24"),
     "d2t twice": (lambda: changed(eagle3(), d2t=-torch.arange(KNOWN)), {}, "'d2t' lists a token twice"),
     "d2t of floats": (lambda: changed(eagle3(), d2t=torch.rand(KNOWN)), {}, "'d2t' holds no offsets"),
+    "twice": (lambda: eagle3() | {"model.norm.weight": norm(WIDTH)}, {},
+              "tensors 'model.norm.weight' and 'norm.weight' are the same one by their names"),
     "two norms": (lambda: eagle3() | layer("layers.1.", WIDTH) | SECOND, {},
         "'layers.1.hidden_norm.weight' and 'layers.1.input_layernorm.weight' differ"),
     "tokens beyond": (lambda: changed(eagle3(), d2t=torch.arange(KNOWN) + 99), {}, "another target: it drafts token"),
@@ -185,6 +188,19 @@ def test_what_does_not_fit_is_named(eight, tmp_path, case):
     make, config, words = DAMAGED[case]
     folder = write(tmp_path / "head", make(), config_of(**{"eagle_config": None, **config}))
     sentence(lambda: paceline.load_drafter(folder, eight), words or "no more than by chance", str(folder))
+
+
+def test_heads_for_a_target_without_an_lm_head(target, tmp_path):
+    headless = tiny_llama(V)
+    headless.get_output_embeddings = lambda: None
+    for name, tensors in (("eagle", eagle3()), ("medusa", medusa()), ("mlp", mlp_speculator())):
+        folder = write(tmp_path / name, tensors, config_of(n_predict=3))
+        sentence(lambda folder=folder: paceline.load_drafter(folder, headless), "has no linear LM head")
+    save_network(random_eagle(target), tmp_path / "ours")
+    folder = tmp_path / "ours"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "paceline_target": None}))
+    sentence(lambda: paceline.load_drafter(folder, headless), "has no linear LM head")
 
 
 def test_a_target_of_fewer_layers_than_a_head_reads(tmp_path):
