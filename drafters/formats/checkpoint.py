@@ -111,7 +111,7 @@ def open_checkpoints(name_or_path: str | Path) -> list[Checkpoint]:
         return _on_the_hub(name)
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     _refuse_pickles(name, names)
-    read = [_of_files(name, folder, *group) for group in _groups(names, lambda: _shards(folder / INDEX))]
+    read = [_of_files(name, folder, *group) for group in _groups(names, lambda: shards_of(folder / INDEX))]
     return [checkpoint for checkpoint in read if checkpoint.files]
 
 
@@ -131,7 +131,8 @@ def _groups(names: list[str], shards: Callable[[], set[str]]) -> list[tuple[set[
     return [*([(saved, True)] if saved else []), *(({file}, False) for file in others)]
 
 
-def _shards(index: Path) -> set[str]:
+def shards_of(index: Path) -> set[str]:
+    """The files that an index of weights names. Raises ValueError for what is none."""
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if all(PurePosixPath(file).name == file for file in files):
@@ -159,7 +160,7 @@ def _cached(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
         index = folder / INDEX
-        files = _shards(index) if index.is_file() else {file.name for file in folder.glob("*.safetensors")}
+        files = shards_of(index) if index.is_file() else {file.name for file in folder.glob("*.safetensors")}
     except (OSError, ValueError):
         return None
     return folder if files and all((folder / file).is_file() for file in files) else None
@@ -174,7 +175,7 @@ def _on_the_hub(name: str) -> list[Checkpoint]:
         with quietly():
             names = [file for file in api.list_repo_files(name) if "/" not in file]
             folder = Path(hf_hub_download(name, "config.json")).parent if "config.json" in names else Path(name)
-            groups = _groups(names, lambda: _shards(Path(hf_hub_download(name, INDEX))))
+            groups = _groups(names, lambda: shards_of(Path(hf_hub_download(name, INDEX))))
             read = [
                 {
                     tensor: Path(file)
@@ -193,5 +194,6 @@ def _refuse_pickles(name: str, files: list[str]) -> None:
     if any(file.endswith((".safetensors", ".gguf")) for file in files):
         return
     pickles = [file for file in files if file.endswith(PICKLES) and not file.startswith(_STRAY)]
+    index = next((file for file in files if file.endswith(tuple(f"{ending}.index.json" for ending in PICKLES))), None)
     if pickles:
-        raise ValueError(pickle_refusal(name, pickles[0]))
+        raise ValueError(pickle_refusal(name, pickles[0], index))
