@@ -15,7 +15,7 @@ from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
-from .conventions import Convention, candidates
+from .conventions import Conventions, candidates
 from .eagle_config import EagleConfig
 from .eagle_names import OFFSETS, known_ids
 from .eagle_tensors import EagleTensors, begins
@@ -35,7 +35,7 @@ class EagleFile:
         self.tap_size = feature_sizes(target, (0,))[0]
         self.tensors = EagleTensors(checkpoint)
 
-    def network(self) -> tuple[EagleNetwork, list[Convention]]:
+    def network(self) -> tuple[EagleNetwork, Conventions]:
         """The network in the target's dtype, on its device, and the conventions by which it may be read; it is made by
         the first. Raises ValueError, in one sentence, for what does not fit."""
         layer = self._layer()
@@ -44,7 +44,7 @@ class EagleFile:
         self._check_widths(layer["hidden_size"])
         conventions = candidates(self.config, self._settings(layer), self.target)
         try:
-            network = EagleNetwork(conventions[0].settings, self.target, vocabulary)
+            network = EagleNetwork(conventions.tried[0].settings, self.target, vocabulary)
         except Exception as error:  # whatever transformers raises for a config
             raise self.tensors.refused(
                 f"no network can be made of its config ({one_line(error)}); fetch the drafter again"

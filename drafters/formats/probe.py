@@ -20,7 +20,7 @@ from ...spec.target.weights import linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
-from .conventions import Convention
+from .conventions import Convention, Conventions
 from .eagle_config import EagleConfig
 
 if TYPE_CHECKING:
@@ -105,11 +105,11 @@ def agreement(logits: Tensor, chosen: Tensor, index_of_token: Tensor) -> Agreeme
 
 @torch.no_grad()
 def choose(
-    network: EagleNetwork, conventions: list[Convention], config: EagleConfig, target: "PreTrainedModel"
+    network: EagleNetwork, conventions: Conventions, config: EagleConfig, target: "PreTrainedModel"
 ) -> EagleSettings:
-    """The settings by which `network` predicts the target's own text best: of the first convention, which is the
-    declared one, unless another is surely better. Raises ValueError where none is better than chance."""
-    text = own_text(target, {tap for convention in conventions for tap in convention.settings.taps})
+    """The settings by which `network` predicts the target's own text best: the declared ones, unless others are surely
+    better, or these do not fit. Raises ValueError where none is better than chance."""
+    text = own_text(target, {tap for convention in conventions.tried for tap in convention.settings.taps})
     positions = torch.arange(text.tokens.shape[1], device=target.device).expand_as(text.tokens)
 
     def tried(convention: Convention) -> Agreement:
@@ -118,20 +118,23 @@ def choose(
         logits = network(text.tokens, features, positions).logits
         return agreement(logits, text.chosen, network.index_of_token)
 
-    results = [(convention, tried(convention)) for convention in conventions]
-    declared, taken = results[0], results[0]
-    for changes in sorted({convention.changes for convention in conventions[1:]}):
-        of_these = [result for result in results if result[0].changes == changes]
-        best = max(of_these, key=lambda result: float(result[1].logprobs.mean()))
-        if best[1].better_than(taken[1]):
-            taken = best
+    results = [(convention, tried(convention)) for convention in conventions.tried]
+    of_changes = {convention.changes: [] for convention, _ in results}  # fewest first
+    for result in results:
+        of_changes[result[0].changes].append(result)
+    best = [max(of_these, key=lambda result: float(result[1].logprobs.mean())) for of_these in of_changes.values()]
+    taken = best[0]
+    for other in best[1:]:
+        taken = other if other[1].better_than(taken[1]) else taken
     convention, agreed = taken
     _refuse_chance(agreed, config.name, config.verifier(), ", however its layer ids, rope base and residual are read")
-    if taken is not declared:
+    if convention.changes:
+        declared, first = conventions.declared, results[0]
+        instead = "" if first[0].changes else f" instead of {first[1].hits}"
         print(
-            f"drafter {config.name}: by its config it has {declared[0].against(convention)}; it is read with "
-            f"{convention.against(declared[0])}, and so guesses {agreed.hits} of {agreed.tried} tokens of the target's "
-            f"own text instead of {declared[1].hits}",
+            f"drafter {config.name}: by its config it has {declared.against(convention)}; it is read with "
+            f"{convention.against(declared)}, and so guesses {agreed.hits} of {agreed.tried} tokens of the target's "
+            f"own text{instead}",
             file=sys.stderr,
         )
     return convention.settings

@@ -22,6 +22,11 @@ WRONG = {
         {IDS: None, "eagle_config": {IDS: [2, 4, 7]}},
         "hidden states [3, 5, 8]; it is read with hidden states [2, 4, 7], and",
     ),
+    "twice": ({IDS: [2, 2, 4], "eagle_config": {IDS: [1, 3, 6]}}, "hidden states [2, 2, 4] (one of them twice); it is"),
+    "too many": (
+        {IDS: [1, 3, 4, 6], "target_layer_ids": [0, 2, 5]},
+        "hidden states [1, 3, 4, 6] (its fc reads 3); it is read with hidden states [2, 4, 7], and",
+    ),
     "base": ({"rope_theta": 1e6}, "rope base 1e+06; it is read with rope base 100, and"),
     "no base": ({"rope_theta": None}, "rope base 10000; it is read with rope base 100, and"),
     "residual": (
@@ -46,6 +51,18 @@ def test_what_the_config_says_is_taken_where_it_is_right(learned, tmp_path, caps
     assert drafter.network.settings.taps == (1, 3, 6) and drafter.network.settings.norm_before_residual
     assert drafter.name == "head" and drafter.traits.kind == "eagle" and len(drafter.network.vocabulary) == V - 1
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("ids", "why"),
+    [([0, 4, 7], "0 are the embeddings, which are not read"), ([2, 4, 9], "this target has 8 layers"),
+     ([2, 2, 4], "one of them twice"), ([2, 4], "its fc reads 3")],
+)  # fmt: skip
+def test_layers_that_do_not_fit_are_not_replaced_in_silence(learned, tmp_path, capsys, ids, why):
+    paceline.load_drafter(learned.save(tmp_path / "head", **{**RIGHT, IDS: ids}), learned.target)
+    said = capsys.readouterr().err
+    assert f"by its config it has hidden states {ids} ({why}); it is read with hidden states [2, 4, 6], and so" in said
+    assert said.endswith(" of the target's own text\n")
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -171,7 +188,9 @@ def test_lists_of_layers_that_are_tried(config, lists):
     settings = EagleSettings(
         config_of(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}), range(3), fuse=True
     )
-    tried = list(dict.fromkeys(each.settings.taps for each in candidates(EagleConfig(config, "x"), settings, target)))
+    tried = list(
+        dict.fromkeys(each.settings.taps for each in candidates(EagleConfig(config, "x"), settings, target).tried)
+    )
     as_states = [[8 if tap == HEAD else tap + 1 for tap in taps] for taps in tried]
     assert as_states[0] == lists[0] and sorted(as_states) == sorted(lists)
 
@@ -185,7 +204,7 @@ def test_frequencies_of_the_target_are_tried_where_they_fit_the_heads(size):
     target = tiny_llama(V, num_hidden_layers=8, rope_parameters=long)
     layer = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "head_dim": size}
     layer |= {"max_position_embeddings": 256, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
-    tried = candidates(EagleConfig({}, "x"), EagleSettings(layer, range(3), wide=True, fuse=True), target)
+    tried = candidates(EagleConfig({}, "x"), EagleSettings(layer, range(3), wide=True, fuse=True), target).tried
     kinds = {each.settings.layer["rope_parameters"]["rope_type"] for each in tried}
     assert kinds == {"default"} | ({"longrope"} if size == 8 else set())
     network = EagleNetwork(tried[0].settings, target)
