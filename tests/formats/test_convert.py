@@ -11,7 +11,7 @@ import paceline
 import pytest
 import torch
 from formats.published import config_of, eagle3, write
-from paceline.drafters.formats import convert as command
+from paceline.drafters.formats import convert
 from paceline.drafters.formats.unpickle import main
 from paceline.spec import cli
 from safetensors.torch import load_file
@@ -121,8 +121,9 @@ def test_damaged_files_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_weights_in_several_pickles(learned, desk, capsys):
+def test_weights_in_several_pickles(learned, desk, capsys, monkeypatch):
     """Their index is named where they are refused, and converted."""
+    monkeypatch.setattr(convert, "_unpickle", lambda file, output: main(str(file), str(output)))  # in this process
     names = sorted(learned.tensors)
     parts = {f"pytorch_model-{part}-of-2.bin": names[part - 1 :: 2] for part in (1, 2)}
     for file, inside in parts.items():
@@ -169,7 +170,7 @@ def test_a_process_that_is_ended_leaves_nothing(desk, capsys, monkeypatch):
         arguments[3].write_bytes(b"half")
         return subprocess.CompletedProcess(arguments, code, "", "Traceback\nOSError: no space left")
 
-    monkeypatch.setattr(command.subprocess, "run", ended)
+    monkeypatch.setattr(convert.subprocess, "run", ended)
     code = -signal.SIGKILL
     assert "the process that read it was ended by SIGKILL" in refusal("model.bin", capsys)
     code = 1
@@ -179,7 +180,7 @@ def test_a_process_that_is_ended_leaves_nothing(desk, capsys, monkeypatch):
         arguments[3].write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.subprocess, "run", stopped)
+    monkeypatch.setattr(convert.subprocess, "run", stopped)
     assert cli.main(["convert", "model.bin", "-o", "out"]) == 130
     assert sorted(os.listdir()) == ["config.json", "model.bin"]
-    monkeypatch.setattr(command.subprocess, "run", real)
+    monkeypatch.setattr(convert.subprocess, "run", real)
