@@ -171,9 +171,7 @@ def choose(
     text = own_text(target, {tap for convention in conventions.tried for tap in convention.settings.taps})
     taken = _best(network, conventions.tried, text.first(ROWS))
     ropes = [each for each in conventions.tried if (each.taps, each.residual) == (taken.taps, taken.residual)]
-    if (
-        len(ropes) > 1
-    ):  # few tokens hardly tell; turns that are too quick show in short texts, too slow ones in long ones
+    if len(ropes) > 1:  # which few tokens hardly tell: some wrong ones show in short texts, others in long ones
         others = [replace(each, changes=int(each is not taken)) for each in ropes]
         best = _best(network, others, text, one_text(target, text))
         taken = next(each for each in ropes if each.settings == best.settings)
