@@ -40,8 +40,11 @@ def load_drafter(
     `weights` are "16", dense ones; "q4" or "q4-int8", blocks of 4 bits: a GGUF file's or a quantised folder's own (or
     "q8"), and other weights rounded to the nearest; or "auto", the quickest of these here. The text stays the target's.
 
-    Raises ValueError where the drafter cannot be found or loaded, or does not fit the target.
+    torch's random generators are left as they were. Raises ValueError where the drafter cannot be found or loaded, or
+    does not fit the target.
     """
+    import torch
+
     from ..spec.arguments import check_model
 
     target = check_model(target, "target")
@@ -50,13 +53,17 @@ def load_drafter(
         from .draft_weights import check_choice
 
         check_choice(weights)
-    if not isinstance(name_or_path, (str, Path)):
-        if weights not in ("16", "auto"):
-            raise ValueError(
-                f"weights={weights!r} is for a drafter that is loaded by name, and this one is loaded already"
-            )
-        return _around(name_or_path, target, (tokenizer, draft_tokenizer))
-    name = str(name_or_path)
+    loaded = not isinstance(name_or_path, (str, Path))
+    if loaded and weights not in ("16", "auto"):
+        raise ValueError(f"weights={weights!r} is for a drafter that is loaded by name, and this one is loaded already")
+    tokenizers = tokenizer, draft_tokenizer
+    with torch.random.fork_rng([target.device] if target.device.type == "cuda" else []):  # new layers draw weights
+        if loaded:
+            return _around(name_or_path, target, tokenizers)
+        return _named(str(name_or_path), target, weights, tokenizers)
+
+
+def _named(name: str, target: "PreTrainedModel", weights: str, tokenizers: "Tokenizers") -> "Drafter":
     if name == "auto":
         return _best(target, weights)
     if name in KINDS and not KINDS[name].weights:
@@ -65,9 +72,8 @@ def load_drafter(
     if plus and not Path(name).exists():
         from .beside import Beside
 
-        both = {"tokenizer": tokenizer, "draft_tokenizer": draft_tokenizer}
-        return Beside(*(load_drafter(part, target, weights, **both) for part in (first, second)))
-    return _trained(name_or_path, target, weights, (tokenizer, draft_tokenizer))
+        return Beside(*(_named(part, target, weights, tokenizers) for part in (first, second)))
+    return _trained(name, target, weights, tokenizers)
 
 
 def _around(model: Any, target: "PreTrainedModel", tokenizers: "Tokenizers") -> "Drafter":

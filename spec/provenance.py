@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 
 from .. import __version__
 from .target.adapters import adapter_digest
+from .target.taps import linear_head
 from .target.weights import head_rows, linear_shape
 
 if TYPE_CHECKING:
@@ -73,11 +75,11 @@ def target_fingerprint(model: "PreTrainedModel") -> str:
     and bfloat16."""
     config = model.config.get_text_config()
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for count, rows_of in (
-        (len(embeddings.weight), lambda rows: embeddings.weight.detach()[rows]),
-        (linear_shape(head)[0], partial(head_rows, model)),
-    ):
+    embeddings = model.get_input_embeddings()
+    sampled = [(len(embeddings.weight), lambda rows: embeddings.weight.detach()[rows])]
+    with suppress(ValueError):  # a few have no linear LM head
+        sampled.append((linear_shape(linear_head(model))[0], partial(head_rows, model)))
+    for count, rows_of in sampled:
         rows = torch.linspace(0, count - 1, 8).long().to(model.device)
         sample = rows_of(rows).float().to(torch.bfloat16).cpu()
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())

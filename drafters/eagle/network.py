@@ -7,70 +7,24 @@ model. Knows nothing of trees, of training, and of files.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, PreTrainedModel, Qwen3Config
-from transformers.masking_utils import create_causal_mask
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.llama import modeling_llama as llama
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
-from ...spec.console import one_line
 from ...spec.target.given import cache_name
-from ...spec.target.taps import HEAD, Tap, feature_sizes, put_taps
+from ...spec.target.taps import HEAD, Tap, feature_sizes, linear_head, put_taps
 from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..folder import target_identity
 from ..known_tokens import check_vocabulary, places
+from .layers import MASKS, SLIDING, WideLayer, attention_types, made_layers, rotary_embedding
 from .settings import EagleSettings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 _CACHE = cache_name()
-_CONFIGS: dict[str, type["PreTrainedConfig"]] = {"llama": LlamaConfig, "qwen3": Qwen3Config}
-_LAYERS = {"llama": llama.LlamaDecoderLayer, "qwen3": qwen3.Qwen3DecoderLayer}
-_ROTARY = {"llama": llama.LlamaRotaryEmbedding, "qwen3": qwen3.Qwen3RotaryEmbedding}
-
-
-class WideLayer(nn.Module):
-    """EAGLE-3's first layer: queries, keys and values read the normalised embedding and feature side by side."""
-
-    def __init__(
-        self, layer: llama.LlamaDecoderLayer, size: int, embedded: int, eps: float, norm_before_residual: bool
-    ):
-        super().__init__()
-        self.norm_before_residual = norm_before_residual
-        self.input_layernorm = llama.LlamaRMSNorm(embedded, eps)  # of the embedding
-        self.hidden_norm = llama.LlamaRMSNorm(size, eps)  # of the feature
-        self.self_attn, self.mlp = layer.self_attn, layer.mlp
-        self.post_attention_layernorm = layer.post_attention_layernorm
-        for name in ("q_proj", "k_proj", "v_proj"):
-            narrow = getattr(self.self_attn, name)
-            wide = nn.Linear(embedded + size, narrow.out_features, narrow.bias is not None)
-            setattr(self.self_attn, name, wide)
-
-    def forward(self, feature: Tensor, embedding: Tensor, **attention: Any) -> Tensor:  # (B, n, H), (B, n, E)
-        normed = self.hidden_norm(feature)  # (B, n, H)
-        both = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
-        attended, _ = self.self_attn(hidden_states=both, **attention)
-        hidden = (normed if self.norm_before_residual else feature) + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden))
-
-
-def _made(layer: dict[str, Any], vocab_size: int) -> tuple["PreTrainedConfig", list[nn.Module]]:
-    """The config and the decoder layers that `layer` describes. Raises ValueError where it describes none."""
-    family = layer["model_type"]
-    try:
-        config = _CONFIGS[family](**{**layer, "vocab_size": vocab_size, "tie_word_embeddings": False})
-        config._attn_implementation = "sdpa"
-        return config, [_LAYERS[family](config, number) for number in range(config.num_hidden_layers)]
-    except Exception as error:  # of whatever type, as transformers computes with what it is given
-        raise ValueError(
-            f"the settings of `layer` make no decoder layer ({one_line(error)}); give those of a {family} config"
-        ) from error
 
 
 class EagleNetwork(PreTrainedModel):
@@ -86,9 +40,9 @@ class EagleNetwork(PreTrainedModel):
     embeddings: Tensor  # (V, E), stored only if they are its own
 
     def __init__(self, settings: EagleSettings, target: PreTrainedModel, vocabulary: Tensor | None = None):
-        vocab_size, target_size = linear_shape(target.get_output_embeddings())
+        vocab_size, target_size = linear_shape(linear_head(target))
         put_taps(target, settings.taps)  # raises where it has no such layer
-        config, layers = _made(settings.layer, vocab_size)
+        config, layers = made_layers(settings.layer, vocab_size)
         super().__init__(config)
         self.target = target_identity(target)
         self.origin: dict | None = None  # the network that this one went on from, as `origin_of` describes it
@@ -117,8 +71,8 @@ class EagleNetwork(PreTrainedModel):
             layers[0] = WideLayer(layers[0], size, embedded, eps, settings.norm_before_residual)
         elif not settings.input_norm:
             layers[0].input_layernorm = nn.Identity()
-        self.layers = nn.ModuleList(layers)
-        self.rotary_emb = _ROTARY[config.model_type](config)
+        self.layers, self.attention_types = nn.ModuleList(layers), attention_types(config)
+        self.rotary_emb: Any = rotary_embedding(settings.layer)
         self.norm = norm(size, settings.final_norm)
         self.trimmed = vocabulary is not None and len(vocabulary) < vocab_size
         ids = torch.arange(vocab_size) if vocabulary is None else vocabulary.cpu()
@@ -174,11 +128,9 @@ class EagleNetwork(PreTrainedModel):
     def adopt(self, settings: EagleSettings) -> None:
         """From now on follow `settings` that differ in what no tensor depends on: taps of the same sizes, rotary
         frequencies, and the residual of a wide layer."""
-        rope = settings.layer.get("rope_parameters")
-        if rope != self.settings.layer.get("rope_parameters"):
-            config = type(self.config)(**{**self.config.to_dict(), "rope_parameters": rope})
-            self.config.rope_parameters = config.rope_parameters
-            self.rotary_emb = type(self.rotary_emb)(config).to(self.device)
+        if settings.layer.get("rope_parameters") != self.settings.layer.get("rope_parameters"):
+            self.rotary_emb = rotary_embedding(settings.layer).to(self.device)
+            self.config.rope_parameters = self.rotary_emb.config.rope_parameters
         first = self.layers[0]
         if isinstance(first, WideLayer):
             first.norm_before_residual = settings.norm_before_residual
@@ -208,29 +160,33 @@ class EagleNetwork(PreTrainedModel):
         input_ids: Tensor,  # (B, n): x_{t+1} of each pair
         features: Tensor,  # (B, n, H): f_t, fused, or fed back
         position_ids: Tensor,  # (B, n): t
-        attention_mask: Tensor | None = None,  # (B, 1, n, keys): of one's own making
+        attention_mask: Any = None,  # (B, 1, n, keys), or what attention takes instead: of all layers
         cache: Any = None,
         logits_to_keep: int = 0,
         **options: Any,
     ) -> CausalLMOutput:
         """`logits` (B, n, V') of the token after each pair."""
-        mask = attention_mask
-        if mask is None:
-            mask = create_causal_mask(
-                config=self.config, inputs_embeds=features, attention_mask=None, position_ids=position_ids,
-                **{_CACHE: cache},
-            )  # fmt: skip
-        attention = {
-            "attention_mask": mask, "position_embeddings": self.rotary_emb(features, position_ids), _CACHE: cache,
-        }  # fmt: skip
+        masks = self._masks(attention_mask, features, position_ids, cache)
+        attention = {"position_embeddings": self.rotary_emb(features, position_ids), _CACHE: cache}
         if self.join is None:
             embedding = F.embedding(input_ids, self.embeddings).to(features.dtype)
-            hidden = self.layers[0](features, embedding, **attention)
+            hidden = self.layers[0](features, embedding, attention_mask=masks[0], **attention)
         else:
-            hidden = self.layers[0](self.join(self.inputs(input_ids, features)), **attention)
-        for layer in self.layers[1:]:
-            hidden = layer(hidden, **attention)
+            hidden = self.layers[0](self.join(self.inputs(input_ids, features)), attention_mask=masks[0], **attention)
+        for layer, mask in zip(self.layers[1:], masks[1:]):
+            hidden = layer(hidden, attention_mask=mask, **attention)
         return CausalLMOutput(logits=self.lm_head(self.norm(hidden)[:, -logits_to_keep:]))
+
+    def _masks(self, given: Any, features: Tensor, position_ids: Tensor, cache: Any) -> list[Any]:
+        """By layer: the mask that is given, or that of the layer's attention."""
+        types = self.attention_types
+        if given is not None:
+            if SLIDING in types:
+                raise ValueError(f"layer_types has {SLIDING!r}, which is for drafters of others; train without it")
+            return [given] * len(types)
+        text = {"inputs_embeds": features, "attention_mask": None, "position_ids": position_ids, _CACHE: cache}
+        made = {kind: MASKS[kind](config=self.config, **text) for kind in dict.fromkeys(types)}
+        return [made[kind] for kind in types]
 
     def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head

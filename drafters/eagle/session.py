@@ -36,7 +36,7 @@ class EagleSession(NetworkSession):
 
     @property
     def nbytes(self) -> int:
-        return self.slots.nbytes + self.features.nbytes
+        return self.slots.nbytes + self.features.nbytes  # `fed_back` is of a step, and no longer for longer texts
 
     def clear(self, rows: Tensor | None = None) -> None:
         super().clear(rows)

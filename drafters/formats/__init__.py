@@ -58,17 +58,24 @@ class Published:
 def published(name_or_path: str | Path, target: "PreTrainedModel") -> Published | None:
     """The published drafter in a folder or of a hub id; None for an ordinary model. It is fetched, and not yet loaded.
 
-    Raises ValueError, in one sentence, for pickles, damaged files, and formats that are known and not read."""
+    Heads that lie beside an ordinary model are for it, so they are meant where it is as wide as the target, as with
+    Medusa-2; else the model is, as a draft model. Raises ValueError, in one sentence, for pickles, damaged files, and
+    formats that are known and not read."""
     if Path(name_or_path).suffix.lower() == ".gguf":
         return None
     of_target = str(name_or_path) == str(getattr(target.config, "_name_or_path", ""))
+    width = target.config.get_text_config().hidden_size
+    drafts = False  # whether there is a draft model, whatever lies beside it
     for checkpoint in open_checkpoints(name_or_path):
-        form = detect(checkpoint.config(), checkpoint.files, of_target)
+        config = checkpoint.config()
+        form = detect(config, checkpoint.files, of_target)
         if form in UNREAD:
-            raise ValueError(
-                f"drafter {name_or_path} has the format {form}, {UNREAD[form]}, which is not read yet; take an EAGLE-3 "
-                "head or a draft model for this target, or ngram"
-            )
-        if form is not None:
+            if of_target or not drafts:
+                raise ValueError(
+                    f"drafter {name_or_path} has the format {form}, {UNREAD[form]}, which is not read yet; take an "
+                    "EAGLE-3 head or a draft model for this target, or ngram"
+                )
+        elif form is not None and (not drafts or config.get("hidden_size") == width):
             return Published(form, fetched(checkpoint), target)
+        drafts |= checkpoint.saved
     return None

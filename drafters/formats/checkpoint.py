@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...spec.console import quietly
 from ..folder import PICKLES, fetch
+from .eagle_names import without_prefixes
 from .twins import pickle_refusal
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
@@ -31,6 +32,7 @@ class Checkpoint:
     name: str  # as the user gave it
     path: Path
     files: dict[str, Path]
+    saved: bool = True  # as `save_pretrained` does, in contrast to a file that lies beside such weights
 
     def config(self) -> dict[str, Any]:
         """The content of its config.json; empty where there is none. Raises ValueError for a damaged one."""
@@ -62,6 +64,13 @@ class Checkpoint:
             if not tensor.isfinite().all():
                 raise self.refused(f"tensor {name!r} holds NaN or infinite numbers; fetch the drafter again")
         return tensors
+
+    def plain_names(self) -> dict[str, str]:
+        """The names of its tensors by what they are without meaningless prefixes."""
+        try:
+            return without_prefixes(self.files)
+        except ValueError as error:
+            raise self.refused(str(error)) from error
 
     def check(self, tensors: dict[str, Tensor], shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise ValueError unless `tensors`, by the names of this file, are those of `shapes`."""
@@ -102,7 +111,7 @@ def open_checkpoints(name_or_path: str | Path) -> list[Checkpoint]:
         return _on_the_hub(name)
     names = sorted(file.name for file in folder.iterdir() if file.is_file())
     _refuse_pickles(name, names)
-    read = [_of_files(name, folder, files) for files in _groups(names, lambda: _shards(folder / INDEX))]
+    read = [_of_files(name, folder, *group) for group in _groups(names, lambda: shards_of(folder / INDEX))]
     return [checkpoint for checkpoint in read if checkpoint.files]
 
 
@@ -111,17 +120,19 @@ def fetched(checkpoint: Checkpoint) -> Checkpoint:
     if Path(checkpoint.name).is_dir():
         return checkpoint
     folder = fetch(checkpoint.name)
-    return _of_files(checkpoint.name, folder, {file.name for file in checkpoint.files.values()})
+    return _of_files(checkpoint.name, folder, {file.name for file in checkpoint.files.values()}, checkpoint.saved)
 
 
-def _groups(names: list[str], shards: Callable[[], set[str]]) -> list[set[str]]:
-    """The files that belong together: of the index, or the one of `save_pretrained`; then every other one."""
-    whole = shards() if INDEX in names else {WEIGHTS} & set(names)
-    others = [file for file in names if file.endswith(".safetensors") and file not in whole]
-    return [group for group in (whole, *({file} for file in others)) if group]
+def _groups(names: list[str], shards: Callable[[], set[str]]) -> list[tuple[set[str], bool]]:
+    """The files that belong together: of the index, or the one of `save_pretrained`, as the bool says; then every other
+    one."""
+    saved = shards() if INDEX in names else {WEIGHTS} & set(names)
+    others = [file for file in names if file.endswith(".safetensors") and file not in saved]
+    return [*([(saved, True)] if saved else []), *(({file}, False) for file in others)]
 
 
-def _shards(index: Path) -> set[str]:
+def shards_of(index: Path) -> set[str]:
+    """The files that an index of weights names. Raises ValueError for what is none."""
     try:
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         if all(PurePosixPath(file).name == file for file in files):
@@ -131,7 +142,7 @@ def _shards(index: Path) -> set[str]:
         raise ValueError(f"{index} is no index of weights ({error}); fetch the drafter again") from error
 
 
-def _of_files(name: str, folder: Path, files: set[str]) -> Checkpoint:
+def _of_files(name: str, folder: Path, files: set[str], saved: bool) -> Checkpoint:
     inside: dict[str, Path] = {}
     for file in sorted(files):
         try:
@@ -139,7 +150,7 @@ def _of_files(name: str, folder: Path, files: set[str]) -> Checkpoint:
                 inside |= dict.fromkeys(opened.keys(), folder / file)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{folder / file} cannot be read ({error}); fetch the drafter again") from error
-    return Checkpoint(name, folder, inside)
+    return Checkpoint(name, folder, inside, saved)
 
 
 def _cached(name: str) -> Path | None:
@@ -149,7 +160,7 @@ def _cached(name: str) -> Path | None:
     try:
         folder = Path(snapshot_download(name, local_files_only=True))
         index = folder / INDEX
-        files = _shards(index) if index.is_file() else {file.name for file in folder.glob("*.safetensors")}
+        files = shards_of(index) if index.is_file() else {file.name for file in folder.glob("*.safetensors")}
     except (OSError, ValueError):
         return None
     return folder if files and all((folder / file).is_file() for file in files) else None
@@ -164,24 +175,25 @@ def _on_the_hub(name: str) -> list[Checkpoint]:
         with quietly():
             names = [file for file in api.list_repo_files(name) if "/" not in file]
             folder = Path(hf_hub_download(name, "config.json")).parent if "config.json" in names else Path(name)
-            groups = _groups(names, lambda: _shards(Path(hf_hub_download(name, INDEX))))
+            groups = _groups(names, lambda: shards_of(Path(hf_hub_download(name, INDEX))))
             read = [
                 {
                     tensor: Path(file)
-                    for file in group
+                    for file in files
                     for tensor in api.parse_safetensors_file_metadata(name, file).tensors
                 }
-                for group in groups
+                for files, _ in groups
             ]
     except Exception:  # whatever the hub raises: who loads it as a model says what is wrong
         return []
     _refuse_pickles(name, names)
-    return [Checkpoint(name, folder, files) for files in read]
+    return [Checkpoint(name, folder, files, saved) for files, (_, saved) in zip(read, groups)]
 
 
 def _refuse_pickles(name: str, files: list[str]) -> None:
     if any(file.endswith((".safetensors", ".gguf")) for file in files):
         return
     pickles = [file for file in files if file.endswith(PICKLES) and not file.startswith(_STRAY)]
+    index = next((file for file in files if file.endswith(tuple(f"{ending}.index.json" for ending in PICKLES))), None)
     if pickles:
-        raise ValueError(pickle_refusal(name, pickles[0]))
+        raise ValueError(pickle_refusal(name, pickles[0], index))

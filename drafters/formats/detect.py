@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .eagle_names import without_prefixes
+from .eagle_names import without_prefix
 
 HEADS = ("medusa_head.", "medusa_heads.")  # before heads that lie in one file with a whole model
 # Formats that are known and not read, with what they are.
@@ -61,7 +61,7 @@ def detect(config: dict[str, Any], names: Iterable[str], of_target: bool = False
         return _SPECULATORS[kind]
     names = set(names)
     heads = {name[len(prefix) :] for name in names for prefix in HEADS if name.startswith(prefix)}
-    inside = heads or set(without_prefixes(names))
+    inside = heads or {without_prefix(name) for name in names}
     whole_model = {
         "embed_tokens.weight",
         "layers.0.input_layernorm.weight",

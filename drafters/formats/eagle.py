@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...spec.console import one_line
-from ...spec.target.taps import HEAD, feature_sizes
+from ...spec.target.taps import HEAD, feature_sizes, linear_head
 from ...spec.target.weights import head_rows, head_weight, linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
-from .conventions import Convention, candidates
+from .conventions import Conventions, candidates
 from .eagle_config import EagleConfig
 from .eagle_names import OFFSETS, known_ids
 from .eagle_tensors import EagleTensors, begins
@@ -30,12 +30,12 @@ class EagleFile:
     def __init__(self, checkpoint: Checkpoint, target: "PreTrainedModel"):
         self.target = target
         self.config = EagleConfig(checkpoint.config(), checkpoint.name)
-        self.vocab_size, self.target_size = linear_shape(target.get_output_embeddings())
+        self.vocab_size, self.target_size = linear_shape(linear_head(target))
         self.embedded = target.get_input_embeddings().weight.shape[1]
         self.tap_size = feature_sizes(target, (0,))[0]
         self.tensors = EagleTensors(checkpoint)
 
-    def network(self) -> tuple[EagleNetwork, list[Convention]]:
+    def network(self) -> tuple[EagleNetwork, Conventions]:
         """The network in the target's dtype, on its device, and the conventions by which it may be read; it is made by
         the first. Raises ValueError, in one sentence, for what does not fit."""
         layer = self._layer()
@@ -44,7 +44,7 @@ class EagleFile:
         self._check_widths(layer["hidden_size"])
         conventions = candidates(self.config, self._settings(layer), self.target)
         try:
-            network = EagleNetwork(conventions[0].settings, self.target, vocabulary)
+            network = EagleNetwork(conventions.tried[0].settings, self.target, vocabulary)
         except Exception as error:  # whatever transformers raises for a config
             raise self.tensors.refused(
                 f"no network can be made of its config ({one_line(error)}); fetch the drafter again"
@@ -92,7 +92,7 @@ class EagleFile:
             "num_key_value_heads": keys // heads, "head_dim": heads, "hidden_act": self.config.activation(),
             "rms_norm_eps": self.config.epsilon(), "attention_bias": biased,
             "mlp_bias": "layers.0.mlp.gate_proj.bias" in self.tensors, "rope_parameters": self.config.rope(),
-            "max_position_embeddings": max(length or 2048 for length in longest),
+            "max_position_embeddings": max(length or 2048 for length in longest), **self.config.windows(len(numbers)),
         }  # fmt: skip
 
     def _head_size(self, queries: int, keys: int, sizes: list[int]) -> int:

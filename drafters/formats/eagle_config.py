@@ -10,6 +10,8 @@ from typing import Any
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from ..eagle.layers import FULL, SLIDING
+
 IDS = "eagle_aux_hidden_state_layer_ids"
 BASE = 10000.0  # of rotary frequencies where a config gives none; EAGLE-3's own heads were trained with it
 
@@ -67,6 +69,9 @@ class EagleConfig:
         base = next((value for value in bases if value is not None), BASE)
         if type(base) not in (int, float) or not 1 < base < float("inf"):
             raise self.refused("rope_theta", base, "which is no base of rotary frequencies")
+        for share in (part.get("partial_rotary_factor") for part in [*parts, self.layer]):
+            if share not in (None, 1):
+                raise self.refused("partial_rotary_factor", share, "and layers of Llama and Qwen3 turn whole heads")
         for part in parts:
             kind = part.get("rope_type", part.get("type"))
             if kind in (None, "default", "mrope"):  # the last has the same frequencies for text
@@ -76,6 +81,23 @@ class EagleConfig:
             numbers = {name: value for name, value in part.items() if name != "type"}
             return {**numbers, "rope_type": kind, "rope_theta": float(base)}
         return {"rope_type": "default", "rope_theta": float(base)}
+
+    def windows(self, layers: int) -> dict[str, Any]:
+        """What attention of so many layers looks at, in transformers' fields; empty where all of them see all the text.
+        Without `layer_types` a window is used where `use_sliding_window` says so, from layer `max_window_layers` on."""
+        used, window = self.layer.get("use_sliding_window"), self.layer.get("sliding_window")
+        first = self.number("max_window_layers") or 0
+        slides = [used is True and number >= first for number in range(layers)]
+        types = self.layer.get("layer_types") or [SLIDING if here else FULL for here in slides]
+        known = isinstance(types, list) and all(kind in (FULL, SLIDING) for kind in types[:layers])
+        if not known or len(types) < layers:
+            raise self.refused("layer_types", types, f"which are not {FULL} or {SLIDING} for {layers} layers")
+        if SLIDING not in types[:layers]:
+            return {}
+        if type(window) is not int or window < 1 or used is False:
+            rule = f"and use_sliding_window={used!r}, and it has layers of {SLIDING}"
+            raise self.refused("sliding_window", window, rule)
+        return {"layer_types": types[:layers], "sliding_window": window, "use_sliding_window": True}
 
     def layer_ids(self) -> list[list[int]]:
         """The lists of ids that it declares, the most trusted first; without a doubt about how they count."""

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...spec.target.taps import HEAD
+from ..eagle.layers import SLIDING
 from ..eagle.network import EagleNetwork
 
 SHIFTED_FROM_ONE = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")  # targets of another convention in SGLang
@@ -37,6 +38,8 @@ def limits(network: EagleNetwork, target: PreTrainedModel, engine: str) -> Itera
         yield "the LM head has a bias, and that of an engine's EAGLE draft has none; decode it with Paceline"
     if getattr(network.config, "mlp_bias", False) and engine == "sglang":
         yield "layer.mlp_bias=True: SGLang's MLP has no bias; train with objective.layer.mlp_bias: false"
+    if SLIDING in network.attention_types:
+        yield f"layer.layer_types has {SLIDING!r}: exported layers see all the text; decode it with Paceline"
     embedded = network.embeddings.shape[1]
     if network.config.hidden_size != embedded:
         yield (

@@ -77,12 +77,18 @@ def offsets_of(vocabulary: Tensor, vocab_size: int) -> dict[str, Tensor]:
 
 
 def without_prefixes(names: Iterable[str]) -> dict[str, str]:
-    """The names of a file by what they are without `PREFIXES`, which may stand one before another."""
-    return {_stripped(name): name for name in names}
+    """The names of a file by what they are without `PREFIXES`, which may stand one before another. Raises ValueError
+    for two names that are one without."""
+    plain: dict[str, str] = {}
+    for name in names:
+        if (other := plain.setdefault(without_prefix(name), name)) != name:
+            raise ValueError(f"tensors {other!r} and {name!r} are the same one by their names; take a file with one")
+    return plain
 
 
-def _stripped(name: str) -> str:
+def without_prefix(name: str) -> str:
+    """A name without any of `PREFIXES`."""
     for prefix in PREFIXES:
         if name.startswith(prefix):
-            return _stripped(name.removeprefix(prefix))
+            return without_prefix(name.removeprefix(prefix))
     return name

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint
-from .eagle_names import KNOWN, OFFSETS, network_name, published_name, without_prefixes
+from .eagle_names import KNOWN, OFFSETS, network_name, published_name
 
 # Beside the network: a list that follows from another one, what is computed, and copies of the target's norm and head.
 _BESIDE = (KNOWN, "rotary_emb.", "verifier_norm.", "verifier_lm_head.")
@@ -22,7 +22,7 @@ class EagleTensors(dict[str, Tensor]):
         self.checkpoint = checkpoint
         names = {
             name: full
-            for name, full in without_prefixes(checkpoint.files).items()
+            for name, full in checkpoint.plain_names().items()
             if not name.startswith(_BESIDE) and not name.endswith(".inv_freq")
         }
         self.first = next((spelt for spelt in ("midlayer.", "transformer.") if begins(names, spelt)), "layers.0.")

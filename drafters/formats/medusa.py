@@ -14,7 +14,6 @@ from ..head_settings import HeadSettings
 from ..medusa import MedusaHeads
 from .checkpoint import Checkpoint
 from .detect import HEADS
-from .eagle_names import without_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +29,7 @@ def load_heads(checkpoint: Checkpoint, target: "PreTrainedModel") -> MedusaHeads
     beside = {
         name.removeprefix(prefix): name for name in checkpoint.files for prefix in HEADS if name.startswith(prefix)
     }
-    names = beside or without_prefixes(checkpoint.files)
+    names = beside or checkpoint.plain_names()
     loaded = checkpoint.tensors(names.values())
     tensors = {name: loaded[full] for name, full in names.items()}
     vocabulary, order = _vocabulary(checkpoint, tensors.pop(_IDS, None), vocab_size)

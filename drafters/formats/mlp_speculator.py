@@ -22,7 +22,6 @@ from ..head_session import MedusaSession, Started
 from ..head_settings import HeadSettings
 from ..medusa import PRIOR
 from .checkpoint import Checkpoint
-from .eagle_names import without_prefixes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -100,7 +99,7 @@ class MlpSpeculatorDrafter:
 def load_speculator(checkpoint: Checkpoint, target: "PreTrainedModel") -> MlpSpeculator:
     """The network in the target's dtype, on its device. Raises ValueError, in one sentence, for what does not fit."""
     vocab_size, size = linear_shape(linear_head(target))
-    names, config = without_prefixes(checkpoint.files), checkpoint.config()
+    names, config = checkpoint.plain_names(), checkpoint.config()
     tensors = checkpoint.tensors(names.values())
     tensors = {name: tensors[full] for name, full in names.items()}
     counts = {part: max(1, sum(name.startswith(f"{part}.") for name in names)) for part in ("emb", "proj", "head")}

@@ -7,7 +7,7 @@ the token that the target would choose. Knows no file.
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers import NoRepeatNGramLogitsProcessor
 
 from ...spec.target.given import cache_name
-from ...spec.target.taps import HEAD, Tap, joined, listening, put_taps
+from ...spec.target.load import context_length
+from ...spec.target.taps import HEAD, Tap, joined, linear_head, listening, put_taps
 from ...spec.target.weights import linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
-from .conventions import Convention
+from .conventions import Convention, Conventions
 from .eagle_config import EagleConfig
 
 if TYPE_CHECKING:
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
     from ..medusa import MedusaHeads
     from .mlp_speculator import MlpSpeculator
 
-BEGINNINGS = (300, 500, 700, 900)  # token ids; low ones are common pieces of words in nearly all vocabularies
+BEGINNINGS = range(300, 1900, 50)  # token ids; low ones are common pieces of words in nearly all vocabularies
 TOKENS = 24  # that the target writes after each
+ROWS = 4  # that are enough to compare layers and residuals; all of them tell rotary frequencies and chance
+_NOTHING = -1e4
 SURE = 3.0  # standard errors by which another convention must be better than the declared one
 
 
@@ -42,22 +45,35 @@ class OwnText:
     features: dict[Tap, Tensor]  # (R, n, H) each: the target's states at t
     chosen: Tensor  # (R, n): the target's greedy x_{t+2}
 
+    def first(self, rows: int) -> "OwnText":
+        features = {tap: states[:rows] for tap, states in self.features.items()}
+        return OwnText(self.tokens[:rows], features, self.chosen[:rows])
+
 
 @dataclass(frozen=True)
 class Agreement:
-    """What guesses had in common with the target's choices."""
+    """What guesses had in common with the target's choices, at the tokens that the drafter knows."""
 
-    logprobs: Tensor  # (n,): of the target's tokens, of those that the drafter knows
-    hits: int
-    tried: int
+    logprobs: Tensor  # (n,): of the target's tokens
+    right: Tensor  # (n,) bool
     expected: float  # hits of the same guesses at the same tokens, paired at random
 
     @property
-    def above_chance(self) -> bool:
-        """More hits than by a guess that does not look at the text: a head that always says the commonest token has
-        no more than expected."""
-        spread = (self.expected * (1 - self.expected / self.tried)) ** 0.5
-        return self.hits > self.expected + 4 * spread + 2
+    def hits(self) -> int:
+        return int(self.right.sum())
+
+    @property
+    def tried(self) -> int:
+        return len(self.right)
+
+    def above_chance(self, control: "Agreement") -> bool:
+        """More hits than the same drafter has with states of other texts, `control`, which is what it knows of tokens
+        without this target. One that needs no states may have half of all, and more than who says the commonest."""
+        spread = (self.expected * (1 - self.expected / max(self.tried, 1))) ** 0.5
+        if 2 * self.hits > self.tried and self.hits > self.expected + 4 * spread + 2:
+            return True
+        gained, lost = int((self.right & ~control.right).sum()), int((control.right & ~self.right).sum())
+        return gained - lost > 4 * (gained + lost) ** 0.5 + 2
 
     def better_than(self, other: "Agreement") -> bool:
         """Surely, not by luck; position for position."""
@@ -67,86 +83,127 @@ class Agreement:
 
 @torch.no_grad()
 def own_text(target: "PreTrainedModel", taps: set[Tap]) -> OwnText:
-    """Rows of the target's greedy text, with its states at `taps`: one forward per token, then one of the whole."""
+    """Rows of the target's greedy text, with its states at `taps`: one forward per token."""
     layers: list[Tap] = sorted(tap for tap in taps if tap != HEAD)
     ordered = (*layers, HEAD)
     put_taps(target, ordered)
-    vocab_size = linear_shape(target.get_output_embeddings())[0]
+    vocab_size = linear_shape(linear_head(target))[0]
     config = target.generation_config
     begin = [token for token in (config.bos_token_id,) if isinstance(token, int)]
     rows = [[*begin, token % min(vocab_size, target.config.get_text_config().vocab_size)] for token in BEGINNINGS]
     text, cache, varied = torch.tensor(rows, device=target.device), None, NoRepeatNGramLogitsProcessor(3)
-    for _ in range(TOKENS):
+    states: dict[Tap, list[Tensor]] = {tap: [] for tap in ordered}
+    chosen = []
+    for number in range(TOKENS + 1):
         step = text if cache is None else text[:, -1:]
         given: dict[str, Any] = {} if cache is None else {cache_name(): cache}
-        output = target(input_ids=step, use_cache=True, **given)
+        with listening() as heard:
+            output = target(input_ids=step, use_cache=True, **given)
+        joined(heard, ordered)  # raises where one is missing
+        for tap, parts in states.items():
+            parts.append(heard[tap])
         cache = output.get(cache_name())
-        best = varied(text, output.logits[:, -1].float()).argmax(-1)
-        text = torch.cat([text, best[:, None]], dim=1)
+        chosen.append(output.logits.argmax(-1))
+        if number < TOKENS:
+            best = varied(text, output.logits[:, -1].float()).argmax(-1)
+            text = torch.cat([text, best[:, None]], dim=1)
+    features = {tap: torch.cat(states[tap], dim=1)[:, :-1] for tap in taps}
+    return OwnText(text[:, 1:], features, torch.cat(chosen, dim=1)[:, 1:])
+
+
+@torch.no_grad()
+def one_text(target: "PreTrainedModel", rows: OwnText) -> OwnText:
+    """The tokens of all rows as one text, as far as the target's context goes."""
+    taps: tuple[Tap, ...] = tuple(rows.features)
+    put_taps(target, taps)
+    text = rows.tokens.reshape(1, -1)[:, : context_length(target)]
     with listening() as heard:
-        chosen = target(input_ids=text, use_cache=False).logits.argmax(-1)  # (R, T)
-    joined(heard, ordered)  # raises where one is missing
+        chosen = target(input_ids=text, use_cache=False).logits.argmax(-1)
     return OwnText(text[:, 1:], {tap: heard[tap][:, :-1] for tap in taps}, chosen[:, 1:])
 
 
 def agreement(logits: Tensor, chosen: Tensor, index_of_token: Tensor) -> Agreement:
     """Of guesses (R, n, V') at tokens (R, n); `index_of_token` (V,) gives their columns, V' for unknown ones."""
     known = logits.shape[-1]
-    columns = index_of_token.to(chosen.device)[chosen]  # (R, n)
-    guesses, wanted = logits.argmax(-1).flatten(), columns.flatten()
+    wanted = index_of_token.to(chosen.device)[chosen].flatten()  # (R * n,)
     inside = wanted < known
-    logprobs = logits.float().log_softmax(-1).flatten(0, 1)[inside].gather(1, wanted[inside][:, None])[:, 0]
-    counts = [torch.bincount(values, minlength=known + 1).double() for values in (guesses, wanted)]
-    expected = float((counts[0] * counts[1])[:known].sum()) / len(wanted)
-    return Agreement(logprobs, int((guesses == wanted).sum()), len(wanted), expected)
+    logits, wanted = logits.flatten(0, 1)[inside], wanted[inside]
+    guesses = logits.argmax(-1)
+    logprobs = logits.float().log_softmax(-1).gather(1, wanted[:, None])[:, 0]
+    logprobs = logprobs.nan_to_num(nan=_NOTHING, neginf=_NOTHING)  # so that what computes nothing is the worst
+    counts = [torch.bincount(values, minlength=known).double() for values in (guesses, wanted)]
+    expected = float((counts[0] * counts[1]).sum()) / max(len(wanted), 1)
+    return Agreement(logprobs, guesses == wanted, expected)
+
+
+def _judged(network: EagleNetwork, convention: Convention, text: OwnText, shift: int = 0) -> Agreement:
+    """How `network` guesses `text` by a convention; with the states of rows that are `shift` further."""
+    network.adopt(convention.settings)
+    features = network.fused(joined(text.features, tuple(convention.settings.taps))).roll(shift, 0)
+    positions = torch.arange(text.tokens.shape[1], device=features.device).expand_as(text.tokens)
+    return agreement(network(text.tokens, features, positions).logits, text.chosen, network.index_of_token)
+
+
+def _best(network: EagleNetwork, conventions: list[Convention], *texts: OwnText) -> Convention:
+    """Of those with the fewest changes the best; another one if it is surely better, fewer changes first."""
+
+    def judged(convention: Convention) -> Agreement:
+        each = [_judged(network, convention, text) for text in texts]
+        logprobs, right = (torch.cat([getattr(one, name) for one in each]) for name in ("logprobs", "right"))
+        return Agreement(logprobs, right, sum(one.expected for one in each))
+
+    results: dict[int, list[tuple[Convention, Agreement]]] = {}
+    for each in conventions:
+        results.setdefault(each.changes, []).append((each, judged(each)))
+    best = [max(results[n], key=lambda result: float(result[1].logprobs.mean())) for n in sorted(results)]
+    taken = best[0]
+    for other in best[1:]:
+        taken = other if other[1].better_than(taken[1]) else taken
+    return taken[0]
 
 
 @torch.no_grad()
 def choose(
-    network: EagleNetwork, conventions: list[Convention], config: EagleConfig, target: "PreTrainedModel"
+    network: EagleNetwork, conventions: Conventions, config: EagleConfig, target: "PreTrainedModel"
 ) -> EagleSettings:
-    """The settings by which `network` predicts the target's own text best: of the first convention, which is the
-    declared one, unless another is surely better. Raises ValueError where none is better than chance."""
-    text = own_text(target, {tap for convention in conventions for tap in convention.settings.taps})
-    positions = torch.arange(text.tokens.shape[1], device=target.device).expand_as(text.tokens)
-
-    def tried(convention: Convention) -> Agreement:
-        network.adopt(convention.settings)
-        features = network.fused(joined(text.features, tuple(convention.settings.taps)))
-        logits = network(text.tokens, features, positions).logits
-        return agreement(logits, text.chosen, network.index_of_token)
-
-    results = [(convention, tried(convention)) for convention in conventions]
-    declared, taken = results[0], results[0]
-    for changes in sorted({convention.changes for convention in conventions[1:]}):
-        of_these = [result for result in results if result[0].changes == changes]
-        best = max(of_these, key=lambda result: float(result[1].logprobs.mean()))
-        if best[1].better_than(taken[1]):
-            taken = best
-    convention, agreed = taken
-    _refuse_chance(agreed, config.name, config.verifier(), ", however its layer ids, rope base and residual are read")
-    if taken is not declared:
+    """The settings by which `network` predicts the target's own text best: the declared ones, unless others are surely
+    better, or these do not fit. Raises ValueError where none is better than chance."""
+    text = own_text(target, {tap for convention in conventions.tried for tap in convention.settings.taps})
+    taken = _best(network, conventions.tried, text.first(ROWS))
+    ropes = [each for each in conventions.tried if (each.taps, each.residual) == (taken.taps, taken.residual)]
+    if len(ropes) > 1:  # which few tokens hardly tell: some wrong ones show in short texts, others in long ones
+        others = [replace(each, changes=int(each is not taken)) for each in ropes]
+        best = _best(network, others, text, one_text(target, text))
+        taken = next(each for each in ropes if each.settings == best.settings)
+    agreed = _judged(network, taken, text)
+    how = ", however its layer ids, rope base and residual are read"
+    _refuse_chance(agreed, _judged(network, taken, text, 1), config.name, config.verifier(), how)
+    if taken.changes:
+        declared, first = conventions.declared, conventions.tried[0]
+        instead = "" if first.changes else f" instead of {_judged(network, first, text).hits}"
         print(
-            f"drafter {config.name}: by its config it has {declared[0].against(convention)}; it is read with "
-            f"{convention.against(declared[0])}, and so guesses {agreed.hits} of {agreed.tried} tokens of the target's "
-            f"own text instead of {declared[1].hits}",
+            f"drafter {config.name}: by its config it has {declared.against(taken)}; it is read with "
+            f"{taken.against(declared)}, and so guesses {agreed.hits} of {agreed.tried} tokens of the target's own "
+            f"text{instead}",
             file=sys.stderr,
         )
-    return convention.settings
+    return taken.settings
 
 
 @torch.no_grad()
 def check_heads(heads: "MedusaHeads | MlpSpeculator", checkpoint: Checkpoint, target: "PreTrainedModel") -> None:
     """Raise ValueError where the first of `heads` predicts the target's own text no better than chance."""
     text = own_text(target, {HEAD})
-    logits = heads.follow(heads.start(text.features[HEAD]), 0, text.tokens[..., None])
+    agreed, control = (
+        agreement(heads.follow(heads.start(states), 0, text.tokens[..., None]), text.chosen, heads.index_of_token)
+        for states in (text.features[HEAD], text.features[HEAD].roll(1, 0))
+    )
     verifier = checkpoint.config().get("base_model_name_or_path")
-    agreed = agreement(logits, text.chosen, heads.index_of_token)
-    _refuse_chance(agreed, checkpoint.name, verifier if isinstance(verifier, str) else None, "")
+    _refuse_chance(agreed, control, checkpoint.name, verifier if isinstance(verifier, str) else None, "")
 
 
-def _refuse_chance(agreed: Agreement, name: str, verifier: str | None, how: str) -> None:
-    if agreed.above_chance:
+def _refuse_chance(agreed: Agreement, control: Agreement, name: str, verifier: str | None, how: str) -> None:
+    if agreed.above_chance(control):
         return
     named = f", and its config names {verifier}" if verifier else ""
     raise ValueError(

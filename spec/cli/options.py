@@ -212,7 +212,11 @@ def quantise(parser: Parser) -> None:
 
 
 def convert(parser: Parser) -> None:
-    parser.reads("file", metavar="FILE", help="the pickle: a .bin, .pt, .pth or .ckpt of tensors, with its config.json")
+    parser.reads(
+        "file",
+        metavar="FILE",
+        help="a .bin, .pt, .pth or .ckpt of tensors, or the .index.json of several, with config.json",
+    )
     parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="FOLDER", help="to make, for --drafter")
 
 

@@ -92,7 +92,7 @@ class SlotModel:
         self.cache.rows = span.rows
         self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
-            return self.forward_text(span.tokens, span.positions, span.reach, False, features).features
+            return self.forward_text(span.tokens, span.positions, span.reach, logits=False, features=features).features
         finally:
             self.cache.rows = None
 

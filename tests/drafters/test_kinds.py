@@ -63,7 +63,9 @@ def test_every_kind_has_what_the_table_promises(target, tmp_path, kind):
         noisy_copy(target).save_pretrained(tmp_path)
     elif kind == "eagle":
         save_network(random_eagle(target), tmp_path)
+    generator = torch.get_rng_state()
     drafter = paceline.load_drafter(tmp_path if KINDS[kind].weights else kind, target)
+    assert torch.equal(torch.get_rng_state(), generator), "a sampled text is the same behind it"
     assert type(drafter) is KINDS[kind].drafter_class() and is_drafter(drafter)
     traits = drafter.traits
     assert (traits.kind, traits.fills_dynamic, traits.follows_any_tree) == (kind, KINDS[kind].fills_dynamic, True)

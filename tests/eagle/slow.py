@@ -22,6 +22,9 @@ class SlowEagle:
         head = target.get_output_embeddings().weight.double()[known]
         self.head = self.numbers["lm_head.weight"] if self.settings.own_head else head
         self.sizes = network.tap_sizes
+        layer = self.settings.layer
+        slides = [kind == "sliding_attention" for kind in layer.get("layer_types", ["full_attention"] * self.layers)]
+        self.windows = [layer["sliding_window"] if here else 10**9 for here in slides]
 
     def linear(self, x, name):
         out = self.numbers[f"{name}.weight"] @ x
@@ -62,7 +65,8 @@ class SlowEagle:
                 normed = number > 0 or settings.input_norm
                 inputs = [self.norm(state, f"{name}.input_layernorm", normed) for state in hidden]
                 rests = hidden
-            hidden = [rest + attended for rest, attended in zip(rests, self.attention(inputs, f"{name}.self_attn"))]
+            all_attended = self.attention(inputs, f"{name}.self_attn", self.windows[number])
+            hidden = [rest + attended for rest, attended in zip(rests, all_attended)]
             hidden = [state + self.mlp(state, name) for state in hidden]
         out = self.norm(hidden[-1], "norm", settings.final_norm)
         return self.head @ out, out if settings.norm_output else hidden[-1]
@@ -72,8 +76,9 @@ class SlowEagle:
         gate = self.linear(x, f"{name}.mlp.gate_proj")
         return self.linear(gate * gate.sigmoid() * self.linear(x, f"{name}.mlp.up_proj"), f"{name}.mlp.down_proj")
 
-    def attention(self, inputs, name):
-        """Causal attention over vectors at positions 0, 1, ...; query head h reads the key head of its group."""
+    def attention(self, inputs, name, window):
+        """Causal attention over vectors at positions 0, 1, ..., to the last `window` of them; query head h reads the
+        key head of its group."""
         read = {}
         for kind, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups)):
             split = [self.linear(x, f"{name}.{kind}_proj").unflatten(0, (heads, -1)) for x in inputs]
@@ -86,9 +91,10 @@ class SlowEagle:
             parts = []
             for head in range(self.heads):
                 group, query = head * self.groups // self.heads, read["q"][place][head]
-                scores = [read["k"][at][group] @ query / math.sqrt(len(query)) for at in range(place + 1)]
+                seen = range(max(0, place + 1 - window), place + 1)
+                scores = [read["k"][at][group] @ query / math.sqrt(len(query)) for at in seen]
                 shares = torch.stack(scores).softmax(0)
-                parts.append(sum(share * read["v"][at][group] for at, share in enumerate(shares)))
+                parts.append(sum(share * read["v"][at][group] for at, share in zip(seen, shares)))
             outputs.append(self.linear(torch.cat(parts), f"{name}.o_proj"))
         return outputs
 

@@ -17,6 +17,7 @@ from support.sentences import sentence
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 KNOWN = torch.arange(4, 50)
+SLIDING = "sliding_attention"
 WIDE = dict(wide=True, taps=(0, 1, 2))
 CASES = {
     "EAGLE-1": dict(input_norm=False, final_norm=False, join_bias=True),
@@ -27,6 +28,12 @@ CASES = {
     "norm before fc": WIDE | dict(fuse_norm=True, norm_before_residual=True),
     "two wide layers": WIDE | dict(layer=dict(num_hidden_layers=2), norm_output=True),
     "q/k norms": WIDE | dict(layer=dict(model_type="qwen3", head_dim=8), taps=(0, 2, "head")),
+    "a window": WIDE | dict(layer=dict(layer_types=[SLIDING], sliding_window=4)),
+    "a window in one of two layers, q/k norms": WIDE | dict(
+        layer=dict(model_type="qwen3", head_dim=8, num_hidden_layers=2, layer_types=["full_attention", SLIDING])
+        | dict(use_sliding_window=True, sliding_window=3),
+    ),
+    "EAGLE-1 with a window": dict(layer=dict(layer_types=[SLIDING], sliding_window=2), input_norm=False),
     "another width": WIDE | dict(layer=dict(hidden_size=16), own_embeddings=True, own_head=True, known=KNOWN),
     "ours": dict(embedding_norm=True, feature_norm=True, norm_output=True, known=KNOWN),
     "ours of two layers": dict(
@@ -99,4 +106,11 @@ def test_settings_that_make_no_network_are_refused(model):
     sentence(lambda: EagleSettings(layer, norm_output=True, final_norm=False), "set final_norm")
     sentence(lambda: EagleSettings(layer, wide=True, feature_norm=True), "wide layers")
     sentence(lambda: EagleSettings(layer, norm_before_residual=True), "for wide layers")
+    for types in ([SLIDING], ["chunked_attention"], [SLIDING] * 2):
+        described = EagleSettings({**layer, "num_hidden_layers": 1, "layer_types": types})
+        sentence(lambda described=described: EagleNetwork(described, model), "make no decoder layer", "layer_types")
+    window = random_eagle(model, layer=dict(layer_types=[SLIDING], sliding_window=4))
+    mask = torch.ones(1, 1, 3, 3, dtype=torch.bool).tril()
+    text = torch.ones(1, 3, dtype=torch.int64), torch.ones(1, 3, 32), torch.arange(3)[None]
+    sentence(lambda: window(*text, attention_mask=mask), "train without it")
     sentence(lambda: EagleNetwork(EagleSettings(layer), model), "hidden_size=16 is not the target's 32", "own_head")

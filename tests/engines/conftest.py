@@ -9,7 +9,7 @@ from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.proposal import NoDrafter
 
-from support.models import eagle_copy, fitted_heads, noisy_copy, tiny_llama
+from support.models import eagle_copy, fitted_heads, noisy_copy, random_eagle, tiny_llama
 from support.tape import TapeExecutor, tape_executor
 
 
@@ -26,7 +26,8 @@ def drafters(model):
     made["beside"] = Beside(made["hydra"], made["ngram"])
     two_levels = [[0.6, 0.3], [0.6]]
     made["eagle"] = EagleDrafter(eagle_copy(model, known=torch.arange(2, 58)), rates=two_levels)
-    made["eagle beside"] = Beside(made["eagle"], made["ngram"])
+    wide = dict(wide=True, taps=(0, 1, "head"), tap_norms=True, norm_output=True, known=torch.arange(3, 50))
+    made["eagle beside"] = Beside(EagleDrafter(random_eagle(model, **wide), rates=two_levels), made["ngram"])
     return made
 
 

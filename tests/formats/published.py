@@ -86,7 +86,9 @@ def rotated(x, base, positions):  # (n, heads, d)
 class Reference:
     """The formulas of the layouts, one text at a time, with plain tensors by their published names."""
 
-    def __init__(self, tensors, target, ids=None, base=10000.0, residual_normed=False, output_normed=False, head=8):
+    def __init__(
+        self, tensors, target, ids=None, base=10000.0, residual_normed=False, output_normed=False, head=8, window=99
+    ):
         strip = (
             "model.",
             "midlayer.",
@@ -102,7 +104,7 @@ class Reference:
             for old, new in zip(strip, to):
                 name = new + name[len(old) :] if name.startswith(old) else name
             self.t[name] = tensor.float()
-        self.target, self.ids, self.base, self.head = target, ids, base, head
+        self.target, self.ids, self.base, self.head, self.window = target, ids, base, head, window
         self.residual_normed, self.output_normed = residual_normed, output_normed
         self.eagle3 = "layers.0.hidden_norm.weight" in self.t
         self.layers = len({name.split(".")[1] for name in self.t if name.startswith("layers.")})
@@ -164,8 +166,8 @@ class Reference:
         for head in range(q.shape[1]):
             group = head // (q.shape[1] // k.shape[1])
             for i in range(len(x)):
-                scores = (k[: i + 1, group] @ q[i, head]) / self.head**0.5
-                mixed[i, head] = scores.softmax(0) @ v[: i + 1, group]
+                seen = slice(max(0, i + 1 - self.window), i + 1)
+                mixed[i, head] = (k[seen, group] @ q[i, head] / self.head**0.5).softmax(0) @ v[seen, group]
         return mixed.flatten(1) @ self.t[f"{at}self_attn.o_proj.weight"].T + self.t.get(f"{at}self_attn.o_proj.bias", 0)
 
 

@@ -1,5 +1,6 @@
 """`paceline convert`: pickles of tensors become folders, in a process of their own, whole or not at all."""
 
+import json
 import os
 import pickle
 import signal
@@ -10,10 +11,12 @@ import paceline
 import pytest
 import torch
 from formats.published import config_of, eagle3, write
-from paceline.drafters.formats import convert as command
-from paceline.drafters.formats.unpickle import REFUSED, main
+from paceline.drafters.formats import convert
+from paceline.drafters.formats.unpickle import main
 from paceline.spec import cli
 from safetensors.torch import load_file
+
+from support.sentences import sentence
 
 
 class Evil:
@@ -118,6 +121,33 @@ def test_damaged_files_are_named(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_weights_in_several_pickles(learned, desk, capsys, monkeypatch):
+    """Their index is named where they are refused, and converted."""
+    monkeypatch.setattr(convert, "_unpickle", lambda file, output: main(str(file), str(output)))  # in this process
+    names = sorted(learned.tensors)
+    parts = {f"pytorch_model-{part}-of-2.bin": names[part - 1 :: 2] for part in (1, 2)}
+    for file, inside in parts.items():
+        torch.save({name: learned.tensors[name] for name in inside}, file)
+    index = {"weight_map": {name: file for file, inside in parts.items() for name in inside}}
+    write(desk, {}, config_of(eagle_aux_hidden_state_layer_ids=[2, 4, 7], norm_before_residual=True, rope_theta=100.0))
+    os.remove("model.safetensors")
+    (desk / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    words = "pytorch_model-1-of-2.bin and others, pickles, which can run code, and they are not read"
+    command = f"make a folder of them by paceline convert {desk / 'pytorch_model.bin.index.json'} -o FOLDER"
+    sentence(lambda: paceline.load_drafter(desk, learned.target), words, command)
+    assert cli.main(["convert", "pytorch_model.bin.index.json", "-o", "head"]) == 0
+    assert "head has the 15 tensors of pytorch_model.bin.index.json as safetensors" in capsys.readouterr().out
+    drafter = paceline.load_drafter("head", learned.target)
+    loaded = drafter.network.state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in learned.network.state_dict().items())
+    torch.save(learned.tensors, "pytorch_model-2-of-2.bin")
+    assert "another file has its tensor" in refusal("pytorch_model.bin.index.json", capsys)
+    os.remove("pytorch_model-2-of-2.bin")
+    assert "names pytorch_model-2-of-2.bin, which is no pickle here" in refusal("pytorch_model.bin.index.json", capsys)
+    (desk / "pytorch_model.bin.index.json").write_text("[]")
+    assert "is no index of weights" in refusal("pytorch_model.bin.index.json", capsys)
+
+
 def test_what_is_missing_is_said(desk, capsys):
     assert "nowhere.bin is no file here" in refusal("nowhere.bin", capsys)
     (desk / "model.safetensors").write_bytes(b"")
@@ -140,7 +170,7 @@ def test_a_process_that_is_ended_leaves_nothing(desk, capsys, monkeypatch):
         arguments[3].write_bytes(b"half")
         return subprocess.CompletedProcess(arguments, code, "", "Traceback\nOSError: no space left")
 
-    monkeypatch.setattr(command.subprocess, "run", ended)
+    monkeypatch.setattr(convert.subprocess, "run", ended)
     code = -signal.SIGKILL
     assert "the process that read it was ended by SIGKILL" in refusal("model.bin", capsys)
     code = 1
@@ -150,7 +180,7 @@ def test_a_process_that_is_ended_leaves_nothing(desk, capsys, monkeypatch):
         arguments[3].write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.subprocess, "run", stopped)
+    monkeypatch.setattr(convert.subprocess, "run", stopped)
     assert cli.main(["convert", "model.bin", "-o", "out"]) == 130
-    assert sorted(os.listdir()) == ["config.json", "model.bin"] and REFUSED == 3
-    monkeypatch.setattr(command.subprocess, "run", real)
+    assert sorted(os.listdir()) == ["config.json", "model.bin"]
+    monkeypatch.setattr(convert.subprocess, "run", real)

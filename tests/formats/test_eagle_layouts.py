@@ -64,12 +64,13 @@ def speculators_eagle1():
     return plain | {f"{name}.weight": norm(WIDTH) for name in names}
 
 
-def nested(**outer):
-    inner = config_of(rope_parameters=ROPE, architectures=None)
+def nested(inner=(), **outer):
+    inner = config_of(rope_parameters=ROPE, architectures=None, **dict(inner))
     return {"speculators_model_type": "eagle3", "transformer_layer_config": inner, "target_hidden_size": None, **outer}
 
 
 IDS, EAGLE_1 = "eagle_aux_hidden_state_layer_ids", dict(ids=None)
+WINDOW = dict(use_sliding_window=True, sliding_window=4)
 OTHER_BASE = dict(ids=None, base=500.0)
 # name: tensors, config, and what the reference is told of it
 LAYOUTS = {
@@ -88,6 +89,11 @@ LAYOUTS = {
     "deepspec without ids": (deepspec, config_of(), dict(ids=[2, 3, 4, 5, 6])),
     "speculators": (eagle3, nested(norm_before_residual=True, **{IDS: [2, 3, 6]}),
                     dict(ids=[2, 3, 6], base=500.0, residual_normed=True)),
+    "speculators with a window": (eagle3, nested(WINDOW | dict(layer_types=["sliding_attention"])),
+                                  dict(base=500.0, window=4)),
+    "a window of layers beyond": (eagle3, config_of(**WINDOW, max_window_layers=28), {}),
+    "a window without layers": (eagle3, config_of(**WINDOW), dict(window=4)),
+    "layers of the target": (eagle3, config_of(layer_types=["full_attention", "other"], sliding_window=4), {}),
     "3.1": (lambda: eagle3() | {f"fc_norm.{i}.weight": norm(WIDTH) for i in range(3)},
             config_of(fc_norm=True, norm_output=True), dict(output_normed=True)),
     "before 3.1": (lambda: eagle3() | {f"aux_norm_{i}.weight": norm(WIDTH) for i in ("low", "mid", "high")},

@@ -55,7 +55,7 @@ def test_what_is_trained_is_exported_or_told_how_to_train(target, tmp_path, layo
 
 def test_a_published_head_goes_from_one_form_to_another(target, tmp_path, monkeypatch):
     """As if it had been tried on the target's text, of which a random head foretells nothing."""
-    monkeypatch.setattr(probe, "choose", lambda network, ways, *about: ways[0].settings)
+    monkeypatch.setattr(probe, "choose", lambda network, ways, *about: ways.tried[0].settings)
     network = network_of(target, known=20, tap_norms=True, norm_output=True, **EAGLE3)
     exported(network, target, "speculators", tmp_path / "theirs")
     done = paceline.export_drafter(tmp_path / "theirs", target, "sglang", tmp_path / "out", None, "someone/target")

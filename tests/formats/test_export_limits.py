@@ -48,6 +48,7 @@ CASES = [
     (dict(EAGLE3, layer={"attention_bias": True}), ("sglang",), "attention_bias=True"),
     (dict(EAGLE3, layer={"mlp_bias": True}), ("sglang",), "mlp_bias=True"),
     (dict(EAGLE3, own_embeddings=True), ("sglang",), "own_embeddings: false"),
+    (dict(EAGLE3, layer={"layer_types": ["sliding_attention"], "sliding_window": 9}), ALL, "see all the text"),
     (dict(EAGLE3, taps=(1, 5)), ("sglang",), "the last layer, 5"),
     (dict(EAGLE3, known=20, tap_norms=True, norm_output=True), (), ""),
 ]

@@ -8,13 +8,12 @@ import huggingface_hub
 import paceline
 import pytest
 import torch
-from formats.published import KNOWN, V, config_of, eagle1, eagle3, medusa, norm, write
+from formats.published import V, config_of, eagle1, eagle3, medusa, norm, write
 from paceline.drafters.formats.checkpoint import open_checkpoints
 from paceline.drafters.formats.detect import detect
 from paceline.drafters.formats.eagle_names import known_ids, network_name, offsets_of, published_name, without_prefixes
 from paceline.drafters.kept import kept_drafter
 from paceline.drafters.known_tokens import places
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.models import noisy_copy
@@ -205,9 +204,3 @@ def test_what_was_fetched_before_needs_no_network(learned, tmp_path, monkeypatch
     index = {"weight_map": {"fc.weight": "model-2-of-2.safetensors"}}  # it was stopped before this one came
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert paceline.load_drafter("someone/head", learned.target) and hub.asked == ["model.safetensors"]
-
-
-def test_a_written_file_has_the_engines_names(learned, tmp_path):
-    folder = learned.save(tmp_path, **RIGHT)
-    with safe_open(Path(folder) / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == GOLDEN_3 | {"t2d"} and file.get_slice("d2t").get_shape() == [V - 1] and KNOWN < V

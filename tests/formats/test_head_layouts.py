@@ -143,7 +143,9 @@ def test_they_draft_and_the_text_is_the_targets(stepping, tmp_path):
     write(tmp_path / "medusa", right_medusa(stepping), CONFIG, "medusa_lm_head.safetensors")
     write(tmp_path / "mlp", right_speculator(), {"model_type": "mlp_speculator", "n_predict": 2})
     for name, most in (("medusa", 1.85), ("mlp", 2.6)):
+        generator = torch.get_rng_state()
         drafter = paceline.load_drafter(tmp_path / name, stepping)
+        assert torch.equal(torch.get_rng_state(), generator)
         options = dict(do_sample=False, max_new_tokens=20, return_dict_in_generate=True)
         out = paceline.generate(stepping, prompt, drafter=drafter, tree="2x1", **options)
         assert torch.equal(out.sequences, truth) and drafter.name == name

@@ -21,9 +21,10 @@ from formats.published import (
     norm,
     write,
 )  # fmt: skip
-from safetensors.torch import save_file
+from paceline.drafters.eagle.folder import save_network
+from safetensors.torch import load_file, save_file
 
-from support.models import noisy_copy, tiny_llama
+from support.models import noisy_copy, random_eagle, tiny_llama
 from support.sentences import sentence
 
 OTHERS = {
@@ -65,14 +66,33 @@ def test_a_draft_model_with_a_mask_token_is_pard(target, tmp_path):
 
 def test_a_whole_model_with_layers_for_several_tokens_is_a_draft_model_but_of_itself(target, tmp_path):
     noisy_copy(target).save_pretrained(tmp_path)
-    save_file({"mtp.fc.weight": norm(3)}, tmp_path / "mtp.safetensors")
-    from safetensors.torch import load_file
-
     save_file(load_file(tmp_path / "model.safetensors") | {"mtp.fc.weight": norm(3)}, tmp_path / "model.safetensors")
-    (tmp_path / "mtp.safetensors").unlink()
     assert paceline.load_drafter(tmp_path, target).traits.kind == "draft_lm"
     itself, _ = paceline.load_target(tmp_path, with_tokenizer=False)
     sentence(lambda: paceline.load_drafter(tmp_path, itself), "has the format MTP, a target's own layers")
+
+
+@pytest.mark.parametrize("form", ["MTP", "DFlash", "Hydra"])
+def test_what_is_not_read_beside_a_draft_model_does_not_matter(target, tmp_path, form):
+    """Layers for several tokens are kept outside of the index at times."""
+    noisy_copy(target).save_pretrained(tmp_path)
+    save_file(OTHERS[form][0], tmp_path / "beside.safetensors")
+    assert paceline.load_drafter(tmp_path, target).traits.kind == "draft_lm"
+    itself, _ = paceline.load_target(tmp_path, with_tokenizer=False)
+    sentence(lambda: paceline.load_drafter(tmp_path, itself), f"has the format {form}, ")
+    (tmp_path / "model.safetensors").rename(tmp_path / "another.safetensors")
+    sentence(lambda: paceline.load_drafter(tmp_path, target), f"has the format {form}, ")
+
+
+def test_heads_beside_a_model_are_for_models_as_wide(target, tmp_path):
+    """As those of Medusa-2, which tunes the model too; beside a narrower one they are of no use to this target."""
+    noisy_copy(target).save_pretrained(tmp_path / "tuned")
+    tiny_llama(V, hidden_size=16).save_pretrained(tmp_path / "draft")
+    for name in ("tuned", "draft"):
+        save_file(medusa(), tmp_path / name / "medusa_lm_head.safetensors")
+    words = "no more than by chance: it was made for another"
+    sentence(lambda: paceline.load_drafter(tmp_path / "tuned", target), words)
+    assert paceline.load_drafter(tmp_path / "draft", target).traits.kind == "draft_lm"
 
 
 def test_a_type_of_speculators_that_is_not_known_is_named(target, tmp_path):
@@ -84,8 +104,11 @@ def changed(tensors, **changes):
     return {name: tensor for name, tensor in {**tensors, **changes}.items() if tensor is not None}
 
 
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0] * 4}
+LONG |= {"original_max_position_embeddings": 64, "factor": 32.0}
 Q, FC = "layers.0.self_attn.q_proj.weight", "fc.weight"
 SECOND = {"layers.1.input_layernorm.weight": norm(WIDTH), "layers.1.hidden_norm.weight": norm(WIDTH)}
+FIRST_NORM = {"layers.1.input_layernorm.weight": norm(WIDTH)}
 UP, SPELT = "layers.0.mlp.up_proj.weight", "midlayer.mlp.up_proj.weight"
 DAMAGED = {
     "renamed": (lambda: changed(eagle3(), **{Q: None, "layers.0.self_attn.query.weight": drawn(32, 64)}), {},
@@ -117,6 +140,8 @@ DAMAGED = {
     "d2t of another length": (lambda: changed(eagle3(), d2t=torch.arange(5)), {}, "lists 5 tokens and the head has 24"),
     "d2t twice": (lambda: changed(eagle3(), d2t=-torch.arange(KNOWN)), {}, "'d2t' lists a token twice"),
     "d2t of floats": (lambda: changed(eagle3(), d2t=torch.rand(KNOWN)), {}, "'d2t' holds no offsets"),
+    "twice": (lambda: eagle3() | {"model.norm.weight": norm(WIDTH)}, {},
+              "tensors 'model.norm.weight' and 'norm.weight' are the same one by their names"),
     "two norms": (lambda: eagle3() | layer("layers.1.", WIDTH) | SECOND, {},
         "'layers.1.hidden_norm.weight' and 'layers.1.input_layernorm.weight' differ"),
     "tokens beyond": (lambda: changed(eagle3(), d2t=torch.arange(KNOWN) + 99), {}, "another target: it drafts token"),
@@ -137,6 +162,18 @@ DAMAGED = {
     "rope base": (eagle3, {"rope_theta": "10000"}, "its config says rope_theta='10000'"),
     "rope type": (eagle3, {"rope_scaling": {"type": "spiral"}}, "rope_type='spiral', which transformers does not know"),
     "rope without numbers": (eagle3, {"rope_scaling": {"rope_type": "llama3"}}, "no network can be made of its config"),
+    "a part of each head": (eagle3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5, and layers of Llama"),
+    "a part, in the rope": (eagle3, {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.25}},
+                            "partial_rotary_factor=0.25, and layers of Llama and Qwen3 turn whole heads"),
+    "long rope": (eagle3, {"rope_scaling": {**LONG, "long_factor": [1.0] * 3}}, "turn no attention heads of these"),
+    "short rope": (eagle3, {"rope_scaling": {**LONG, "short_factor": [1.0] * 5}}, "turn no attention heads of these"),
+    "window": (eagle3, {"layer_types": ["sliding_attention"]}, "sliding_window=None, and use_sliding_window=None, and"),
+    "window unused": (eagle3, {"layer_types": ["sliding_attention"], "sliding_window": 9, "use_sliding_window": False},
+                      "sliding_window=9, and use_sliding_window=False, and it has layers of sliding_attention"),
+    "chunks": (eagle3, {"layer_types": ["chunked_attention"]}, "layer_types=['chunked_attention'], which are not full"),
+    "types": (eagle3, {"layer_types": "full_attention"}, "layer_types='full_attention', which are not full_attention"),
+    "types of too few": (lambda: eagle3() | layer("layers.1.", WIDTH) | FIRST_NORM, {"layer_types": ["full_attention"]},
+                         "or sliding_attention for 2 layers"),
     "eps": (eagle3, {"rms_norm_eps": "small"}, "rms_norm_eps='small'"),
     "act": (eagle3, {"hidden_act": "sigh"}, "hidden_act='sigh'"),
     "ids": (eagle3, {"eagle_aux_hidden_state_layer_ids": "2,4,7"}, "layer_ids='2,4,7'"),
@@ -151,6 +188,19 @@ def test_what_does_not_fit_is_named(eight, tmp_path, case):
     make, config, words = DAMAGED[case]
     folder = write(tmp_path / "head", make(), config_of(**{"eagle_config": None, **config}))
     sentence(lambda: paceline.load_drafter(folder, eight), words or "no more than by chance", str(folder))
+
+
+def test_heads_for_a_target_without_an_lm_head(target, tmp_path):
+    headless = tiny_llama(V)
+    headless.get_output_embeddings = lambda: None
+    for name, tensors in (("eagle", eagle3()), ("medusa", medusa()), ("mlp", mlp_speculator())):
+        folder = write(tmp_path / name, tensors, config_of(n_predict=3))
+        sentence(lambda folder=folder: paceline.load_drafter(folder, headless), "has no linear LM head")
+    save_network(random_eagle(target), tmp_path / "ours")
+    folder = tmp_path / "ours"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "paceline_target": None}))
+    sentence(lambda: paceline.load_drafter(folder, headless), "has no linear LM head")
 
 
 def test_a_target_of_fewer_layers_than_a_head_reads(tmp_path):
