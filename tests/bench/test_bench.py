@@ -121,15 +121,17 @@ def test_the_first_turns_alone(pair, tmp_path, capsys):
 
 
 def test_no_step_is_made_while_measuring(pair, tmp_path, monkeypatch):
-    """Prompts of two sizes in turns, by plain decoding and by ngram: four steps, each recorded once."""
-    longer = [{"id": 4, "turns": ["ABC" * 90]}, *PROMPTS[:2], {"id": 5, "turns": ["XYZ" * 90]}]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in longer))
+    """Prompts of two sizes in turns, by plain decoding and by ngram: four steps, each recorded once. Where the longest
+    comes first, its two serve all."""
+    longer = [PROMPTS[0], {"id": 4, "turns": ["ABC" * 90]}, PROMPTS[1], {"id": 5, "turns": ["XYZ" * 90]}]
     monkeypatch.setattr(pool, "KEPT", 1)
-    with tape_executor(monkeypatch) as tapes:
-        ask = command(pair, tmp_path / "run.jsonl", methods=["ngram:executor=tape"])
-        ask[1] = str(tmp_path / "prompts.jsonl")
-        assert cli.main(ask) == 0
-    assert len(tapes) == 4
+    for prompts, steps in ((longer, 4), (longer[1:], 2)):
+        (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
+        with tape_executor(monkeypatch) as tapes:
+            ask = command(pair, tmp_path / f"run{steps}.jsonl", methods=["ngram:executor=tape"])
+            ask[1] = str(tmp_path / "prompts.jsonl")
+            assert cli.main(ask) == 0
+        assert len(tapes) == steps
 
 
 def test_batches_and_sampling_give_the_text_of_single_prompts(pair, tmp_path):
