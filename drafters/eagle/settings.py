@@ -40,6 +40,9 @@ class EagleSettings:
             raise ValueError(f"layer.model_type={family!r} is no family of layers; choose one of {', '.join(FAMILIES)}")
         if not self.taps:
             raise ValueError("taps=[] leaves nothing to draft from; name layers of the target, or 'head'")
+        for tap in self.taps:
+            if tap != HEAD and type(tap) is not int:
+                raise ValueError(f"taps has {tap!r}; name layers of the target by their numbers, or 'head'")
         if self.norm_output and not self.final_norm:
             raise ValueError("norm_output feeds back the output of the final norm; set final_norm too")
         if self.wide and (self.embedding_norm or self.feature_norm or self.join_bias or not self.input_norm):

@@ -57,7 +57,7 @@ class EagleObjective(Objective):
         self.network, self.settings = network, settings
         self.losses, self.steps, self.depths = check_mixture(settings.losses), settings.steps, settings.depths
         for name, least in (("steps", 1), ("depths", 1), ("chunk", 1), ("feature_weight", 0)):
-            if getattr(settings, name) < least:
+            if not getattr(settings, name) >= least:
                 raise ValueError(f"objective.{name} is {getattr(settings, name)}; it must be at least {least}")
         if not 0 < settings.decay <= 1:
             raise ValueError(f"objective.decay is {settings.decay}; it must be above 0 and at most 1")

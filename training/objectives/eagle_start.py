@@ -87,6 +87,12 @@ def eagle_settings(settings, target) -> EagleSettings:
     taps = settings.taps
     if taps is None:
         taps = [1, count // 2 - 1, count - 4] if parts.get("wide") else [HEAD]
+        if count < 7 and len(taps) > 1:
+            raise ValueError(
+                f"the target has {count} layers, too few for the three that a wide layout reads; give objective.taps"
+            )
+    if "num_hidden_layers" in settings.layer:
+        raise ValueError("objective.layer has num_hidden_layers; give their number as objective.layers")
     layer = {**_layer_of(target), "num_hidden_layers": settings.layers, **settings.layer}
     return EagleSettings(layer=layer, taps=taps, **parts)
 

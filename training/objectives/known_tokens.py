@@ -30,5 +30,7 @@ def of_known(head: nn.Module, ids: Tensor, dtype: torch.dtype) -> nn.Module:
     """The target's LM head trimmed to the known tokens `ids` (V',), for hidden states in `dtype`: its softmax is the
     target's law on condition that one of them is next."""
     scaled = isinstance(head, ScaledHead)
+    if len(ids) == len(head.weight):
+        return head
     linear = trimmed_head(head.linear if scaled else head, ids, dtype)
     return ScaledHead(linear, head.factor, head.cap) if scaled else linear
