@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ...drafters.known_tokens import trimmed_head
+from ...spec.target.weights import is_in_blocks, linear_shape
 from .target import ScaledHead
 
 
@@ -30,7 +31,8 @@ def of_known(head: nn.Module, ids: Tensor, dtype: torch.dtype) -> nn.Module:
     """The target's LM head trimmed to the known tokens `ids` (V',), for hidden states in `dtype`: its softmax is the
     target's law on condition that one of them is next."""
     scaled = isinstance(head, ScaledHead)
-    if len(ids) == len(head.weight):
+    linear = head.linear if scaled else head
+    if len(ids) == linear_shape(linear)[0] and not is_in_blocks(linear):
         return head
-    linear = trimmed_head(head.linear if scaled else head, ids, dtype)
+    linear = trimmed_head(linear, ids, dtype)
     return ScaledHead(linear, head.factor, head.cap) if scaled else linear
