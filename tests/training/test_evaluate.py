@@ -251,6 +251,12 @@ def test_shipped_names_are_folders_or_a_sentence(model, pretrained, capsys):
     assert all(name in out for name in shipped.NAMES) and "not in this copy" in out
 
 
+def test_every_drafter_that_ships_was_timed():
+    """One without a speed would never be chosen."""
+    here = {name for name in shipped.NAMES if (shipped.PRETRAINED / name / "config.json").is_file()}
+    assert here <= shipped.speeds("cpu").keys()
+
+
 @pytest.mark.parametrize("name", shipped.NAMES)
 def test_no_shipped_drafter_was_trained_on_a_prompt_that_measures_it(root, name):
     """The digests that come with it, against the prompts of the tests and of PACELINE_BENCH."""
