@@ -5,6 +5,7 @@ it, because leaves are never forwarded, and tokens that another drafter proposed
 many of the last committed tokens as may be missing. Knows nothing of verification.
 """
 
+from abc import ABC, abstractmethod
 from typing import Self
 
 import torch
@@ -20,7 +21,7 @@ from .dynamic_tree import DynamicTree
 from .static_tree import StaticTree
 
 
-class NetworkSession:
+class NetworkSession(ABC):
     """One run of a network: its cache, and what fills trees from its logits. `vocabulary` (V',) is what these stand
     for; None is all tokens. Subclasses say what is read, forwarded and followed."""
 
@@ -43,15 +44,15 @@ class NetworkSession:
     def propose(self, state: DecodeState) -> Proposal:
         return self.growth.grow(state, self)
 
+    @abstractmethod
     def root_logits(self, state: DecodeState, base: Tensor) -> Tensor:
         """Logits (B, 1, V') at the root, the token at `base` (B,). Reads the end of the text first, as far as the cache
         may not hold it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor:
         """Logits (B, n, V') at `nodes` (n,) of `tree`, whose `tokens` are (B, n); their parents were forwarded before
         them."""
-        raise NotImplementedError
 
     def copy_rows(self, other: Self, rows: Tensor) -> None:
         self.slots.copy_rows(other.slots, rows)

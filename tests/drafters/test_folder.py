@@ -10,9 +10,10 @@ from paceline.drafters.folder import target_fingerprint
 from paceline.drafters.head_settings import HeadSettings
 from paceline.drafters.medusa import MedusaDrafter, MedusaHeads
 from paceline.training.objectives.heads import MedusaObjective
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from support.models import fitted_heads, noisy_copy, tiny_llama
+from support.sentences import edit_tensors
 
 MODES = ["independent", "markov", "hydra"]
 
@@ -76,15 +77,6 @@ def edit_config(**changes):
     def edit(folder):
         config = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
-
-    return edit
-
-
-def edit_tensors(change):
-    def edit(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
 
     return edit
 

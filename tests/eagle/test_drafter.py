@@ -12,13 +12,12 @@ from paceline.drafters.eagle.folder import save_network
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
 from paceline.spec.target.weights import block_layers
-from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
 from support.blocks import write_tiny
 from support.models import eagle_copy, noisy_copy, random_eagle, tiny_llama
 from support.reference import two_token_law
-from support.sentences import sentence
+from support.sentences import edit_tensors, sentence
 from support.tape import tape_executor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,15 +96,6 @@ def test_a_drafter_drafts_as_it_did_before_it_was_saved(model, saved, tmp_path):
     assert again.embeddings.shape == (61, 16) and again.vocabulary.tolist() == list(range(3, 43))
     both = paceline.load_drafter(f"{saved}+ngram", model)
     assert both.name == "eagle+ngram" and both.traits.taps == (0, 1, "head")
-
-
-def edit_tensors(change):
-    def edit(folder):
-        tensors = load_file(folder / "model.safetensors")
-        change(tensors)
-        save_file(tensors, folder / "model.safetensors")
-
-    return edit
 
 
 def edit_config(change):

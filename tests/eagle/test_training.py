@@ -17,7 +17,7 @@ from paceline.training.train import run
 
 from support.models import tiny_llama, whole_rows
 from support.sentences import sentence
-from support.training_runs import assert_same_end, lines, random_rows, settings, weights, write_data, write_target
+from support.training_runs import assert_same_end, lines, settings, weights, write_both
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -168,10 +168,7 @@ def test_one_text_overfitted_is_drafted_whole():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("eagle")
-    write_target(path / "target", tokenizer)
-    write_data(path / "data", random_rows(10), random_rows(5, seed=1))
-    return path
+    return write_both(tmp_path_factory.mktemp("eagle"), tokenizer)
 
 
 def eagle_run(folder, name, **changes):

@@ -1,6 +1,7 @@
-"""Refusals in one sentence."""
+"""Refusals in one sentence, and damage that leads to them."""
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 
 def sentence(call, *words):
@@ -10,3 +11,14 @@ def sentence(call, *words):
     text = str(caught.value)
     assert "\n" not in text and len(text) < 400 and all(word in text for word in words), text
     return text
+
+
+def edit_tensors(change):
+    """A function that lets `change` damage the tensors in a drafter folder."""
+
+    def edit(folder):
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return edit

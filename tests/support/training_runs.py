@@ -58,6 +58,13 @@ def write_data(folder: Path, train: list[dict], held_out: list[dict], **about) -
     return folder
 
 
+def write_both(folder: Path, tokenizer) -> Path:
+    """A target and data for it, as most tests of runs use them; returns `folder`."""
+    write_target(folder / "target", tokenizer)
+    write_data(folder / "data", random_rows(10), random_rows(5, seed=1))
+    return folder
+
+
 def settings(folder: Path, run: str = "run", **changes) -> configuration.Config:
     """A run of 12 steps of 4 rows, with the target in `folder/target` and the data in `folder/data`."""
     base = {

@@ -2,16 +2,9 @@
 
 import pytest
 
-from support.training_runs import (
-    random_rows,
-    write_data,
-    write_target,
-)
+from support.training_runs import write_both
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("training")
-    write_target(path / "target", tokenizer)
-    write_data(path / "data", random_rows(10), random_rows(5, seed=1))
-    return path
+    return write_both(tmp_path_factory.mktemp("training"), tokenizer)

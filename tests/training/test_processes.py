@@ -16,11 +16,9 @@ from support.training_runs import (
     children,
     exit_codes,
     lines,
-    random_rows,
     settings,
     weights,
-    write_data,
-    write_target,
+    write_both,
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -35,10 +33,7 @@ by_way = pytest.mark.parametrize("way", ["ddp", "fsdp2"])
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
-    path = tmp_path_factory.mktemp("processes")
-    write_target(path / "target", tokenizer)
-    write_data(path / "data", random_rows(10), random_rows(5, seed=1))
-    return path
+    return write_both(tmp_path_factory.mktemp("processes"), tokenizer)
 
 
 def settings_of(folder, kind, name, **changes):
