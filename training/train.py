@@ -94,6 +94,7 @@ def run(config: Config, plan_only: bool = False, resume: bool = False, source: s
         "objective": config.objective,
         "order": {"seed": config.run.seed, "batch": config.optimisation.batch},
         "mixed_precision": config.optimisation.mixed_precision,
+        "hidden_bits": config.target.hidden_bits,
     }
     decoding = _decoding(encoded, model) if encoded else None
     del model

@@ -137,13 +137,12 @@ class EagleObjective(Objective):
         weights = counted[at] * self.settings.decay ** (ahead - 1) * (ahead <= self.steps)  # (P, steps)
         right = torch.zeros_like(counted)  # (N, steps)
         law, lm_head = self._law_of(head, text.hidden.dtype), self.network.lm_head
-        leaf = placed.detach().requires_grad_()
 
-        def loss_of(part: slice) -> tuple[Tensor]:
+        def loss_of(part: slice, states: Tensor) -> tuple[Tensor]:  # (n, steps, H)
             label, weight = labels[part], weights[part]
             distribution, total = self._wanted(law, text.hidden[at[part]], label, weight.sum(1))
             for step in range(steps):
-                logits = lm_head(leaf[part, step])  # (n, V')
+                logits = lm_head(states[:, step])  # (n, V')
                 loss, top = SoftCrossEntropy.apply(logits, distribution * weight[:, step, None].to(logits.dtype))
                 total = total + loss
                 right[at[part] - 1 - step, step] = (top == label) & counted[at[part], step]
@@ -152,7 +151,7 @@ class EagleObjective(Objective):
         parts = ((slice(start, start + self.settings.chunk),) for start in range(0, len(at), self.settings.chunk))
         own = [parameter for parameter in lm_head.parameters() if parameter.requires_grad]
         zeros = [placed.new_zeros((), dtype=torch.promote_types(placed.dtype, torch.float32))]
-        (total,) = Summed.apply(loss_of, parts, zeros, [leaf, *own], placed, *own)
+        (total,) = Summed.apply(loss_of, parts, zeros, placed, *own)
         return total, right[columns]
 
     @torch.no_grad()

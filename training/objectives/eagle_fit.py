@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -77,7 +78,8 @@ def begin_as_target(network: EagleNetwork, target, number: int, rows: Iterable[d
         if bias is not None:
             network.join.bias.copy_(bias)
     network.layers.load_state_dict(copied.state_dict(), strict=False)
-    print(f"begins as layer {number} of the target; R2 of the state under it: {share:.2f}", file=sys.stderr)
+    if PartialState().is_main_process:
+        print(f"begins as layer {number} of the target; R2 of the state under it: {share:.2f}", file=sys.stderr)
     return share
 
 

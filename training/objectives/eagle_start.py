@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from typing import Any
 
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -116,7 +117,7 @@ def _from_start(settings, target) -> EagleNetwork:
     folder = start_folder(settings.start)
     if folder is None or folder.kind != settings.kind:
         raise ValueError(f"objective.start {settings.start} holds no EAGLE network; give the folder of a trained one")
-    if settings.layer_of_target is not None:
+    if settings.layer_of_target is not None and PartialState().is_main_process:
         unused = "objective.layer_of_target has no effect"
         print(f"objective.start {settings.start} gives the network, and {unused}", file=sys.stderr)
     network = load_network(folder, target)

@@ -95,8 +95,7 @@ class MedusaObjective(Objective):
         zeros = [torch.zeros((), device=device)]
         zeros += [torch.zeros(size, dtype=torch.int64, device=device) for size in ((), self.depths, self.depths)]
         chunks = ((*chunk, laws) for chunk in self._chunks(batch, seen))
-        parameters = list(self.parameters())
-        return Losses(*Summed.apply(self._chunk_losses, chunks, zeros, parameters, *parameters))
+        return Losses(*Summed.apply(self._chunk_losses, chunks, zeros, None, *self.parameters()))
 
     @torch.no_grad()
     def label_ranks(self, batch: Batch, seen: TargetView) -> Tensor:

@@ -78,10 +78,10 @@ def mixed_loss(
 
     `hidden` (N, H) goes through the draft's `head`, `target_hidden` (N, H') through the frozen `target_head`;
     the latter two may be None for a mixture of cross-entropy alone. `labels` (N,) are the text's tokens."""
-    states, top = hidden.detach().requires_grad_(hidden.requires_grad), torch.zeros_like(labels)
+    top = torch.zeros_like(labels)
 
-    def loss_of(part: slice) -> tuple[Tensor]:
-        logits = head(states[part]).float()  # (n, V)
+    def loss_of(part: slice, states: Tensor) -> tuple[Tensor]:
+        logits = head(states).float()  # (n, V)
         top[part] = logits.argmax(-1)
         log_probs = logits.log_softmax(-1)
         divergences = [name for name in mixture if name != "cross_entropy"]
@@ -97,9 +97,9 @@ def mixed_loss(
         return (loss,)
 
     parts = ((slice(start, start + chunk),) for start in range(0, len(hidden), chunk))
-    inputs = [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
-    leaves = [states if tensor is hidden else tensor for tensor in inputs]
-    (total,) = Summed.apply(loss_of, parts, [hidden.new_zeros((), dtype=torch.float32)], leaves, *inputs)
+    weights = [parameter for parameter in head.parameters() if parameter.requires_grad]
+    zeros = [hidden.new_zeros((), dtype=torch.float32)]
+    (total,) = Summed.apply(loss_of, parts, zeros, hidden, *weights)
     return total, top
 
 
@@ -127,27 +127,35 @@ class SoftCrossEntropy(torch.autograd.Function):
 
 
 class Summed(torch.autograd.Function):
-    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`. The gradient of each chunk with respect to `leaves` is
-    computed at once, so that no chunk is kept or recomputed. `inputs` correspond to the leaves: a parameter is its own
-    leaf, of other tensors the leaf is a detached copy. The first sum is differentiable with respect to `inputs`."""
+    """Sums `loss_of(*chunk) -> (loss, *counts)` over `chunks`. The gradient of each chunk is computed at once, so that
+    no chunk is kept or recomputed. Chunks of `states` (N, ...) begin with their slice, and `loss_of` is given these
+    states last. The first sum is differentiable with respect to `states` and `parameters`."""
 
     @staticmethod
-    def forward(ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], leaves: list, *inputs: Tensor):
+    def forward(
+        ctx, loss_of: Callable, chunks: Iterable[tuple], zeros: list[Tensor], states: Tensor | None, *parameters: Tensor
+    ):
         needed = any(ctx.needs_input_grad)
-        sums, gradients = list(zeros), [torch.zeros_like(leaf) for leaf in leaves] if needed else []
+        of_states = torch.zeros_like(states) if ctx.needs_input_grad[3] else None
+        sums, gradients = list(zeros), [torch.zeros_like(each) for each in parameters] if needed else []
         for chunk in chunks:
+            pieces = [] if states is None else [states[chunk[0]].detach().requires_grad_(of_states is not None)]
             with torch.set_grad_enabled(needed):
-                losses = loss_of(*chunk)
+                losses = loss_of(*chunk, *pieces)
             sums = [so_far + new.detach() for so_far, new in zip(sums, losses)]
-            if needed:
-                gradients_of_chunk = torch.autograd.grad(losses[0], leaves, allow_unused=True)
-                for sum_, gradient in zip(gradients, gradients_of_chunk):
-                    if gradient is not None:
-                        sum_ += gradient
-        ctx.gradients = gradients
+            if not needed:
+                continue
+            leaves = [*(pieces if of_states is not None else ()), *parameters]
+            gradients_of_chunk = list(torch.autograd.grad(losses[0], leaves, allow_unused=True))
+            if of_states is not None:
+                of_states[chunk[0]] = gradients_of_chunk.pop(0)
+            for sum_, gradient in zip(gradients, gradients_of_chunk):
+                if gradient is not None:
+                    sum_ += gradient
+        ctx.gradients = of_states, *gradients
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
 
     @staticmethod
     def backward(ctx, grad: Tensor, *_):
-        return None, None, None, None, *(gradient.mul_(grad) for gradient in ctx.gradients)
+        return None, None, None, *(None if each is None else each.mul_(grad) for each in ctx.gradients)
