@@ -236,6 +236,14 @@ def test_a_trained_folder_is_loaded_goes_on_and_describes_itself(folder, capsys)
         assert torch.equal(tensor, drafter.network.state_dict()[name].to(tensor.dtype)), name
     trained_names = {name for name, parameter in again.network.named_parameters() if parameter.requires_grad}
     assert trained_names == {name for name, _ in again.network.named_parameters()} - {"lm_head.weight"}
+    rows = [{"input_ids": [5] * 9 + [7] * 3, "loss_mask": [True] * 12}]
+    wider = EagleObjective.build({**section, "known_tokens": 42}, model, rows).network
+    known = drafter.network.vocabulary.tolist()
+    commonest = [token for token in (5, 7, *range(61)) if token not in known]
+    assert wider.vocabulary.tolist() == sorted([*known, *commonest[:2]]), "and what it knew"
+    assert torch.equal(wider.lm_head.weight, model.get_output_embeddings().weight[wider.vocabulary])
+    for name, tensor in again.network.stored().items():
+        assert name == "vocabulary" or torch.equal(tensor, wider.state_dict()[name]), name
     for change, words in (
         ({"taps": [1, "head"]}, "has taps (0, 'head') and the objective asks for (1, 'head')"),
         ({"known_tokens": 30}, "objective.known_tokens is 30 and 40 in"),

@@ -48,7 +48,7 @@ class FrozenHead(nn.Linear):
 
 def make_network(settings, target, rows: Iterable[dict]) -> EagleNetwork:
     """The network, its trained weights in float32. Raises ValueError for settings that make none."""
-    network = _new(settings, target, rows) if settings.start is None else _from_start(settings, target)
+    network = _new(settings, target, rows) if settings.start is None else _from_start(settings, target, rows)
     if not network.settings.own_head:
         network.lm_head = FrozenHead.of(network.lm_head)
     return network
@@ -111,9 +111,9 @@ def _layer_of(target) -> dict[str, Any]:
     return {"model_type": next((name for name in FAMILIES if config.model_type.startswith(name)), FAMILIES[0]), **layer}
 
 
-def _from_start(settings, target) -> EagleNetwork:
-    """The network called `settings.start`, which may be another target's. Raises ValueError where it is of another
-    shape than settings and target ask for."""
+def _from_start(settings, target, rows: Iterable[dict]) -> EagleNetwork:
+    """The network called `settings.start`, which may be another target's, with more known tokens where `settings` has
+    more. Raises ValueError where it is of another shape than settings and target ask for."""
     folder = start_folder(settings.start)
     if folder is None or folder.kind != settings.kind:
         raise ValueError(f"objective.start {settings.start} holds no EAGLE network; give the folder of a trained one")
@@ -128,15 +128,28 @@ def _from_start(settings, target) -> EagleNetwork:
                 f"objective.start {settings.start} has {each.name} {getattr(started, each.name)!r} and the objective "
                 f"asks for {getattr(asked, each.name)!r}; set it to that"
             )
-    known = len(network.vocabulary)
-    if settings.known_tokens not in (None, known):
-        raise ValueError(
-            f"objective.known_tokens is {settings.known_tokens} and {known} in {settings.start}, its start; set it to "
-            "that"
-        )
+    if settings.known_tokens is not None:
+        network = _knowing(network, settings, target, rows)
     for name, parameter in network.named_parameters():
         if started.own_head or not name.startswith("lm_head."):  # else it is the target's
             parameter.data = parameter.data.float()
             parameter.requires_grad_()
     network.origin = origin_of(folder)
     return network.train()
+
+
+def _knowing(network: EagleNetwork, settings, target, rows: Iterable[dict]) -> EagleNetwork:
+    """The network with `settings.known_tokens`: its own, and the commonest others of the data."""
+    known = len(network.vocabulary)
+    if settings.known_tokens == known:
+        return network
+    if settings.known_tokens < known or network.settings.own_head:
+        raise ValueError(
+            f"objective.known_tokens is {settings.known_tokens} and {known} in {settings.start}, its start; set it to "
+            + ("that" if network.settings.own_head else "at least that")
+        )
+    vocabulary = frequent_tokens(rows, settings.known_tokens, network.vocab_size, network.vocabulary)
+    wider = EagleNetwork(network.settings, target, vocabulary)
+    stored = {name: tensor for name, tensor in network.stored().items() if name != "vocabulary"}
+    wider.load_state_dict(stored, strict=False)  # what is not stored is the target's
+    return wider

@@ -11,9 +11,10 @@ from ...spec.target.weights import is_in_blocks, linear_shape
 from .target import ScaledHead
 
 
-def frequent_tokens(rows: Iterable[dict], size: int, vocab_size: int) -> Tensor:
+def frequent_tokens(rows: Iterable[dict], size: int, vocab_size: int, known: Tensor | None = None) -> Tensor:
     """The `size` commonest of the target's own tokens in `rows` (dicts of `input_ids` and `loss_mask`) as a head
-    vocabulary: ascending ids. Of equally common tokens the lower ids are taken, unseen ones last.
+    vocabulary: ascending ids. Of equally common tokens the lower ids are taken, unseen ones last. Tokens `known` (n,)
+    are taken before all others.
 
     Raises ValueError for a size that is no part of the vocabulary, and for rows without any of the target's tokens."""
     if not 1 <= size <= vocab_size:
@@ -24,6 +25,8 @@ def frequent_tokens(rows: Iterable[dict], size: int, vocab_size: int) -> Tensor:
         counts += ids[mask].bincount(minlength=vocab_size)
     if not counts.any():
         raise ValueError("the data hold none of the target's own tokens to take a head vocabulary from; prepare more")
+    if known is not None:
+        counts[known] += counts.sum()
     return counts.argsort(descending=True, stable=True)[:size].sort().values
 
 
