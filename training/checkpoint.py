@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -147,6 +148,29 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
         raise ValueError(
             f"checkpoint {folder.parent} cannot be read ({error}); delete it to go on from the one before"
         ) from error
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """In the block no other run writes to `folder`. Raises ValueError where one does."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"run.folder {folder} is in use by another training; wait for it, or choose another folder"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def differences(present: dict, saved: dict, where: str = "") -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from ..spec.target.load import load_target
 from . import config as configuration
 from .budget import make_plan
 from .card import write_card, write_record
+from .checkpoint import alone_in
 from .config import Config, suggest
 from .data.documents import tokenizer_fingerprint
 from .data.rows import Rows, check_rows, check_tokenizer, fingerprint, open_data
@@ -105,14 +107,14 @@ def run(config: Config, plan_only: bool = False, resume: bool = False, source: s
     if plan_only:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    if resume and not trainer.resume():
-        accelerator.print(f"{folder} holds no checkpoint; starting from the beginning", file=sys.stderr)
-    for name, text in _documents(config).items() if accelerator.is_main_process else ():
-        if source is None or (folder / name).resolve() != Path(source).resolve():  # resumed by its own configuration
-            write_output(folder / name, text)
-    stopped = trainer.train(plan.steps)
-    if accelerator.is_main_process:
-        _describe(folder, about, config)
+    with alone_in(folder) if accelerator.is_main_process else nullcontext():
+        if resume and not trainer.resume():
+            accelerator.print(f"{folder} holds no checkpoint; starting from the beginning", file=sys.stderr)
+        if accelerator.is_main_process:
+            _write_documents(folder, config, source)
+        stopped = trainer.train(plan.steps)
+        if accelerator.is_main_process:
+            _describe(folder, about, config)
     return stopped
 
 
@@ -227,6 +229,12 @@ def _decoding(prompts: Prompts, model):
         return counted(decoded)["tokens_per_step"]
 
     return tokens_per_step
+
+
+def _write_documents(folder: Path, config: Config, source: str | Path | None) -> None:
+    for name, text in _documents(config).items():
+        if source is None or (folder / name).resolve() != Path(source).resolve():  # resumed by its own configuration
+            write_output(folder / name, text)
 
 
 def _documents(config: Config) -> dict[str, str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from paceline.training.checkpoint import alone_in
 from paceline.training.train import run
 
 from support.training_runs import (
@@ -120,6 +121,8 @@ def test_resuming_with_something_else_is_refused_and_named(folder, whole, tokeni
         with pytest.raises(ValueError) as error:
             run(settings(folder, "whole", **changes), resume=True)
         assert words in str(error.value) and "cannot be resumed" in str(error.value)
+    with alone_in(Path(whole.run.folder)), pytest.raises(ValueError, match="is in use by another training"):
+        run(settings(folder, "whole"), resume=True)
     with pytest.raises(ValueError, match="go on with it by --resume"):
         run(settings(folder, "whole"))
 
