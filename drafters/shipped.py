@@ -15,7 +15,7 @@ from .folder import target_fingerprint
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-NAMES = ("smollm2-135m-medusa", "smollm2-135m-hydra", "smollm2-135m-draft")
+NAMES = ("smollm2-135m-medusa", "smollm2-135m-hydra", "smollm2-135m-draft", "smollm2-135m-eagle")
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"
 
 
