@@ -253,7 +253,7 @@ class _Call:
         setattr(out, cache_name(), cache)
         return out
 
-    def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape:
+    def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape | DynamicShape:
         """The shape of the stored plan. Where that is not to speculate, drops the drafter."""
         executor = choose(self.executor, model.device, new_tokens, sampler.capturable, compiled_before=False)
         temperature = sampler.temperature if sampler.do_sample else 0.0

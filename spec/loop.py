@@ -36,8 +36,8 @@ def decode(
     while rows.live:
         arrival = rows.step()
         _check(arrival, rows)
-        seconds, reports = arrival.seconds, arrival.reports.items()
-        events = [report.event(row, arrival.number, seconds) for row, report in reports if report.committed]
+        circumstances, reports = (arrival.number, arrival.seconds, arrival.fetched), arrival.reports.items()
+        events = [report.event(row, *circumstances) for row, report in reports if report.committed]
         trace.events += events
         for event in events:
             texts[event.row] += event.committed

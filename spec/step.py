@@ -18,7 +18,7 @@ from .request import Held
 from .sampling import Sampler
 from .state import DecodeState
 from .target.protocol import Resumable, TakesPrompts, Target, spans
-from .trace import Event
+from .trace import Event, Fetched
 from .tree import TokenTree, TreeShape
 from .verify import Verdict, verify
 
@@ -182,9 +182,9 @@ class RowReport:
     failed: bool
     ticket: int
 
-    def event(self, row: int, step: int, seconds: dict[str, float]) -> Event:
+    def event(self, row: int, step: int, seconds: dict[str, float], fetched: Fetched | None = None) -> Event:
         nodes = self.path[1 : self.accepted + 1]
-        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds)
+        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds, fetched=fetched)
         event.keep(self.committed)
         return event
 

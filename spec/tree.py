@@ -173,7 +173,7 @@ class DynamicShape:
     width: int
 
     def __post_init__(self):
-        text = f"'dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}'"
+        text = f"'{self.text}'"
         check_size(f"{text} (with the paths that it expands)", self.slots, self.max_depth)
         most = 1 + self.width + self.width**2 * (self.max_depth - 1)
         if not (self.width >= 1 and self.max_depth >= 1 and 2 <= self.nodes <= most):
@@ -184,6 +184,11 @@ class DynamicShape:
 
     def __len__(self) -> int:
         return self.nodes
+
+    @property
+    def text(self) -> str:
+        """As `tree=` takes it."""
+        return f"dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}"
 
     @property
     def slots(self) -> int:

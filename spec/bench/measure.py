@@ -32,6 +32,7 @@ from ..plan.step_times import slot_bytes
 from ..plan.store import automatic_shape, read_shape
 from ..prompts import BenchPrompt, check_ids, fitting, left_padded, pad_id, read_bench_prompts
 from ..proposal import Drafter
+from ..stream.streamer import streamer_of
 from ..target.load import end_ids
 from ..target.weights import stored_bytes
 from ..tree import DynamicShape, TreeShape
@@ -260,6 +261,9 @@ def _header(args: Namespace, source: Source, model: "PreTrainedModel", decoders:
     }
     setup |= {"weights": args.weights} if args.weights != "16" else {}
     setup |= {"columns": args.columns} if args.columns else {}
+    if (streamer := streamer_of(model)) is not None:
+        names = "kind", "layers", "resident_layers", "bytes_per_forward", "direct"
+        setup |= {f"stream_{name}": getattr(streamer.about, name) for name in names}
     return {
         "kind": "paceline-bench",
         "version": VERSION,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,11 +23,13 @@ from ..proposal import Drafter, DraftRequest, DraftSampling, EmptySession, NoDra
 from ..sampling import Sampler
 from ..state import DecodeState
 from ..step import Engine, unpack_report
+from ..stream.streamer import streamer_of
 from ..target.slots import SlotModel
 from ..trace import Trace
 from ..tree import DynamicShape, TokenTree, TreeShape
 
 LEAST = 3  # steps that are timed, however long they take
+SLOW = {"repeats": 2, "warm_up": 1}  # how often those of a streamed target are, which take seconds
 IDLE_CAPACITY = 512  # slots of an engine that is timed; half of them hold text
 Key = TypeVar("Key")
 
@@ -94,10 +96,11 @@ def open_idle(
     shape: TreeShape | DynamicShape,
     capacity: int = IDLE_CAPACITY,
     sampling: DraftSampling | None = None,
-    forward_only: bool = False,
+    work: Literal["step", "forward", "draft"] = "step",
     batch: int = 1,
 ) -> Executor:
-    """An executor of an idle engine of `batch` rows, for whole steps or (`forward_only`) the target forward alone."""
+    """An executor of an idle engine of `batch` rows, for whole steps, the target forward alone, or drafting alone."""
+    capacity = max(capacity, 2 * (shape.slots + 1))
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.coupling != "none", prompt, prompt[:, 0] * 0)
     rule = "residual" if sampling.coupling == "own" else "match"
@@ -105,7 +108,8 @@ def open_idle(
         target = SlotModel(model, batch, capacity, drafter.traits.taps)
         engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)
         engine.state.lengths.fill_(capacity // 2)  # attention takes longer with more text
-        return EXECUTORS[executor](engine, _forward_alone(engine) if forward_only else None)
+        part = {"step": None, "forward": _forward_alone, "draft": _draft_alone}[work]
+        return EXECUTORS[executor](engine, part(engine) if part is not None else None)
 
 
 def _forward_alone(engine: Engine) -> Step:
@@ -114,12 +118,18 @@ def _forward_alone(engine: Engine) -> Step:
     return lambda engine, mark: engine.target.forward(proposal, base).logits
 
 
+def _draft_alone(engine: Engine) -> Step:
+    """The drafting of a step alone."""
+    return lambda engine, mark: engine.session.propose(engine.state)
+
+
 def step_and_forward_cost(
     model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape
 ) -> tuple[float, float]:
     """Seconds of a whole step, drafting included, and of its target forward alone."""
-    runs = [open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)]
-    step, forward = (min(seconds) for seconds in zip(*([alone(model, run) for run in runs] for _ in range(2))))
+    runs = [open_idle(model, executor, drafter, shape, work=work) for work in ("step", "forward")]
+    how = {} if streamer_of(model) is None else SLOW
+    step, forward = (min(seconds) for seconds in zip(*([alone(model, run, **how) for run in runs] for _ in range(2))))
     return step, forward
 
 
