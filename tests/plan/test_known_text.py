@@ -19,7 +19,7 @@ def drafters(model):
     yield "eagle", EagleDrafter(eagle_copy(model, 0.05), "eagle")
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("temperature", [0.0, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_drafts_along_a_known_text_are_those_of_following_it(temperature, one_thread):
     model = tiny_llama(seed=3, eos_token_id=7)
     torch.manual_seed(0)
