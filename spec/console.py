@@ -123,7 +123,7 @@ class Progress:
         self.steps += 1
         self.tokens += sum(len(event.committed) for event in events)
         columns = shutil.get_terminal_size().columns
-        if not self.on or (self.below and line and width(line) % columns == 0):  # the cursor is between two lines
+        if not self.on or (self.below and ends_full(line, columns)):
             return
         said = step_line(self.steps, self.tokens, self.limit, events)[: columns - 1]
         sys.stdout.flush()
@@ -139,10 +139,13 @@ class Progress:
         self.shown = False
 
 
-def width(text: str) -> int:
-    """How many columns of a terminal a text takes."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return wide + sum(not unicodedata.combining(letter) for letter in text)
+def ends_full(line: str, columns: int) -> bool:
+    """Whether the last row of a terminal that `line` takes is full: the cursor stands between two rows then."""
+    column = 0
+    for letter in line:
+        wide = 0 if unicodedata.combining(letter) else 1 + (unicodedata.east_asian_width(letter) in "WF")
+        column = wide if column + wide > columns else column + wide
+    return column == columns
 
 
 def step_line(step: int, tokens: int, limit: int, events: list[Event]) -> str:
