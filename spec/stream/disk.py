@@ -2,20 +2,39 @@
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+from torch import Tensor
 
 from ..console import one_line
+from .layout import FileRecord
+from .reader import Reader
 from .record import StreamError
 from .ring import Ring
 
-Fetch = Callable[[int, int], int]  # (layer, buffer) -> bytes fetched; raises StreamError
+
+class LayerFiles:
+    """The files of layers, and the buffers that they are read into."""
+
+    def __init__(self, reader: Reader, files: Sequence[tuple[Path, FileRecord]], buffers: Sequence[Tensor]):
+        self.reader, self.files, self.buffers = reader, files, buffers
+
+    def fetch(self, layer: int, buffer: int) -> int:
+        """Read a layer into a buffer; returns its bytes. Raises StreamError."""
+        path, record = self.files[layer]
+        self.reader.read(path, record.sums, self.buffers[buffer][: record.size])
+        return record.size
+
+    def close(self) -> None:
+        self.reader.close()
 
 
 class Prefetcher:
-    """Fetches layers into buffers in a thread of its own; `fetch` does it."""
+    """Fetches layers from files into buffers, in a thread of its own."""
 
-    def __init__(self, layers: int, buffers: int, fetch: Fetch):
-        self.ring, self._fetch = Ring(layers, buffers), fetch
+    def __init__(self, files: LayerFiles):
+        self.ring, self._files = Ring(len(files.files), len(files.buffers)), files
         self.changed = threading.Condition(threading.RLock())
         self.waited = self.fetching = 0.0  # seconds
         self.bytes = 0
@@ -44,12 +63,12 @@ class Prefetcher:
     def release(self, user: Hashable) -> None:
         """`user` no longer computes with its buffer, if it has one."""
         with self.changed:
-            if self.ring.leave(user) is not None:
-                self.changed.notify_all()
+            self.ring.leave(user)
+            self.changed.notify_all()
 
-    def users(self, layer: int) -> int:
-        """How many compute with `layer`."""
-        return sum(len(users) for users, held in zip(self.ring.users, self.ring.holds) if held == layer)
+    def held(self, user: Hashable) -> tuple[int, int] | None:
+        """The layer that `user` computes with, and how many others do; None where it computes with none."""
+        return self.ring.held(user)
 
     def close(self) -> None:
         """Fetch no more. The thread ends when its last layer is there."""
@@ -57,13 +76,14 @@ class Prefetcher:
             self._closed = True
             self.changed.notify_all()
         self._thread.join()
+        self._files.close()
 
     def _run(self) -> None:
         while (job := self._next()) is not None:
             layer, buffer = job
             begun, size, error = time.perf_counter(), 0, None  # type: float, int, StreamError | None
             try:
-                size = self._fetch(layer, buffer)
+                size = self._files.fetch(layer, buffer)
             except StreamError as problem:
                 error = problem
             except Exception as problem:  # which must not leave a forward waiting

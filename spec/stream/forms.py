@@ -9,6 +9,7 @@ Knows nothing of files and of when layers are read.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,10 @@ from ..kernels.block_linear import BlockLinear
 from ..kernels.panel_linear import PanelLinear
 from ..kernels.panels import Format, dense_panel_bytes, holds_bfloat16, pack_dense_rows, rows_at_a_time
 from ..kernels.rotation import Rotation
-from .layout import FileWriter, dtype_name, torch_dtype
-from .source import Source
+from .layout import FileWriter, Stored, dtype_name, torch_dtype
+
+if TYPE_CHECKING:
+    from .source import Source
 
 Parts = dict[str, Tensor]
 
@@ -45,18 +48,17 @@ class Device:
         return f"{dtype_name(self.dtype)} panels of {native.panel_width() if native.prepare() else 0}"
 
 
-def write_panels(to: FileWriter, path: str, linear: nn.Linear, source: Source, weight: str) -> None:
+def write_panels(to: FileWriter, path: str, linear: nn.Module, source: "Source", weight: str) -> None:
     """Write the panels of a dense linear layer at `path`, of the source's weight of that name, some rows at a time."""
+    assert isinstance(linear, nn.Linear)
     (outputs, inputs), dtype, width = linear.weight.shape, linear.weight.dtype, native.panel_width()
     step = rows_at_a_time(inputs, width)
 
     def pieces() -> Iterator[tuple[int, Tensor]]:
-        return (
-            (start, source.rows(weight, start, min(start + step, outputs), dtype)) for start in range(0, outputs, step)
-        )
+        return ((start, source.rows(weight, start, min(start + step, outputs))) for start in range(0, outputs, step))
 
-    wide = not all(holds_bfloat16(rows) for _, rows in pieces())
-    bias = None if linear.bias is None else source.read(f"{path}.bias", linear.bias.dtype)
+    wide = dtype != torch.bfloat16 and not all(holds_bfloat16(rows) for _, rows in pieces())
+    bias = None if linear.bias is None else source.read(f"{path}.bias")
     packed = (
         pack_dense_rows(rows, None if bias is None else bias[start : start + step], width, wide)
         for start, rows in pieces()
@@ -66,6 +68,7 @@ def write_panels(to: FileWriter, path: str, linear: nn.Linear, source: Source, w
     to.put_rows(f"{path}.packed", kind, (-(-outputs // width), words), packed)
     to.forms[path] = {
         "kind": "panels", "outputs": outputs, "inputs": inputs, "dtype": dtype_name(dtype), "bias": bias is not None,
+        "parts": ["packed"],
     }  # fmt: skip
 
 
@@ -75,7 +78,7 @@ def write_blocks(to: FileWriter, path: str, layer: BlockLinear) -> None:
         to.put(f"{path}.{name}", part.cpu())
     to.forms[path] = {
         "kind": "blocks", "outputs": layer.out_features, "inputs": layer.in_features, "format": layer.ints,
-        "rotation": layer.rotation and layer.rotation.block,
+        "rotation": layer.rotation and layer.rotation.block, "parts": list(layer.parts),
     }  # fmt: skip
 
 
@@ -96,7 +99,8 @@ def put(module: nn.Module, parts: Parts) -> None:
         module._parameters[name].data = part  # type: ignore[union-attr]
 
 
-def nothing(part: Tensor) -> Tensor:
-    """A tensor of the shape and dtype of `part` that holds NaN, where there is one, and takes no memory."""
-    blank = torch.full((1,) * part.ndim, float("nan") if part.is_floating_point() else 0, dtype=part.dtype)
-    return blank.to(part.device).expand(part.shape)
+def nothing(stored: Stored, device: torch.device) -> Tensor:
+    """A tensor like a stored one that holds NaN, where its dtype has that, and takes no memory."""
+    dtype = torch_dtype(stored.dtype)
+    blank = torch.full((1,) * len(stored.shape), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
+    return blank.to(device).expand(stored.shape)

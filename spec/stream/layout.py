@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -60,6 +60,10 @@ class FileRecord:
     tensors: dict[str, Stored]
     forms: dict[str, dict] = field(default_factory=dict)  # of linear layers, by their paths (forms.py)
 
+    def of(self, memory: Tensor) -> dict[str, Tensor]:
+        """The tensors, on the memory (bytes of the file,) uint8 that the file was read into."""
+        return {name: stored.of(memory) for name, stored in self.tensors.items()}
+
     @classmethod
     def parsed(cls, value: dict) -> "FileRecord":
         stored = {
@@ -82,7 +86,7 @@ class FileWriter:
     def __init__(self, path: Path):
         self.tensors: dict[str, Stored] = {}
         self.forms: dict[str, dict] = {}
-        self._file = open(path, "wb")
+        self._file = open(path, "wb")  # noqa: SIM115 (`close` does)
         self._sums: list[int] = []
         self._piece = bytearray()  # what of the present piece is not written yet
         self._size = 0
@@ -195,7 +199,7 @@ class StreamFolder:
 
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = open(self.path / "lock", "ab")
+            file = open(self.path / "lock", "ab")  # noqa: SIM115 (below)
         except OSError as error:
             raise StreamError(self._not_written("lock", error)) from error
         with file:
@@ -214,10 +218,8 @@ class StreamFolder:
 
     def keep_test(self, key: str) -> None:
         """Keep that the self-test was passed, where the folder can be written."""
-        try:
+        with suppress(OSError):
             write_json(self.path / "selftest.json", {**self._tests(), key: True})
-        except OSError:
-            pass
 
     def _tests(self) -> dict[str, Any]:
         try:

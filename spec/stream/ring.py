@@ -1,8 +1,8 @@
 """Which buffer holds which layer, and what is fetched next.
 
-Layers are asked for in turn, and after the last comes the first again, that of the next forward. Of the layers that will
-be asked for next, as many are fetched as there are buffers in which no forward computes. A forward that is broken off
-simply asks for another layer than the next one. Knows nothing of how layers are fetched.
+Layers are asked for in turn, and after the last comes the first again, that of the next forward. Of the layers that
+will be asked for next, as many are fetched as there are buffers in which no forward computes. A forward that is broken
+off simply asks for another layer than the next one. Knows nothing of how layers are fetched.
 """
 
 from collections.abc import Hashable
@@ -48,13 +48,15 @@ class Ring:
             self.next = (layer + 1) % self.layers
         return buffer
 
-    def leave(self, user: Hashable) -> tuple[int, bool] | None:
-        """What `user` computed with is free for others: the layer, and whether nobody else computes with it; None where
-        it used none."""
-        for buffer, users in enumerate(self.users):
+    def held(self, user: Hashable) -> tuple[int, int] | None:
+        """The layer that `user` computes with, and how many others do; None where it computes with none."""
+        for users, layer in zip(self.users, self.holds):
             if user in users:
-                users.remove(user)
-                layer = self.holds[buffer]
                 assert layer is not None, "what is in use is not fetched anew"
-                return layer, not users
+                return layer, len(users) - 1
         return None
+
+    def leave(self, user: Hashable) -> None:
+        """`user` computes no longer with a layer."""
+        for users in self.users:
+            users.discard(user)

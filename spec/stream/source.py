@@ -3,11 +3,8 @@ them, folders of `paceline quantise`, and GGUF files. The whole model is never i
 of the weights.
 """
 
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from safetensors import safe_open
@@ -36,8 +33,14 @@ class Source(Protocol):
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Some rows of a matrix."""
 
-    def blocks(self, path: str) -> BlockLinear | None:
-        """The linear layer at `path`, without its bias, where its weight is in blocks."""
+    def in_blocks(self, path: str) -> bool:
+        """Whether the weight of the linear layer at `path` is in blocks."""
+
+    def blocks(self, path: str) -> BlockLinear:
+        """That linear layer, without its bias."""
+
+    def signs(self) -> dict[str, Tensor]:
+        """Of the rotations of such layers: by the name `signs.INPUTS`."""
 
 
 def skeleton(config: "PreTrainedConfig", dtype: torch.dtype, trust_remote_code: bool = False) -> "PreTrainedModel":
@@ -78,11 +81,14 @@ class FolderSource:
         from transformers import AutoModelForCausalLM
 
         outline = skeleton(config, dtype, trust_remote_code)
-        ends = [path_of(outline, end) for end in (outline.get_input_embeddings(), outline.get_output_embeddings())]
+        stack, ends = layer_stack(outline), (outline.get_input_embeddings(), outline.get_output_embeddings())
+        small = [path for path, each in outline.named_modules() if each._parameters or each._buffers]
+        places = {path: "cpu" for path in small if not path.startswith(f"{stack}.")}
+        places |= {path: "disk" for path in (stack, *(path_of(outline, end) for end in ends)) if path is not None}
         self.frame, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
-            device_map={"": "cpu"} | {path: "disk" for path in (layer_stack(outline), *ends) if path is not None},
+            device_map=places,
             offload_folder=str(work),
             use_safetensors=True,
             output_loading_info=True,
@@ -118,8 +124,14 @@ class FolderSource:
         with safe_open(stored["safetensors_file"], "pt") as file:
             return file.get_slice(stored["weight_name"])[start:stop].to(self.state[name].dtype)
 
-    def blocks(self, path: str) -> None:
-        return None
+    def in_blocks(self, path: str) -> bool:
+        return False
+
+    def blocks(self, path: str) -> BlockLinear:
+        raise AssertionError("there are none")
+
+    def signs(self) -> dict[str, Tensor]:
+        return {}
 
 
 class QuantisedSource:
@@ -143,12 +155,16 @@ class QuantisedSource:
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         return self.tensors.rows(self._name(name), start, stop).to(self.frame.state_dict()[name].dtype)
 
-    def blocks(self, path: str) -> BlockLinear | None:
-        if path not in self.layers:
-            return None
+    def in_blocks(self, path: str) -> bool:
+        return path in self.layers
+
+    def blocks(self, path: str) -> BlockLinear:
         linear, form = self.frame.get_submodule(path), self.layers[path]
         int8 = self.weights.int8_activations
         return block_layer(self.folder, path, form, linear, self.tensors, int8, self.rotations)
+
+    def signs(self) -> dict[str, Tensor]:
+        return {name: self.tensors[name] for name in self.tensors if name.startswith("signs.")}
 
 
 class GgufSource:
@@ -161,12 +177,17 @@ class GgufSource:
         self.parameters: dict[str, Tensor] = dict(frame.named_parameters(remove_duplicate=False))
 
     def read(self, name: str) -> Tensor:
+        self.reader.file.forget()
         return self.reader.read(name, self.parameters[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.reader.read(name, self.parameters[name], (start, stop))
+        return self.reader.read(name, self.parameters[name], slice(start, stop))
 
-    def blocks(self, path: str) -> BlockLinear | None:
-        if path not in self.kept:
-            return None
+    def in_blocks(self, path: str) -> bool:
+        return path in self.kept
+
+    def signs(self) -> dict[str, Tensor]:
+        return {}
+
+    def blocks(self, path: str) -> BlockLinear:
         return BlockLinear(self.reader.blocks(self.kept[path]), None, self.weights.int8_activations).eval()

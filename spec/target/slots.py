@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..proposal import Proposal
+from ..stream.streamer import streamer_of
 from ..tree import TokenTree
 from . import attention, masks, rope
 from .cache import SlotCache
@@ -66,7 +67,8 @@ class SlotModel:
         put_taps(model, taps)
         self.can_idle = put_idle_head(model)  # the head has nothing to do while a text is read
         sizes = batch, capacity, model.device, config.vocab_size
-        self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
+        static = streamer_of(model) is None
+        self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)), static)
 
     @property
     def nbytes(self) -> int:

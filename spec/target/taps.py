@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from .weights import Linear, is_in_blocks, linear_shape
+from .weights import Linear, is_packed, linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +28,11 @@ _putting = threading.Lock()  # two threads must not put the same tap twice
 
 
 def linear_head(model: "PreTrainedModel") -> Linear:
-    """The LM head, a linear map from the last hidden state to the logits, its weight dense or in blocks (weights.py
+    """The LM head, a linear map from the last hidden state to the logits, its weight dense or packed (weights.py
     reads both). Raises ValueError where there is none."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not is_in_blocks(head) and not (isinstance(weight, Tensor) and weight.ndim == 2):
+    if not is_packed(head) and not (isinstance(weight, Tensor) and weight.ndim == 2):
         raise ValueError(
             f"{type(model).__name__} has no linear LM head to take the last hidden state from; use a draft model or "
             "'ngram' as drafter"
