@@ -42,18 +42,18 @@ def load_streamed(
     device = Device(asked.device, origin.dtype)
     folder = folder_of(origin, device, asked.weights.name)
     said = repacked(origin, folder, device, name)
-    model = origin.skeleton()
+    model, before = origin.skeleton(), psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
     made.put_resident()
     streamer = made.streamed(budget or int(SHARE * psutil.virtual_memory().available), kind, buffers)
     set_streamer(model, streamer)
     refuse_saving(model)
-    print(f"{name}: {announced(streamer.about, made.records[RESIDENT].size)}", file=sys.stderr)
+    print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
     return model, origin
 
 
-def announced(about: StreamAbout, small: int) -> str:
-    """What is where, in words, with the memory that the process takes by it."""
+def _announced(about: StreamAbout, small: int, before: int) -> str:
+    """What is where, in words; `before` is the memory of the process without any weights."""
     streamed = about.layers - about.resident_layers
     parts = [f"LM head, norms and biases {small / 1e6:.0f} MB"]
     if about.resident_layers:
@@ -64,7 +64,8 @@ def announced(about: StreamAbout, small: int) -> str:
         f"{streamed} layers of {about.layers}, {about.bytes_per_forward / 1e9:.2f} GB, are fetched from {about.kind}"
     )
     what = f"{fetched} for each forward" if streamed else "all layers stay in memory"
-    return f"{what}; in memory are {about.resident_bytes / 1e6:.0f} MB ({', '.join(parts)})"
+    whole = f"with them this process takes about {(before + about.resident_bytes) / 1e9:.2f} GB"
+    return f"{what}; in memory are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {whole}"
 
 
 def checked_kind(kind: str, device: torch.device) -> Kind:
