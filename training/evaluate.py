@@ -170,7 +170,7 @@ def _static(shape) -> TreeShape | None:
 
 def _planned(args, model, drafter, rates) -> TreeShape | DynamicShape:
     """The tree of the plan stored for this device, else a tree of moderate size planned from p."""
-    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     kept = plan_path(model, drafter, executor, args.verify, args.temperature)
     if kept.is_file():
         return Plan.load(kept).shape

@@ -60,9 +60,8 @@ def bench(args: Namespace) -> None:
     prompts = [prompt for prompt, _ in fitting(prompts, tokenizer, model, args.max_new_tokens)]
     executor = args.executor
     if executor == "auto":
-        tokens, fetching = len(prompts) * args.max_new_tokens, streamer_of(model) is not None
-        executor = "eager" if fetching else choose("auto", model.device, tokens, True, compiled_before=False)
-    methods = [method.settled(model.device) for method in parse_methods(args.methods, executor, args.temperature)]
+        executor = choose("auto", model, len(prompts) * args.max_new_tokens, True, compiled_before=False)
+    methods = [method.settled(model) for method in parse_methods(args.methods, executor, args.temperature)]
     if args.batch > 1 and any(method.kind in ("transformers-lookup", "transformers-assisted") for method in methods):
         raise ValueError(f"--batch {args.batch}: transformers speculates with one text at a time; use --batch 1")
     decoders = {method.name: _decoder(method, model, tokenizer) for method in methods}

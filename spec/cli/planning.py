@@ -81,7 +81,7 @@ def plan(args: Namespace) -> None:
 def _executor(args: Namespace, model: "PreTrainedModel") -> str:
     """The executor whose steps are timed."""
     if streamer_of(model) is None:
-        return choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+        return choose(args.executor, model, 0, capturable=True, compiled_before=False)
     if args.executor not in ("auto", "eager"):
         raise ValueError(f"--executor {args.executor} cannot take steps that wait for streamed weights; use eager")
     return "eager"

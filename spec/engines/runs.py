@@ -77,7 +77,7 @@ def open_run(
     compiled_before = auto and bool(pool.alike(settled, target, drafter))
     key = step_key([model, *modules_of(drafter)], settled.batch, settled.capacity) if auto else ""
     paying = paying_tokens(key) if auto else None
-    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before, paying)
+    name = choose(asked.executor, model, new_tokens, sampler.capturable, compiled_before, paying)
     if auto and name == "compiled" and not compiled_before:
         with _begun_eagerly(pool, model, drafter, settled, sampler, key) as begun:
             yield begun

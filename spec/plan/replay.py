@@ -21,6 +21,7 @@ from ..proposal import Drafter
 from ..request import Request
 from ..rows import Rows
 from ..sampling import Sampler, warpers
+from ..stream.streamer import prompt_chunk
 from ..target.load import end_ids
 from ..target.slots import SlotModel
 from ..trace import Event
@@ -165,7 +166,7 @@ def follow(
     capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
     target = SlotModel(model, 1, capacity, drafter.traits.taps)
     engine = open_engine(target, drafter, WIDE, sampler, drawing, rule, len(ends))
-    rows, events = Rows(Eager(engine), 512), []
+    rows, events = Rows(Eager(engine), prompt_chunk(model)), []
     rows.admit({0: Request(ids[0].tolist(), 1, stream_key(seed), ends, sampler.row_sampling)})
     while True:
         arrival = rows.step()

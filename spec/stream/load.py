@@ -30,13 +30,13 @@ SHARE = 0.5  # of the free memory that weights may take, where nothing is asked 
 
 
 def load_streamed(
-    asked: Asked, kind: Kind, resident: str | int | float | None, name: str, buffers: int = BUFFERS
+    asked: Asked, kind: str, resident: str | int | float | None, name: str, buffers: int = BUFFERS
 ) -> tuple["PreTrainedModel", Origin]:
     """The model, in evaluation mode, its weights streamed from `kind`, with `resident` bytes of them in memory at most;
     and what it was made from. Says on stderr what is repacked, and what is where.
 
     Raises ValueError for what cannot be streamed, and StreamError where files cannot be written or read."""
-    check_kind(kind, asked.device)
+    kind = checked_kind(kind, asked.device)
     budget = None if resident is None else bytes_of(resident)
     origin = origin_of(asked)
     device = Device(asked.device, origin.dtype)
@@ -67,14 +67,15 @@ def announced(about: StreamAbout, small: int) -> str:
     return f"{what}; in memory are {about.resident_bytes / 1e6:.0f} MB ({', '.join(parts)})"
 
 
-def check_kind(kind: str, device: torch.device) -> None:
-    """Raise ValueError for a place that weights cannot be streamed from, to this device."""
+def checked_kind(kind: str, device: torch.device) -> Kind:
+    """`kind`; raises ValueError for a place that weights cannot be streamed from, to this device."""
     if kind not in ("disk", "host"):
         raise ValueError(f"stream={kind!r} is no place to stream from; use 'disk', or on CUDA 'host'")
     if kind == "host" and device.type != "cuda":
         raise ValueError("stream='host' is for a GPU, whose weights wait in the host's memory; on a CPU use 'disk'")
     if kind == "disk" and device.type != "cpu":
         raise ValueError(f"stream='disk' is for a CPU and the device is {device}; use stream='host' there")
+    return "host" if kind == "host" else "disk"
 
 
 class _Assembly:

@@ -38,7 +38,7 @@ def padded(size: int) -> int:
     return -(-size // PAGE) * PAGE
 
 
-def checksum(piece: memoryview | bytes) -> int:
+def checksum(piece: memoryview | bytearray) -> int:
     return zlib.crc32(piece)
 
 

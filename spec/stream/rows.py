@@ -55,11 +55,11 @@ def look_up(embeddings: nn.Embedding, file: RowFile) -> None:
     def forward(ids: Tensor) -> Tensor:
         asked, index = torch.unique(ids, return_inverse=True)
         part = copy.copy(embeddings)  # the same module, but for its weight
-        part._parameters, part.padding_idx = {"weight": file.rows(asked)}, None  # type: ignore[assignment,dict-item]
+        part._parameters, part.padding_idx = {"weight": file.rows(asked)}, None  # type: ignore[dict-item]
         return type(embeddings).forward(part, index)
 
     setattr(embeddings, _KEPT, file)
-    embeddings.forward = forward  # type: ignore[method-assign]
+    embeddings.forward = forward  # type: ignore[assignment,method-assign]
 
 
 def row_file(module: nn.Module | None) -> RowFile | None:

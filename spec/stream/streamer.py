@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -15,6 +15,9 @@ from torch import nn
 from .forms import Parts, put
 from .layout import StreamFolder
 from .record import StreamAbout, StreamRecord
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Tables = list[list[dict[nn.Module, Parts]]]  # [buffer][streamed layer]: with what its modules compute
 
@@ -110,6 +113,21 @@ _streamers: "WeakKeyDictionary[nn.Module, Streamer]" = WeakKeyDictionary()
 
 def set_streamer(model: nn.Module, streamer: Streamer) -> None:
     _streamers[model] = streamer
+
+
+CHUNK = 512  # tokens of a prompt that are read at a time
+_MOST, _SHARE = 2048, 1 / 16  # of a streamed model: at most, and how much of its resident bytes their activations take
+
+
+def prompt_chunk(model: "PreTrainedModel") -> int:
+    """How many tokens of a prompt to read at a time. A streamed model reads more, because every chunk takes a pass over
+    all weights, as long as the memory for it is little beside that of the weights."""
+    if (streamer := streamer_of(model)) is None:
+        return CHUNK
+    config = model.config.get_text_config()
+    hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    each = model.dtype.itemsize * (8 * hidden + 3 * inner)  # bytes of a token's activations in a layer, about
+    return min(max(CHUNK, int(_SHARE * streamer.about.resident_bytes / each)), _MOST)
 
 
 def streamer_of(model: nn.Module | None) -> Streamer | None:

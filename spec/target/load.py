@@ -159,11 +159,11 @@ def _load_streamed(
     stream: str,
     resident: str | int | float | None,
 ) -> tuple["PreTrainedModel", Any]:
-    from ..stream.load import check_kind, load_streamed
+    from ..stream.load import checked_kind, load_streamed
     from ..stream.origin import Asked
     from .adapters import is_adapter
 
-    check_kind(stream, device)
+    checked_kind(stream, device)
     if is_adapter(where := _adapter_folder(where)):
         raise ValueError(
             f"{where} is an adapter, which cannot be streamed; merge it (merge_and_unload, save_pretrained) and stream "

@@ -1,8 +1,11 @@
 """A streamer that fetches nothing: each forward of its model is said to have waited and fetched as much as before."""
 
+import os
 from contextlib import contextmanager
+from pathlib import Path
 
 from paceline.spec.stream import streamer
+from paceline.spec.stream.layout import StreamFolder
 from paceline.spec.stream.record import StreamAbout, StreamRecord
 
 ABOUT = StreamAbout(
@@ -13,6 +16,8 @@ ABOUT = StreamAbout(
 
 class Pretender:
     """Weights of 3 MB, half a second of fetching and a microsecond of waiting for every forward."""
+
+    folder = StreamFolder(Path(os.devnull))  # which keeps nothing
 
     def __init__(self, about=ABOUT):
         self.about, self.forwards = about, 0
