@@ -25,52 +25,59 @@ from pathlib import Path
 import psutil
 
 PIECE = 8 << 20
-WAYS = {"plain": "streamed", "tree": "streamed", "accelerate": "accelerate", "resident": "resident"}  # way: process
+WAYS = "plain", "tree", "accelerate", "resident"
 
 
 # The processes.
 
 
-def streamed_worker(args):
-    """A function that answers a way and tokens; and what is to be known of the model."""
+def streamed(args, draft):
+    """The streamed model, the drafter if there is to be one, and what is to be known of the model."""
     import paceline
-    from paceline.spec.engines.pool import modules_of
-    from paceline.spec.plan.store import plan_path, read_shape
-    from paceline.spec.plan.trees import Plan
+    from paceline.spec import generate  # noqa: F401  (what is imported anyway is no memory of the model's)
     from paceline.spec.stream.streamer import streamer_of
+    from transformers import AutoModelForCausalLM  # noqa: F401
 
     before = psutil.Process().memory_info().rss
     options = {"dtype": args.dtype, "weights": args.weights}
     model, _ = paceline.load_target(args.model, stream="disk", resident=args.resident, **options)
-    drafter = paceline.load_drafter(args.draft, model, weights=args.draft_weights)
+    drafter = paceline.load_drafter(args.draft, model, weights=args.draft_weights) if draft else None
     streamer = streamer_of(model)
-    kept = plan_path(model, drafter, "eager", "match", 0.0)
-    plan = Plan.load(kept) if args.tree == "auto" else None
+    return model, drafter, {"about": asdict(streamer.about), "folder": str(streamer.folder.path), "before": before}
+
+
+def plain_worker(args):
+    """A function that answers tokens; and what is to be known of the model."""
+    model, _, known = streamed(args, draft=False)
+    return ours(model, None, None), known
+
+
+def tree_worker(args):
+    from paceline.spec.plan.store import plan_path, read_shape
+    from paceline.spec.plan.trees import Plan
+
+    model, drafter, known = streamed(args, draft=True)
+    plan = Plan.load(plan_path(model, drafter, "eager", "match", 0.0)) if args.tree == "auto" else None
     shape = plan.shape if plan is not None else read_shape(args.tree, drafter)
     forecast = {} if plan is None else {key: value for key, value in vars(plan).items() if key != "shape"}
-    sizes = {
-        p.data_ptr(): p.nbytes for module in modules_of(drafter) for p in [*module.parameters(), *module.buffers()]
-    }
-    known = {
-        "about": asdict(streamer.about), "folder": str(streamer.folder.path), "forecast": forecast, "before": before,
-        "tree": getattr(shape, "text", f"{len(shape)} nodes, fixed"), "draft": sum(sizes.values()),
-    }  # fmt: skip
-    return ours(model, {"plain": (None, None), "tree": (drafter, shape)}), known
+    tree = getattr(shape, "text", f"{len(shape)} nodes, fixed")
+    speculates = len(shape) > 1
+    return ours(model, drafter if speculates else None, shape), {**known, "forecast": forecast, "tree": tree}
 
 
 def resident_worker(args):
     import paceline
 
     model, _ = paceline.load_target(args.model, dtype=args.dtype, weights=args.weights)
-    return ours(model, {"resident": (None, None)}), {}
+    return ours(model, None, None), {}
 
 
-def ours(model, ways):
+def ours(model, drafter, shape):
     import paceline
     import torch
 
-    def answer(way, tokens, limit):
-        (drafter, shape), ends = ways[way], []
+    def answer(tokens, limit):
+        ends = []
         begun = time.perf_counter()
         out = paceline.generate(
             model, torch.tensor([tokens]), drafter=drafter, tree=shape, executor="eager", do_sample=False,
@@ -110,7 +117,7 @@ def accelerate_worker(args):
         def end(self):
             pass
 
-    def answer(way, tokens, limit):
+    def answer(tokens, limit):
         times, ids = Times(), torch.tensor([tokens])
         begun = time.perf_counter()
         options = {"do_sample": False, "max_new_tokens": limit, "streamer": times}
@@ -130,7 +137,7 @@ def empty_cache_of(files):
 
 
 def work(args):
-    workers = {"streamed": streamed_worker, "accelerate": accelerate_worker, "resident": resident_worker}
+    workers = dict(zip(WAYS, (plain_worker, tree_worker, accelerate_worker, resident_worker)))
     answer, known = workers[args.worker](args)
     print(json.dumps(known), flush=True)
     for line in sys.stdin:
@@ -154,8 +161,8 @@ class Worker:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.known = self._line()
 
-    def answer(self, way, tokens, limit):
-        self.process.stdin.write(json.dumps([way, tokens, limit]) + "\n")
+    def answer(self, tokens, limit):
+        self.process.stdin.write(json.dumps([tokens, limit]) + "\n")
         self.process.stdin.flush()
         return self._line()
 
@@ -169,8 +176,8 @@ def probe(folder, size=512 << 20):
     """GB/s of direct reads of the streamed layers' files, four pieces at a time."""
     pieces = []
     for path in sorted(Path(folder).glob("layer-*")):
-        pieces += [(path, start) for start in range(0, path.stat().st_size - PIECE + 1, PIECE)]
-    pieces = pieces[: size // PIECE] or [(path, 0)]
+        pieces += [(path, start) for start in range(0, path.stat().st_size, PIECE)]
+    pieces = pieces[: size // PIECE]
     with ThreadPoolExecutor(4) as pool:
         begun = time.perf_counter()
         read = sum(pool.map(lambda piece: read_direct(*piece), pieces))
@@ -221,26 +228,22 @@ def measure(args):
     left = [(n, way) for n in range(len(prompts)) for way in turn(ways, n) if (n, way) not in there]
     if not left:
         return done
-    from paceline.spec.stream.budget import spread
-
     if args.calibrate:
         plan(args)
-    workers = {"streamed": Worker(args, "streamed")}
-    known = workers["streamed"].known
-    layers, resident = known["about"]["layers"], known["about"]["resident_layers"]
-    kept = sorted({*range(layers)} - {*spread(layers - resident, layers)}) if resident < layers else [*range(layers)]
-    for name in sorted({WAYS[way] for _, way in left} - {"streamed"}):
-        workers[name] = Worker(args, name, kept=",".join(map(str, kept)))
+    workers = {way: Worker(args, way) for way in ("plain", "tree") if way in ways}
+    known = {key: value for worker in workers.values() for key, value in worker.known.items()}
+    kept = ",".join(map(str, resident_layers(known["about"])))
+    workers |= {way: Worker(args, way, kept=kept) for way in {way for _, way in left} - workers.keys()}
     with open(output, "a", encoding="utf-8") as file:
         warmed = set()
         for number, way in left:
             limit = args.accelerate_tokens if way == "accelerate" and args.accelerate_tokens else args.tokens
             if way not in warmed:  # the first forward compares checksums, and fills buffers
                 warmed.add(way)
-                workers[WAYS[way]].answer(way, prompts[number][:16], 2)
+                workers[way].answer(prompts[number][:16], 2)
             for entry in (
                 {"known": known, "speed": probe(known["folder"])},
-                {"prompt": number, "way": way, **workers[WAYS[way]].answer(way, prompts[number], limit)},
+                {"prompt": number, "way": way, **workers[way].answer(prompts[number], limit)},
             ):
                 file.write(json.dumps(entry) + "\n")
                 file.flush()
@@ -250,6 +253,14 @@ def measure(args):
         worker.process.stdin.close()
         worker.process.wait()
     return done
+
+
+def resident_layers(about):
+    """The numbers of the layers that stay in memory."""
+    from paceline.spec.stream.budget import spread
+
+    layers, streamed = about["layers"], about["layers"] - about["resident_layers"]
+    return sorted({*range(layers)} - {*(spread(streamed, layers) if streamed else ())})
 
 
 def plan(args):
@@ -282,7 +293,8 @@ def report(args, entries):
     print(f"{cpu['cpu']}, {torch.get_num_threads()} threads, {psutil.virtual_memory().total / 1e9:.0f} GB of memory")
     print(", ".join(f"{name} {number}" for name, number in versions().items()))
     print(
-        f"{args.model}: {size / 1e9:.2f} GB of safetensors, weights {args.weights}, {args.dtype}; tree {known['tree']}"
+        f"{args.model}: {size / 1e9:.2f} GB of safetensors, weights {args.weights}, {args.dtype}; tree "
+        f"{known.get('tree', 'none')}"
     )
     policy = "read past the page cache (O_DIRECT)" if about["direct"] else "read through the page cache"
     print(
@@ -293,9 +305,8 @@ def report(args, entries):
     peaks = {way: max(entry["peak"] for entry in found.values()) for way, found in answers.items()}
     announced = about["resident_bytes"]
     print(
-        f"announced {announced / 1e9:.2f} GB of weights; before {known['before'] / 1e9:.2f} GB, draft model "
-        f"{known['draft'] / 1e9:.2f} GB; at most resident: "
-        + ", ".join(f"{way} {peak / 1e9:.2f} GB" for way, peak in peaks.items())
+        f"announced {announced / 1e9:.2f} GB of weights beside the {known['before'] / 1e9:.2f} GB of the process; its "
+        "most was " + ", ".join(f"{way} {peak / 1e9:.2f} GB" for way, peak in peaks.items())
     )
     print("\nway         tokens/s           after the first       tokens/step  s a step  waited  hidden")
     for way, found in answers.items():
@@ -309,7 +320,7 @@ def report(args, entries):
             print(f" {tokens / steps:11.2f} {seconds / steps:9.2f} {shown}", end="")
         print()
     compare(answers)
-    foretold(known["forecast"], answers)
+    foretold(known.get("forecast"), answers)
 
 
 def rate(entry):
@@ -386,7 +397,7 @@ def main():
     parser.add_argument("--accelerate-tokens", type=int, help="fewer, as each takes as long (default: as many)")
     parser.add_argument("--work", default="streamed-work", help="folder for what is made")
     parser.add_argument("-o", "--output", default="streamed.jsonl")
-    parser.add_argument("--worker", choices=sorted(set(WAYS.values())), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--kept", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
