@@ -48,7 +48,7 @@ def plan(args: Namespace) -> None:
     model, tokenizer, drafter = load(args)
     assert drafter is not None
     drawing = draft_sampling(args.verify, args.temperature > 0)
-    executor = _executor(args, model)
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     parts = parts_of(drafter)
     if args.run and args.draft_weights != "16":
         raise ValueError(
@@ -76,15 +76,6 @@ def plan(args: Namespace) -> None:
     if args.output:
         planned.save(args.output)
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
-
-
-def _executor(args: Namespace, model: "PreTrainedModel") -> str:
-    """The executor whose steps are timed."""
-    if streamer_of(model) is None:
-        return choose(args.executor, model, 0, capturable=True, compiled_before=False)
-    if args.executor not in ("auto", "eager"):
-        raise ValueError(f"--executor {args.executor} cannot take steps that wait for streamed weights; use eager")
-    return "eager"
 
 
 def _announce(model: "PreTrainedModel", measured: Curves) -> None:
@@ -149,7 +140,7 @@ def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance
 def profile(args: Namespace) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
     model, _, drafter = load(args)
-    executor = _executor(args, model)
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     parts = () if drafter is None else parts_of(drafter)
     measured = measure(model, [] if drafter is None else [drafter], executor, anew=True)
     _announce(model, measured)

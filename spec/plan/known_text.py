@@ -23,6 +23,7 @@ from ..refill import Text, decode_texts
 from ..request import Request
 from ..sampling import Sampler, warpers
 from ..step import Engine
+from ..stream.streamer import prompt_chunk
 from ..target.protocol import spans
 from ..target.slots import SlotModel
 from ..trace import Event
@@ -149,7 +150,7 @@ class _Walk:
         self.engine.state.admit(torch.arange(rows, device=device), requests, [*range(1, rows + 1)])
         self.counts = torch.tensor([len(text.new) for text in texts], device=device)
         self.ends = torch.tensor(list(map(len, whole)), device=device)
-        self.features: Tensor | None = None
+        self.chunk, self.features = prompt_chunk(model), None  # type: int, Tensor | None
 
     def steps(self) -> Iterator[Step]:
         state, session = self.engine.state, self.engine.session
@@ -166,9 +167,9 @@ class _Walk:
         and so with a pass or two over the weights."""
         state, engine = self.engine.state, self.engine
         if engine.target.traits.taps:
-            parts = [engine.target.read(span) for span in spans(self.text.clamp(min=0), self.ends, _WHOLE)]
+            parts = [engine.target.read(span) for span in spans(self.text.clamp(min=0), self.ends, self.chunk)]
             self.features = torch.cat([part for part in parts if part is not None], dim=1)  # (B, T - 1, F)
-        for span in spans(state.tokens, state.lengths, _WHOLE):
+        for span in spans(state.tokens, state.lengths, self.chunk):
             engine.session.read(span, self._features_at(span.positions.clamp(min=0)))
 
     def _features_at(self, positions: Tensor) -> Tensor | None:  # (B, n) -> (B, n, F)
@@ -204,6 +205,3 @@ class _Walk:
         if features is not None:
             features = features.expand(-1, proposal.tree.size, -1)  # those of the root, which alone is committed
         self.engine.session.follow(base, path, alive.long(), features)
-
-
-_WHOLE = 2048  # tokens read at a time
