@@ -50,7 +50,7 @@ def test_a_streamed_target_is_planned_and_decoded_by_the_plan(pair, tmp_path, ca
     assert texts[0] == texts[1] == texts[2], "the text of the target in memory"
     assert cli.main(["plan", *streamed, *calibrate, "--drafter", "ngram"]) == 0
     assert "p: depth" in capsys.readouterr().out and curve.read_text() == written, "steps are not timed again"
-    assert cli.main(["generate", *streamed[:-1], "120kB", "--prompt", "ABC", "--tree", "auto"]) == 2
+    assert cli.main(["generate", *streamed[:-1], "140kB", "--prompt", "ABC", "--tree", "auto"]) == 2
     assert "make one with paceline plan" in capsys.readouterr().err, "a plan is for the layers that are resident"
     assert cli.main(["plan", *streamed, *calibrate, "--executor", "compiled"]) == 2
     assert "use 'eager'" in capsys.readouterr().err
