@@ -149,11 +149,11 @@ def ends_full(line: str, columns: int) -> bool:
 
 
 def step_line(step: int, tokens: int, limit: int, events: list[Event]) -> str:
-    """Such as `step 7: 46 of 64 tokens (+6), 4.1 s, of which 3.2 s waiting for weights, 0.79 GB/s`."""
+    """Such as `step 7: 46 of 64 tokens (+6), 4.1 s (3.2 s waiting for weights), 0.79 GB/s`."""
     seconds, fetched = events[0].seconds, events[0].fetched
     new = sum(len(event.committed) for event in events)
     said = f"step {step}: {tokens} of {limit} tokens (+{new}), {sum(seconds.values()):.1f} s"
-    said += f", of which {seconds.get(WAIT, 0.0):.1f} s waiting for weights"
+    said += f" ({seconds.get(WAIT, 0.0):.1f} s waiting for weights)"
     if fetched is not None and fetched.seconds > 0:
         said += f", {fetched.bytes / fetched.seconds / 1e9:.2f} GB/s"
     return said
