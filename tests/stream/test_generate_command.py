@@ -1,4 +1,4 @@
-"""`paceline generate` on a streamed target: a line for each step on a terminal, and what is there when it is stopped."""
+"""`paceline generate` on a streamed target: a line for each step on a terminal, and what is there when it stops."""
 
 import json
 import sys
