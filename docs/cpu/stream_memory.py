@@ -1,10 +1,11 @@
 """A random model that is larger than the memory it decodes in: made layer by layer, repacked, and decoded, each by a
 process of its own whose peak of resident memory is printed.
 
-    python docs/cpu/stream_memory.py FOLDER --resident 660MB --limit 1GB
+    python docs/cpu/stream_memory.py FOLDER --resident 450MB --limit 1GB
 
-The model has the sizes of Qwen2.5-1.5B, 3.1 GB in bfloat16. Fails where decoding takes more than the limit, or a tenth
-more than what was announced when the model was loaded: the process as it was then, and the weights in memory.
+The model has 1.5 billion parameters, in layers of Qwen2.5-1.5B's sizes, 3 GB in bfloat16. Fails where decoding takes
+more than the limit, or a tenth more than what was announced when the model was loaded: the process as it was then, and
+the weights in memory.
 """
 
 import argparse
@@ -22,8 +23,8 @@ import torch
 from safetensors.torch import save_file
 
 SIZES = dict(
-    hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, num_hidden_layers=28,
-    vocab_size=151936, max_position_embeddings=4096, tie_word_embeddings=True,
+    hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2, num_hidden_layers=30,
+    vocab_size=65536, max_position_embeddings=4096, tie_word_embeddings=True,
 )  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def apart(*arguments):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--resident", default="660MB")
+    parser.add_argument("--resident", default="450MB")
     parser.add_argument("--limit", default="1GB")
     parser.add_argument("--tokens", type=int, default=8)
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])

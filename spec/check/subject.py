@@ -11,9 +11,9 @@ import torch
 
 from ..engines.executors import EXECUTORS, choose
 from ..proposal import Drafter
+from ..stream.budget import free_bytes
 from ..target.weights import stored_bytes
 from .budget import NotHere
-from .shapes import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

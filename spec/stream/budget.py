@@ -4,6 +4,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import psutil
+import torch
+
 BUFFERS = 2  # one is computed with while the next layer is fetched into the other; a third would hold a layer as well
 _UNITS = {"": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40}
 
@@ -26,6 +29,11 @@ def bytes_of(size: str | int | float) -> int:
     if parts is None or parts[2] not in _UNITS or not float(parts[1]):
         raise ValueError(f"resident={size!r} is no size of memory; write it like '8GB' or '512MB'")
     return int(float(parts[1]) * _UNITS[parts[2]])
+
+
+def free_bytes(device: torch.device) -> int:
+    """The memory of a device that is free."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def place(sizes: Sequence[int], fixed: int, budget: int, buffers: int = BUFFERS) -> Placement:

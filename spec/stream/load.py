@@ -12,16 +12,17 @@ from torch import Tensor, nn
 
 from ..kernels.rotation import Rotation
 from ..target.weights import refuse_saving
-from .budget import BUFFERS, bytes_of, place
+from .budget import BUFFERS, bytes_of, free_bytes, place
 from .disk import LayerFiles, Prefetcher
 from .forms import Device, Parts, layer_of, nothing, put
+from .host import CudaCopies, HostFeeder
 from .layout import FileRecord, StreamFolder
 from .origin import Asked, Origin, origin_of
 from .reader import Reader, pages
 from .record import Kind, StreamAbout
 from .repack import EMBEDDINGS, RESIDENT, folder_of, repacked
 from .rows import RowFile, look_up
-from .streamer import Streamer, Tables, set_streamer
+from .streamer import Feeder, Streamer, set_streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +46,7 @@ def load_streamed(
     model, before = origin.skeleton(), psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
     made.put_resident()
-    streamer = made.streamed(budget or int(SHARE * psutil.virtual_memory().available), kind, buffers)
+    streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
     set_streamer(model, streamer)
     refuse_saving(model)
     print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
@@ -77,6 +78,16 @@ def checked_kind(kind: str, device: torch.device) -> Kind:
     if kind == "disk" and device.type != "cpu":
         raise ValueError(f"stream='disk' is for a CPU and the device is {device}; use stream='host' there")
     return "host" if kind == "host" else "disk"
+
+
+def check_host(needed: int) -> None:
+    """Raise ValueError where the host's memory does not hold `needed` bytes."""
+    free = psutil.virtual_memory().available
+    if needed > free:
+        raise ValueError(
+            f"stream='host' keeps {needed / 1e9:.1f} GB of weights in the host's memory, of which {free / 1e9:.1f} GB "
+            "are free; allow more resident layers, or load it in fewer bits"
+        )
 
 
 class _Assembly:
@@ -131,7 +142,36 @@ class _Assembly:
         else:
             module._parameters[last] = nn.Parameter(tensor, requires_grad=False)
 
-    def parts(self, name: str, tensors: dict[str, Tensor]) -> dict[nn.Module, Parts]:
+    def streamed(self, budget: int, kind: Kind, buffers: int) -> Streamer:
+        """Let the layers that do not fit into `budget` bytes be fetched, and read all others."""
+        names = list(self.said["layers"])
+        records = [self.records[name] for name in names]
+        placed = place([record.size for record in records], self.records[RESIDENT].size, budget, buffers)
+        blanks = [{name: nothing(stored, self.device) for name, stored in each.tensors.items()} for each in records]
+        for name, blank in zip(names, blanks):
+            self._put_layers(name, blank)
+        for number in placed.resident:
+            for module, parts in self._parts(records[number].of(self._read(names[number]))).items():
+                put(module, parts)
+        layers = [self.model.get_submodule(path) for path in self.said["layers"].values()]
+        chosen = [names[number] for number in placed.streamed]
+        largest = max((self.records[name].size for name in chosen), default=0)
+        memory = [self._memory(largest) for _ in range(placed.buffers)]
+        feeder = self._feeder(chosen, memory, kind) if chosen else None
+        fetched = sum(self.records[name].size for name in chosen)
+        return Streamer(
+            [layers[number] for number in placed.streamed],
+            layers[0],
+            [[self._parts(self.records[name].of(buffer)) for name in chosen] for buffer in memory],
+            [self._parts(blanks[number]) for number in placed.streamed],
+            feeder,
+            StreamAbout(
+                kind, len(names), len(placed.resident), fetched, placed.bytes, placed.buffers, self.reader.direct
+            ),
+            self.folder,
+        )
+
+    def _parts(self, tensors: dict[str, Tensor]) -> dict[nn.Module, Parts]:
         """With what each module of a layer computes where the layer's tensors are these."""
         grouped: dict[nn.Module, Parts] = {}
         for each, tensor in tensors.items():
@@ -139,38 +179,20 @@ class _Assembly:
             grouped.setdefault(self.model.get_submodule(path), {})[last] = tensor
         return grouped
 
-    def streamed(self, budget: int, kind: Kind, buffers: int) -> Streamer:
-        """Let the layers that do not fit into `budget` bytes be fetched, and read all others."""
-        names = list(self.said["layers"])
-        records = [self.records[name] for name in names]
-        placement = place([record.size for record in records], self.records[RESIDENT].size, budget, buffers)
-        blanks = [{name: nothing(stored, self.device) for name, stored in each.tensors.items()} for each in records]
-        for name, blank in zip(names, blanks):
-            self._put_layers(name, blank)
-        for number in placement.resident:
-            for module, parts in self.parts(names[number], records[number].of(self._read(names[number]))).items():
-                put(module, parts)
-        chosen = [(names[number], records[number]) for number in placement.streamed]
-        largest = max((record.size for _, record in chosen), default=0)
-        memory = [pages(largest) for _ in range(placement.buffers)]
-        tables: Tables = [
-            [self.parts(name, record.of(buffer[: record.size])) for name, record in chosen] for buffer in memory
-        ]
-        feeder = None
-        if chosen:
-            files = [(self.folder.file(name), record) for name, record in chosen]
-            feeder = Prefetcher(LayerFiles(self.reader, files, memory))
-        layers = [self.model.get_submodule(path) for path in self.said["layers"].values()]
-        about = StreamAbout(
-            kind, len(names), len(placement.resident), sum(record.size for _, record in chosen), placement.bytes,
-            placement.buffers, self.reader.direct,
-        )  # fmt: skip
-        return Streamer(
-            [layers[number] for number in placement.streamed],
-            layers[0],
-            tables,
-            [self.parts(names[number], blanks[number]) for number in placement.streamed],
-            feeder,
-            about,
-            self.folder,
-        )
+    def _memory(self, size: int) -> Tensor:
+        """A buffer."""
+        if self.device.type == "cpu":
+            return pages(size)
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _feeder(self, names: list[str], memory: list[Tensor], kind: Kind) -> Feeder:
+        """What fetches the layers of some files into buffers."""
+        files = [(self.folder.file(name), self.records[name]) for name in names]
+        if kind == "disk":
+            return Prefetcher(LayerFiles(self.reader, files, memory))
+        check_host(sum(record.size for _, record in files))
+        layers = [pages(record.size) for _, record in files]
+        for (path, record), layer in zip(files, layers):
+            self.reader.read(path, record.sums, layer)
+        self.reader.close()
+        return HostFeeder(len(layers), len(memory), CudaCopies(layers, memory))

@@ -1,7 +1,7 @@
 """What a streamed model is, and what its streaming has cost so far. Knows nothing of how weights are fetched."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NoReturn
 
 Kind = Literal["disk", "host"]
 
@@ -11,6 +11,18 @@ class StreamError(ValueError):
     call would have returned of the text until then, with its trace."""
 
     output: object = None
+
+
+class Uncopied:
+    """What holds open files, or memory that others fill. A copy of the model that it is in would share these."""
+
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        raise ValueError("a streamed model cannot be copied, as its weights are not in memory; load it a second time")
+
+    def __reduce__(self) -> NoReturn:
+        raise ValueError(
+            "a streamed model cannot be pickled, as its weights are not in memory; load it where it is used"
+        )
 
 
 @dataclass(frozen=True, slots=True)

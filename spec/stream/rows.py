@@ -6,18 +6,19 @@ of models.
 
 import copy
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from .layout import Stored, torch_dtype
-from .record import StreamError
+from .record import StreamError, Uncopied
 
 _KEPT = "row_file"  # the attribute of a module that looks its rows up in a file
 
 
-class RowFile:
+class RowFile(Uncopied):
     """A matrix (N, K) in a file."""
 
     def __init__(self, path: Path, stored: Stored):
@@ -52,14 +53,15 @@ class RowFile:
 def look_up(embeddings: nn.Embedding, file: RowFile) -> None:
     """Let a module, of which only the shape of its weight is known, look its rows up in a file."""
 
-    def forward(ids: Tensor) -> Tensor:
-        asked, index = torch.unique(ids, return_inverse=True)
-        part = copy.copy(embeddings)  # the same module, but for its weight
-        part._parameters, part.padding_idx = {"weight": file.rows(asked)}, None  # type: ignore[dict-item]
-        return type(embeddings).forward(part, index)
-
     setattr(embeddings, _KEPT, file)
-    embeddings.forward = forward  # type: ignore[assignment,method-assign]
+    embeddings.forward = partial(_looked_up, embeddings)  # type: ignore[method-assign]
+
+
+def _looked_up(embeddings: nn.Embedding, ids: Tensor) -> Tensor:
+    asked, index = torch.unique(ids, return_inverse=True)
+    part = copy.copy(embeddings)  # the same module, but for its weight
+    part._parameters, part.padding_idx = {"weight": getattr(embeddings, _KEPT).rows(asked)}, None
+    return type(embeddings).forward(part, index)
 
 
 def row_file(module: nn.Module | None) -> RowFile | None:

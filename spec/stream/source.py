@@ -3,6 +3,7 @@ them, folders of `paceline quantise`, and GGUF files. The whole model is never i
 of the weights.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -85,6 +86,7 @@ class FolderSource:
         small = [path for path, each in outline.named_modules() if each._parameters or each._buffers]
         places = {path: "cpu" for path in small if not path.startswith(f"{stack}.")}
         places |= {path: "disk" for path in (stack, *(path_of(outline, end) for end in ends)) if path is not None}
+        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is wanted here
         self.frame, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,

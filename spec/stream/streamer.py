@@ -7,14 +7,14 @@ import threading
 import weakref
 from collections.abc import Hashable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from .forms import Parts, put
 from .layout import StreamFolder
-from .record import StreamAbout, StreamRecord
+from .record import StreamAbout, StreamRecord, Uncopied
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,9 +25,15 @@ Tables = list[list[dict[nn.Module, Parts]]]  # [buffer][streamed layer]: with wh
 class Feeder(Protocol):
     """Brings layers, numbered from 0, into buffers."""
 
-    waited: float  # seconds in which forwards stood still
-    fetching: float  # seconds in which something was fetched
-    bytes: int
+    @property
+    def waited(self) -> float:
+        """Seconds in which forwards stood still."""
+
+    @property
+    def fetching(self) -> float:
+        """Seconds in which something was fetched."""
+
+    bytes: int  # that were fetched
     changed: Any  # a lock that is held while users change
 
     def acquire(self, layer: int, user: Hashable) -> int:
@@ -41,7 +47,7 @@ class Feeder(Protocol):
     def close(self) -> None: ...
 
 
-class Streamer:
+class Streamer(Uncopied):
     """Fetches the weights of some decoder layers of a model, each before it runs.
 
     `layers` are the streamed ones, `first` the model's first; `tables` say with what a layer computes from each buffer,
@@ -98,14 +104,6 @@ class Streamer:
                 for part, parts in self._blank[number].items():
                     put(part, parts)
             feeder.release(user)
-
-    def __deepcopy__(self, memo: dict) -> NoReturn:
-        raise ValueError("a streamed model cannot be copied, as its weights are not in memory; load it a second time")
-
-    def __reduce__(self) -> NoReturn:
-        raise ValueError(
-            "a streamed model cannot be pickled, as its weights are not in memory; load it where it is used"
-        )
 
 
 _streamers: "WeakKeyDictionary[nn.Module, Streamer]" = WeakKeyDictionary()
