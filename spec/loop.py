@@ -44,7 +44,7 @@ def decode(
         for book, scores in ((score_book, arrival.scores), (logit_book, arrival.logits)):
             if book is not None:
                 assert scores is not None, "the engine keeps what there is a book for"
-                book.add(scores, arrival.path, {row: report.committed for row, report in reports})
+                book.add(scores, {row: report.committed for row, report in reports})
         if on_step is not None and events:
             on_step(events)
         if lockstep is not None:

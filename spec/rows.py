@@ -81,9 +81,9 @@ class Readout:
 
     def __init__(self, result: StepResult, watch: Stopwatch, number: int, lag: int):
         self.number, self.watch = number, watch
-        self.path, self.logits, self.scores = result.path, result.logits, result.scores
+        self.levels, self.logits, self.scores = result.path.shape[1], result.logits, result.scores
         if lag and result.logits is not None and result.scores is not None:  # the next step overwrites them
-            self.path, self.logits, self.scores = result.path.clone(), result.logits.clone(), result.scores.clone()
+            self.logits, self.scores = result.logits.clone(), result.scores.clone()
         self.report, self.arrived = result.report, None
         if result.report.is_cuda:
             self.report = torch.empty(result.report.shape, dtype=torch.int64, pin_memory=True)
@@ -96,7 +96,7 @@ class Readout:
     def reports(self) -> list[RowReport]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return unpack_report(self.report, self.path.shape[1])
+        return unpack_report(self.report, self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -106,9 +106,8 @@ class Arrival:
     number: int
     reports: dict[int, RowReport]  # [row]: only of rows whose request is still the one that the step was for
     watch: Stopwatch
-    path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
-    logits: Tensor | None  # (B, N, V), where asked for
-    scores: Tensor | None  # (B, N, V), where asked for
+    logits: Tensor | None  # (B, D+1, V), where asked for
+    scores: Tensor | None  # (B, D+1, V), where asked for
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -187,7 +186,7 @@ class Rows:
         for row, report in reports.items():
             if report.done:
                 self.tickets[row] = NO_TICKET
-        return Arrival(readout.number, reports, readout.watch, readout.path, readout.logits, readout.scores)
+        return Arrival(readout.number, reports, readout.watch, readout.logits, readout.scores)
 
     def evict(self, rows: list[int]) -> None:
         """End the texts of `rows` where they are."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..engines.executors import EXECUTORS, Executor, Step
-from ..engines.runs import open_engine
+from ..engines.runs import many_scores, open_engine
 from ..proposal import Drafter, DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from ..sampling import Sampler
 from ..state import DecodeState
@@ -105,7 +105,8 @@ def open_idle(
     sampler = Sampler([], sampling.coupling != "none", prompt, prompt[:, 0] * 0)
     rule = "residual" if sampling.coupling == "own" else "match"
     with torch.no_grad():
-        target = SlotModel(model, batch, capacity, drafter.traits.taps)
+        unscored = executor == "eager" and many_scores(model, batch, len(shape), rule, sampler.do_sample)
+        target = SlotModel(model, batch, capacity, drafter.traits.taps, unscored=unscored)
         engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)
         engine.state.lengths.fill_(capacity // 2)  # attention takes longer with more text
         part = {"step": None, "forward": _forward_alone, "draft": _draft_alone}[work]
@@ -115,7 +116,7 @@ def open_idle(
 def _forward_alone(engine: Engine) -> Step:
     """The target forward of a step alone; its proposal is drafted once, beforehand."""
     base, proposal = engine.state.lengths - 1, engine.session.propose(engine.state)
-    return lambda engine, mark: engine.target.forward(proposal, base).logits
+    return lambda engine, mark: engine.target.forward(proposal, base)
 
 
 def _draft_alone(engine: Engine) -> Step:
