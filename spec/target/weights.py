@@ -77,17 +77,17 @@ def dense_rows(layer: Linear, rows: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def dense_parameters(layer: Linear) -> dict[str, Tensor]:
-    """The parameters of a linear layer or of embeddings, detached; a weight in blocks is dequantised to float32."""
+    """The parameters of a linear layer or of embeddings, detached. A weight in blocks is dequantised to float32, one on
+    the disk is read."""
     found = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
+    if (file := row_file(layer)) is not None:
+        found["weight"] = file.rows(torch.arange(len(found["weight"]), device=found["weight"].device))
     return {"weight": dense_weight(layer), **found} if is_packed(layer) else found
 
 
 def embedding_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
     """The weight of the embeddings, detached; where that is on the disk, all of it is read."""
-    embeddings = model.get_input_embeddings()
-    if row_file(embeddings) is None:
-        return embeddings.weight.detach()
-    return embedding_rows(model, torch.arange(len(embeddings.weight), device=model.device))
+    return dense_parameters(model.get_input_embeddings())["weight"]
 
 
 def embedding_rows(model: "PreTrainedModel", rows: Tensor) -> Tensor:  # (n,) -> (n, H)

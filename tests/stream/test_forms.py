@@ -19,6 +19,7 @@ from paceline.spec.quantise.model import Recipe, quantise_model
 from paceline.spec.stream.layout import FORMAT
 from paceline.spec.stream.streamer import streamer_of
 from paceline.spec.target.weights import (
+    dense_parameters,
     embedding_rows,
     embedding_weight,
     head_rows,
@@ -97,6 +98,9 @@ def test_views_of_weights_are_those_of_the_resident_model(tied, tmp_path):
         assert torch.equal(view(here, rows), view(away, rows))
     for view in (head_weight, embedding_weight):
         assert torch.equal(view(here), view(away))
+    for module in ("input_embeddings", "output_embeddings"):  # of which a draft that was trained here may lack copies
+        both = (dense_parameters(getattr(model, f"get_{module}")())["weight"] for model in (here, away))
+        assert torch.equal(*both)
     assert parameter_count(away) == parameter_count(here) + (61 * 32 if tied else 0), "a tied head is there twice"
     assert target_fingerprint(here) == target_fingerprint(away)
     assert (
