@@ -59,12 +59,14 @@ class HostFeeder:
     def acquire(self, layer: int, user: Hashable) -> int:
         """The buffer that holds `layer` once what is queued is done, for `user` until `release`."""
         with self.changed:
-            self.ring.ask(layer)
+            self.ring.ask(layer, user)
             self._queue()
-            while (buffer := self.ring.take(layer, user)) is None:  # other threads compute with all of them
-                self.changed.wait()
-                self.ring.ask(layer)
-                self._queue()
+            try:
+                while (buffer := self.ring.take(layer, user)) is None:  # other threads compute with all of them
+                    self.changed.wait()
+            except BaseException:
+                self.ring.leave(user)
+                raise
             self.copies.wait(buffer)
             return buffer
 
