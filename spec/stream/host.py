@@ -1,7 +1,8 @@
 """Layers from the host's memory to a GPU: copied on a stream of their own while others compute.
 
 The host only puts work into queues and never waits: a copy into a buffer is queued behind what still computes with it,
-and what computes with a buffer behind the copy into it, by events. Knows nothing of models.
+and what computes with a buffer behind the copy into it, by events. Not run on a GPU yet: what is queued, and in what
+order, is tested with a device that is only pretended. Knows nothing of models.
 """
 
 import threading

@@ -45,9 +45,13 @@ def load_streamed(
     said = repacked(origin, folder, device, name)
     model, before = origin.skeleton(), psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
-    made.put_resident()
-    streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
-    set_streamer(model, streamer)
+    try:
+        made.put_resident()
+        streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
+    except BaseException:
+        made.reader.close()
+        raise
+    set_streamer(model.eval(), streamer)
     refuse_saving(model)
     print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
     return model, origin
@@ -169,6 +173,8 @@ class _Assembly:
         largest = max((self.records[name].size for name in chosen), default=0)
         memory = [self._memory(largest) for _ in range(placed.buffers)]
         feeder = self._feeder(chosen, memory, kind) if chosen else None
+        if not chosen:
+            self.reader.close()
         fetched = sum(self.records[name].size for name in chosen)
         return Streamer(
             [layers[number] for number in placed.streamed],
