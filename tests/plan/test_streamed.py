@@ -7,10 +7,12 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.spec.engines import runs
 from paceline.spec.plan import streamed
 from paceline.spec.plan.calibration import by_text, calibrate, calibrated
 from paceline.spec.plan.curves import Curves, measure
 from paceline.spec.plan.grown import BUDGETS, NEVER, WIDEST, Grown, GrownReplay, plans, shape_of
+from paceline.spec.plan.step_times import Blank, open_idle
 from paceline.spec.plan.store import plan_path
 from paceline.spec.plan.streamed import LEVELS, SIZES, WIDTHS, bush
 from paceline.spec.plan.trees import Plan, interpolate
@@ -75,6 +77,18 @@ def test_a_plan_belongs_to_how_weights_are_streamed():
 @pytest.mark.parametrize("nodes", [2, 8, 32, 100, 512])
 def test_the_trees_that_are_timed_are_no_deeper_than_planned_ones(nodes):
     assert len(bush(nodes)) == nodes and bush(nodes).max_depth <= WIDEST.max_depth
+
+
+@torch.no_grad()
+def test_a_step_that_is_timed_forwards_the_target_once(monkeypatch):
+    """Also where the scores are so many that they are not computed at once."""
+    monkeypatch.setattr(runs, "MOST_SCORES", 0)
+    model, forwards = tiny_llama(), []
+    runner = open_idle(model, "eager", Blank(), bush(32))
+    model.model.layers[0].register_forward_pre_hook(lambda *ignored: forwards.append(1))
+    for _ in range(3):
+        runner.run(lambda phase: None)
+    assert len(forwards) == 3 and runner.engine.target.last_part.agrees
 
 
 @torch.no_grad()
