@@ -31,18 +31,21 @@ class Grown:
     ranks: Tensor  # (T, N): how many better siblings a node has
     path: Tensor  # (T, D): nodes from the root's child on, -1 behind the last
 
-    def needed(self, width: int) -> Tensor:  # (T, D, D)
-        """[position, depth - 1, level]: the fewest nodes of a tree of that depth and `width` that holds the path's node
-        at the level; `NEVER` where none does."""
+    def needed(self, width: int) -> tuple[Tensor, Tensor]:  # (T, D, D), (T, D)
+        """[position, depth - 1, level - 1]: the fewest nodes of a tree of that depth and `width` that holds the path's
+        node at the level, `NEVER` where none does; and [position, depth - 1]: the fewest with which the tree, grown as
+        far as that depth, holds any node there."""
         expanded = self.depths == 0  # (T, N)
-        grown, needed, path = expanded, [], self.path.clamp(min=0)
+        grown, needed, reached, path = expanded, [], [], self.path.clamp(min=0)
         for depth in range(1, self.path.shape[1] + 1):
             new = expanded.gather(1, self.parents.clamp(min=0)) & (self.ranks < width) & (self.depths == depth)
             grown = grown | new
+            places = grown.cumsum(1)  # (T, N): what is left of a node in this tree, and itself
             held = grown.gather(1, path) & (self.path >= 0)
-            needed.append(torch.where(held, grown.cumsum(1).gather(1, path), NEVER))
+            needed.append(torch.where(held, places.gather(1, path), NEVER))
+            reached.append(torch.where(new, places, NEVER).amin(1))
             expanded = expanded | (new & (new.cumsum(1) <= width))
-        return torch.stack(needed, dim=1)
+        return torch.stack(needed, dim=1), torch.stack(reached, dim=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,17 +53,27 @@ class GrownReplay:
     """The calibration of a drafter that grows dynamic trees: the widest tree at every position of some texts."""
 
     texts: Sequence[Grown]
-    _needed: dict[int, list[Tensor]] = field(default_factory=dict)  # [width]
+    _needed: dict[int, list[tuple[Tensor, Tensor]]] = field(default_factory=dict)  # [width]
 
-    def reach(self, shape: DynamicShape) -> list[list[int]]:
-        """How many drafted tokens a step with `shape` would accept, at all positions of each text."""
+    def steps(self, shape: DynamicShape) -> tuple[int, int, int]:
+        """Tokens, steps, and forwards of the drafter in them, of decoding with `shape`. A drafter forwards no level
+        below one that brought no node into the tree, as it does beside a streamed target."""
         if shape.width not in self._needed:
             self._needed[shape.width] = [text.needed(shape.width) for text in self.texts]
-        return [(text[:, shape.max_depth - 1] <= len(shape)).sum(-1).tolist() for text in self._needed[shape.width]]
+        tokens = steps = forwards = 0
+        for needed, reached in self._needed[shape.width]:
+            accepted = (needed[:, shape.max_depth - 1] <= len(shape)).sum(-1).tolist()
+            levels = (reached[:, : shape.max_depth - 1] <= len(shape)).sum(-1).tolist()
+            begun = [*step_positions(len(accepted), accepted.__getitem__)]
+            tokens, steps = tokens + len(accepted), steps + len(begun)
+            forwards += sum(1 + levels[position] for position in begun)
+        return tokens, steps, forwards
 
-    def tokens_per_step(self, shape: DynamicShape) -> float:
-        reach = self.reach(shape)
-        return sum(map(len, reach)) / sum(len([*step_positions(len(text), text.__getitem__)]) for text in reach)
+    def plan(self, shape: DynamicShape, checking: float, drafting: Mapping[int, float], plain: float) -> Plan:
+        """The plan for `shape`, with which a step takes `checking` seconds without drafting; `drafting[d]` are the
+        seconds of d forwards of the drafter."""
+        tokens, steps, forwards = self.steps(shape)
+        return Plan.of(shape, tokens / steps, checking + interpolate(drafting, forwards / steps), plain)
 
     @property
     def first_guess(self) -> float:
@@ -79,8 +92,7 @@ def plans(
             checking, candidates = interpolate(target_seconds, nodes), []
             for width, costs in draft_seconds.items():
                 for shape in filter(None, (shape_of(nodes, depth, width) for depth in range(1, max(costs) + 1))):
-                    seconds = checking + interpolate(costs, shape.max_depth)
-                    candidates.append(Plan.of(shape, replay.tokens_per_step(shape), seconds, plain))
+                    candidates.append(replay.plan(shape, checking, costs, plain))
             best.append(max(candidates, key=lambda plan: plan.speedup))
     return best
 

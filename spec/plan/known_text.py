@@ -157,6 +157,7 @@ class _Walk:
         with Packing(session.packable):
             self._read()
             for number in range(int(self.counts.max())):
+                state.done.copy_(number >= self.counts)
                 proposal = session.propose(state)
                 alive = number < self.counts  # (B,)
                 yield Step(alive.tolist(), proposal, self._path(proposal))

@@ -36,19 +36,20 @@ Key = TypeVar("Key")
 
 @dataclass(frozen=True, slots=True)
 class Blank(NoDrafter):
-    """A drafter that costs almost nothing: all its tokens are the root's, with uniform draft probabilities."""
+    """A drafter that costs almost nothing: its tokens count on from the root, with uniform draft probabilities."""
 
     def open(self, request: DraftRequest) -> "BlankSession":
         flat = torch.zeros(1, 1, 1, device=request.device).expand(request.batch, len(request.shape), request.vocab_size)
-        return BlankSession(TokenTree.of(request.fixed_shape, request.device), flat)
+        return BlankSession(TokenTree.of(request.fixed_shape, request.device), flat, request.vocab_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlankSession(EmptySession):
     draft_logits: Tensor
+    vocabulary: int
 
     def propose(self, state: DecodeState) -> Proposal:
-        tokens = state.roots().repeat(1, self.tree.size)
+        tokens = (state.roots() + torch.arange(self.tree.size, device=self.draft_logits.device)) % self.vocabulary
         return Proposal(tokens, self.tree, "without_replacement", "own", self.draft_logits)
 
 

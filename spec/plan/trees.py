@@ -182,7 +182,7 @@ def choose_tree(rates: Rates, target_seconds: Mapping[int, float], draft_seconds
     return best
 
 
-def interpolate(curve: Mapping[int, float], at: int) -> float:
+def interpolate(curve: Mapping[int, float], at: float) -> float:
     """Linear between the measured points of `curve`, which must reach from at most `at` to at least `at`."""
     below = max(point for point in curve if point <= at)
     above = min(point for point in curve if point >= at)

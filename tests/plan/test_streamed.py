@@ -7,10 +7,12 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.spec.engines import runs
 from paceline.spec.plan import streamed
 from paceline.spec.plan.calibration import by_text, calibrate, calibrated
 from paceline.spec.plan.curves import Curves, measure
-from paceline.spec.plan.grown import BUDGETS, WIDEST, Grown, GrownReplay, plans, shape_of
+from paceline.spec.plan.grown import BUDGETS, NEVER, WIDEST, Grown, GrownReplay, plans, shape_of
+from paceline.spec.plan.step_times import Blank, open_idle
 from paceline.spec.plan.store import plan_path
 from paceline.spec.plan.streamed import LEVELS, SIZES, WIDTHS, bush
 from paceline.spec.plan.trees import Plan, interpolate
@@ -78,6 +80,18 @@ def test_the_trees_that_are_timed_are_no_deeper_than_planned_ones(nodes):
 
 
 @torch.no_grad()
+def test_a_step_that_is_timed_forwards_the_target_once(monkeypatch):
+    """Also where the scores are so many that they are not computed at once."""
+    monkeypatch.setattr(runs, "MOST_SCORES", 0)
+    model, forwards = tiny_llama(), []
+    runner = open_idle(model, "eager", Blank(), bush(32))
+    model.model.layers[0].register_forward_pre_hook(lambda *ignored: forwards.append(1))
+    for _ in range(3):
+        runner.run(lambda phase: None)
+    assert len(forwards) == 3 and runner.engine.target.last_part.agrees
+
+
+@torch.no_grad()
 def test_the_replay_of_the_widest_tree_takes_the_steps_of_decoding_with_smaller_ones(one_thread):
     model = tiny_llama(seed=3)
     drafter = ModelDrafter(noisy_copy(model, 0.08))
@@ -89,18 +103,23 @@ def test_the_replay_of_the_widest_tree_takes_the_steps_of_decoding_with_smaller_
         found = calibrated(model, (drafter,), measured, [{"input_ids": ids} for ids in prompts], "match", 0.0, 14)
     (replay,) = found.replays
     assert found.plan.speedup == max(plan.speedup for plan in found.by_nodes) > 1
-    steps = set()
+    steps, forwards = set(), []
+    drafter.model.register_forward_pre_hook(lambda *ignored: forwards.append(1))
     for shape in (
         DynamicShape(5, 4, 4), DynamicShape(12, 3, 8), DynamicShape(24, 6, 4),
         DynamicShape(17, 1, 16), DynamicShape(64, 16, 16), DynamicShape(200, 5, 16), WIDEST,
     ):  # fmt: skip
         taken = 0
+        del forwards[:]
         for seed, ids in enumerate(prompts):
             options = {"do_sample": False, "max_new_tokens": 14, "return_dict_in_generate": True, "seed": [seed]}
-            taken += len(paceline.generate(model, ids, drafter=drafter, tree=shape, **options).trace.events)
-        replayed = 28 / replay.tokens_per_step(shape)
-        assert replayed == pytest.approx(taken) if shape.width == 16 else replayed >= taken - 1e-9
-        assert replayed <= taken + 1 + 1e-9, "what a narrower tree expands besides is little"
+            with pretending(model):  # so that a drafter forwards no more than is of use
+                taken += len(paceline.generate(model, ids, drafter=drafter, tree=shape, **options).trace.events)
+        tokens, replayed, levels = replay.steps(shape)
+        if shape.width == 16:
+            assert (tokens, replayed, levels) == (28, taken, len(forwards) - len(prompts)), "each prompt is read once"
+        else:
+            assert tokens == 28 and taken <= replayed <= taken + 1, "what a narrow tree expands besides is little"
         steps.add(taken)
     assert len(steps) > 2, "trees that all take the same steps prove nothing"
 
@@ -128,8 +147,9 @@ def test_the_nodes_that_a_tree_needs_are_those_of_a_slow_count():
             ]  # fmt: skip
             kept, expanded = sorted([*kept, *new]), expanded | set(new[:width])
         slow = [kept.index(n) + 1 if n in kept else None for n in path]
-        fast = grown.needed(width)[0, depth - 1, : len(path)].tolist()
-        assert [count if count < 1000 else None for count in fast] == slow
+        needed, reached = grown.needed(width)
+        assert [count if count < NEVER else None for count in needed[0, depth - 1, : len(path)].tolist()] == slow
+        assert int(reached[0, depth - 1]) == (kept.index(new[0]) + 1 if new else NEVER)
 
 
 def random_replay(positions=40, seed=0):
@@ -138,7 +158,8 @@ def random_replay(positions=40, seed=0):
     replay = GrownReplay([])
     for width in WIDTHS:
         jumps = torch.randint(1, 60 // width, (positions, 16)).cumsum(1) + 1
-        replay._needed[width] = [jumps[:, None].expand(-1, 16, -1) + 1000 * torch.ones(16, 16).triu(1).long()]
+        needed = jumps[:, None].expand(-1, 16, -1) + 1000 * torch.ones(16, 16).triu(1).long()
+        replay._needed[width] = [(needed, jumps // 2 + 1)]
     return replay
 
 
@@ -149,8 +170,9 @@ def test_the_dynamic_tree_is_the_best_of_all_that_were_replayed():
     best = {}
     for nodes, depth, width in itertools.product(BUDGETS, range(1, 17), WIDTHS):
         if (shape := shape_of(nodes, depth, width)) is not None:
-            seconds = interpolate(target, nodes) + interpolate(drafting[width], depth)
-            gain = 4.0 * replay.tokens_per_step(shape) / seconds
+            tokens, steps, forwards = replay.steps(shape)
+            seconds = interpolate(target, nodes) + interpolate(drafting[width], forwards / steps)
+            gain = 4.0 * tokens / steps / seconds
             best[nodes] = max(best.get(nodes, 0.0), gain)
     chosen = plans(replay, target, drafting)
     assert [plan.speedup for plan in chosen] == pytest.approx(list(best.values())) and len(chosen) == len(BUDGETS)
