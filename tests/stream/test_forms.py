@@ -12,6 +12,8 @@ import torch
 from paceline.drafters.eagle.drafter import EagleDrafter
 from paceline.spec.kernels import native
 from paceline.spec.kernels.blocks import Blocks
+from paceline.spec.kernels.linears import Packing
+from paceline.spec.kernels.panel_linear import PanelLinear
 from paceline.spec.kernels.panels import pack_blocks, pack_dense
 from paceline.spec.provenance import target_fingerprint
 from paceline.spec.quantise.folder import write_model
@@ -191,3 +193,24 @@ def test_a_streamed_model_stays_what_it_is(path, tmp_path):
         "the target waits for the host",
         "'eager'",
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_layer_in_panels_is_the_layer(dtype, exact, biased):
+    """Its numbers, some rows of them, its biases, and the very bits of its products."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(35, 70, biased).requires_grad_(False)
+    linear = (linear.bfloat16() if exact else linear).to(dtype)
+    packed, form = pack_dense(linear.weight, linear.bias, native.panel_width())
+    layer, x, rows = (
+        PanelLinear(packed, 70, 35, dtype, biased),
+        torch.randn(3, 35, dtype=dtype),
+        torch.tensor([69, 2, 2]),
+    )
+    with Packing([linear]):
+        assert torch.equal(layer(x), linear(x))
+    assert torch.equal(layer.dense(), linear.weight) and torch.equal(layer.dense(rows), linear.weight[rows])
+    assert (layer.bias is None) if linear.bias is None else torch.equal(layer.bias, linear.bias)
+    assert (packed.dtype == torch.float32) == (dtype == torch.float32 and not exact) and form.bits == 16
