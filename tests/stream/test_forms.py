@@ -204,11 +204,8 @@ def test_a_layer_in_panels_is_the_layer(dtype, exact, biased):
     linear = torch.nn.Linear(35, 70, biased).requires_grad_(False)
     linear = (linear.bfloat16() if exact else linear).to(dtype)
     packed, form = pack_dense(linear.weight, linear.bias, native.panel_width())
-    layer, x, rows = (
-        PanelLinear(packed, 70, 35, dtype, biased),
-        torch.randn(3, 35, dtype=dtype),
-        torch.tensor([69, 2, 2]),
-    )
+    layer, rows = PanelLinear(packed, 70, 35, dtype, biased), torch.tensor([69, 2, 2])
+    x = torch.randn(3, 35, dtype=dtype)
     with Packing([linear]):
         assert torch.equal(layer(x), linear(x))
     assert torch.equal(layer.dense(), linear.weight) and torch.equal(layer.dense(rows), linear.weight[rows])
