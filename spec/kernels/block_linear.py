@@ -25,6 +25,7 @@ class BlockLinear(nn.Module):
     and inputs are rotated first."""
 
     packed: Tensor
+    keeps_dense = True  # where the weight is dequantised, for the next time too
 
     def __init__(
         self,
@@ -57,6 +58,7 @@ class BlockLinear(nn.Module):
         made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         made.rotation, made.device = rotation, next(iter(parts.values())).device
         made.form, made.ints, made.outputs = form, form.ints(), [outputs]
+        made.keeps_dense = False
         made.use(parts)
         return made
 
@@ -144,9 +146,12 @@ class BlockLinear(nn.Module):
         elif self.unpacked is None and x.dtype in (torch.float32, torch.bfloat16):
             out = torch.ops.paceline.linears(x, [self.packed], self.outputs, self.ints)[0]
         else:
-            if self.dense is None or self.dense.dtype != x.dtype:
-                self.dense = self.blocks.dequantised().to(x.dtype)
-            out = F.linear(x, self.dense)
+            dense = self.dense
+            if dense is None or dense.dtype != x.dtype:
+                dense = self.blocks.dequantised().to(x.dtype)
+            if self.keeps_dense:
+                self.dense = dense
+            out = F.linear(x, dense)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

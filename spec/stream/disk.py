@@ -47,7 +47,7 @@ class Prefetcher:
         """The buffer that holds `layer`, once it does, for `user` until `release`. Raises StreamError."""
         begun = time.perf_counter()
         with self.changed:
-            self.ring.ask(layer)
+            self.ring.ask(layer, user)
             for other in self._errors.keys() - {layer}:  # of a forward that was broken off, or to be tried again
                 del self._errors[other]
             self.changed.notify_all()
@@ -56,6 +56,9 @@ class Prefetcher:
                     if (error := self._errors.pop(layer, None)) is not None:
                         raise error
                     self.changed.wait()
+            except BaseException:
+                self.ring.leave(user)
+                raise
             finally:
                 self.waited += time.perf_counter() - begun
             return buffer

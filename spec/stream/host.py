@@ -1,7 +1,8 @@
 """Layers from the host's memory to a GPU: copied on a stream of their own while others compute.
 
 The host only puts work into queues and never waits: a copy into a buffer is queued behind what still computes with it,
-and what computes with a buffer behind the copy into it, by events. Knows nothing of models.
+and what computes with a buffer behind the copy into it, by events. Not run on a GPU yet: what is queued, and in what
+order, is tested with a device that is only pretended. Knows nothing of models.
 """
 
 import threading
@@ -59,12 +60,14 @@ class HostFeeder:
     def acquire(self, layer: int, user: Hashable) -> int:
         """The buffer that holds `layer` once what is queued is done, for `user` until `release`."""
         with self.changed:
-            self.ring.ask(layer)
+            self.ring.ask(layer, user)
             self._queue()
-            while (buffer := self.ring.take(layer, user)) is None:  # other threads compute with all of them
-                self.changed.wait()
-                self.ring.ask(layer)
-                self._queue()
+            try:
+                while (buffer := self.ring.take(layer, user)) is None:  # other threads compute with all of them
+                    self.changed.wait()
+            except BaseException:
+                self.ring.leave(user)
+                raise
             self.copies.wait(buffer)
             return buffer
 

@@ -45,9 +45,13 @@ def load_streamed(
     said = repacked(origin, folder, device, name)
     model, before = origin.skeleton(), psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
-    made.put_resident()
-    streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
-    set_streamer(model, streamer)
+    try:
+        made.put_resident()
+        streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
+    except BaseException:
+        made.reader.close()
+        raise
+    set_streamer(model.eval(), streamer)
     refuse_saving(model)
     print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
     return model, origin
@@ -76,8 +80,18 @@ def checked_kind(kind: str, device: torch.device) -> Kind:
     if kind == "host" and device.type != "cuda":
         raise ValueError("stream='host' is for a GPU, whose weights wait in the host's memory; on a CPU use 'disk'")
     if kind == "disk" and device.type != "cpu":
-        raise ValueError(f"stream='disk' is for a CPU and the device is {device}; use stream='host' there")
+        remedy = "stream='host'" if device.type == "cuda" else "device='cpu'"
+        raise ValueError(f"stream='disk' is for a CPU and the device is {device}; use {remedy}")
     return "host" if kind == "host" else "disk"
+
+
+def _check_free(needed: int, device: torch.device) -> None:
+    """Raise ValueError where the memory of the device does not hold `needed` bytes."""
+    if needed > (free := free_bytes(device)):
+        raise ValueError(
+            f"resident layers and buffers would take another {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB "
+            f"are free on {device}; allow fewer bytes by resident="
+        )
 
 
 def check_host(needed: int) -> None:
@@ -147,6 +161,7 @@ class _Assembly:
         names = list(self.said["layers"])
         records = [self.records[name] for name in names]
         placed = place([record.size for record in records], self.records[RESIDENT].size, budget, buffers)
+        _check_free(placed.bytes - self.records[RESIDENT].size, self.device)
         blanks = [{name: nothing(stored, self.device) for name, stored in each.tensors.items()} for each in records]
         for name, blank in zip(names, blanks):
             self._put_layers(name, blank)
@@ -158,6 +173,8 @@ class _Assembly:
         largest = max((self.records[name].size for name in chosen), default=0)
         memory = [self._memory(largest) for _ in range(placed.buffers)]
         feeder = self._feeder(chosen, memory, kind) if chosen else None
+        if not chosen:
+            self.reader.close()
         fetched = sum(self.records[name].size for name in chosen)
         return Streamer(
             [layers[number] for number in placed.streamed],

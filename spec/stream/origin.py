@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from ..kernels.cpu import emulates_bfloat16
-from ..quantise.folder import WEIGHTS
+from ..quantise.folder import WEIGHTS, FileTensors
 from ..target.gguf_file import opened
 from ..target.gguf_model import gguf_config, gguf_tokenizer, own_dtype
 from ..target.weights import Weights
@@ -77,7 +77,7 @@ class FolderOrigin:
             )
         if not self.files:
             raise ValueError(f"{self.folder} has no safetensors to stream; save the model again with transformers")
-        stated = self.config.dtype or torch.float32
+        stated = self.config.dtype or stored_dtype(self.files[0])
         self.dtype = asked.settled(stated)
         self.made_in = self.dtype if isinstance(asked.dtype, torch.dtype) else stated
 
@@ -150,6 +150,12 @@ class GgufOrigin:
     def source(self, work: Path) -> Iterator[Source]:
         with opened(self.asked.where) as file:
             yield GgufSource(file, self.skeleton(), self.asked.weights)
+
+
+def stored_dtype(file: Path) -> torch.dtype:
+    """The dtype of a file's first tensor: the model's, where its configuration does not say."""
+    tensors = FileTensors(file)
+    return tensors.rows(next(iter(tensors)), 0, 1).dtype
 
 
 def dense_bytes(frame: "PreTrainedModel", each: int) -> int:

@@ -183,6 +183,7 @@ class GgufSource:
         return self.reader.read(name, self.parameters[name])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
+        self.reader.file.forget()
         return self.reader.read(name, self.parameters[name], slice(start, stop))
 
     def in_blocks(self, path: str) -> bool:
@@ -192,4 +193,5 @@ class GgufSource:
         return {}
 
     def blocks(self, path: str) -> BlockLinear:
+        self.reader.file.forget()
         return BlockLinear(self.reader.blocks(self.kept[path]), None, self.weights.int8_activations).eval()

@@ -1,6 +1,7 @@
 """Tiny models streamed from the disk, with as many layers fetched as a test wants."""
 
 import copy
+import functools
 
 import paceline
 import torch
@@ -37,7 +38,9 @@ def saved(family, path, dtype="float32", **sizes):
     return path
 
 
+@functools.cache
 def resident(path, dtype="float32", weights="16"):
+    """The model of `path` in memory."""
     return paceline.load_target(path, dtype, "cpu", with_tokenizer=False, weights=weights)[0]
 
 

@@ -14,17 +14,12 @@ import torch
 from paceline.spec.stream import layout, reader
 from paceline.spec.stream.record import StreamError
 from paceline.spec.stream.streamer import streamer_of
-from stream.streaming import LAYERS, assert_same, folder_for, resident, saved, streamed, text
+from stream.streaming import LAYERS, assert_same, folder_for, resident, streamed, text
 
 from support.sentences import sentence
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40, 5, 9, 33, 12]])
 GREEDY = dict(do_sample=False, max_new_tokens=20)
-
-
-@pytest.fixture
-def path(tmp_path):
-    return saved("llama", tmp_path / "model")
 
 
 class At:

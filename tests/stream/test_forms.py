@@ -16,7 +16,7 @@ from paceline.spec.kernels.panels import pack_blocks, pack_dense
 from paceline.spec.provenance import target_fingerprint
 from paceline.spec.quantise.folder import write_model
 from paceline.spec.quantise.model import Recipe, quantise_model
-from paceline.spec.stream.layout import FORMAT
+from paceline.spec.stream.layout import FORMAT, StreamFolder
 from paceline.spec.stream.streamer import streamer_of
 from paceline.spec.target.weights import (
     dense_parameters,
@@ -34,6 +34,7 @@ from support.families import tiny
 from support.models import random_eagle
 from support.sentences import sentence
 
+TESTED = StreamFolder.tested
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40, 5, 9, 33, 12]])
 
 
@@ -108,8 +109,7 @@ def test_views_of_weights_are_those_of_the_resident_model(tied, tmp_path):
     )
 
 
-def test_a_drafter_that_needs_the_targets_embeddings_and_head(tmp_path):
-    path = saved("llama", tmp_path / "model")
+def test_a_drafter_that_needs_the_targets_embeddings_and_head(path):
     here, away = resident(path), streamed(path, 5)
     texts = []
     for model in (here, away):
@@ -126,8 +126,8 @@ def test_a_bfloat16_model_in_float32_streams_half_the_bytes(tmp_path):
     assert_same(resident(path, "float32"), wide, PROMPT)
 
 
-def test_the_self_test_runs_once_for_a_repacked_folder(tmp_path, capsys):
-    path = saved("llama", tmp_path / "model")
+def test_the_self_test_runs_once_for_a_repacked_folder(path, capsys, monkeypatch):
+    monkeypatch.setattr(StreamFolder, "tested", TESTED)
     for line in ("testing the streamed model, once", ""):
         capsys.readouterr()
         paceline.generate(streamed(path), PROMPT, max_new_tokens=2)
@@ -142,6 +142,7 @@ def test_a_changed_source_is_repacked_anew(tmp_path):
     os.utime(path / "model.safetensors", (1, 1))
     second = streamed(path)
     assert first is not second and not torch.equal(head_weight(first), head_weight(second))
+    resident.cache_clear()
     assert_same(resident(path), second, PROMPT)
 
 
@@ -167,13 +168,11 @@ def test_the_form_of_panels_is_the_one_that_folders_hold():
         (dict(stream="disk", resident="4kB"), ["resident=0.0 MB is too little", "allow at least 0.1MB"]),
     ],
 )
-def test_what_cannot_be_is_told(options, words, tmp_path):
-    path = saved("llama", tmp_path / "model")
+def test_what_cannot_be_is_told(options, words, path):
     sentence(lambda: paceline.load_target(path, with_tokenizer=False, **options), *words)
 
 
-def test_the_least_budget_that_is_told_is_enough(tmp_path):
-    path = saved("llama", tmp_path / "model")
+def test_the_least_budget_that_is_told_is_enough(path):
     told = sentence(lambda: paceline.load_target(path, "float32", "cpu", stream="disk", resident=1), "at least")
     model, _ = paceline.load_target(
         path, "float32", "cpu", with_tokenizer=False, stream="disk", resident=told.rpartition(" ")[2]
@@ -181,8 +180,8 @@ def test_the_least_budget_that_is_told_is_enough(tmp_path):
     assert_same(resident(path), model, PROMPT)
 
 
-def test_a_streamed_model_stays_what_it_is(tmp_path):
-    model = streamed(saved("llama", tmp_path / "model"))
+def test_a_streamed_model_stays_what_it_is(path, tmp_path):
+    model = streamed(path)
     sentence(lambda: copy.deepcopy(model), "cannot be copied", "load it a second time")
     sentence(lambda: pickle.dumps(model), "cannot be pickled")
     sentence(lambda: model.half(), "neither cast nor moved")

@@ -19,7 +19,7 @@ def test_a_ring_fetches_what_comes_next_and_never_what_is_in_use(layers, buffers
     """Any order of layers: forwards that are broken off, or of several threads."""
     ring = Ring(layers, buffers)
     for number, layer in enumerate(layer % layers for layer in asked):
-        ring.ask(layer)
+        ring.ask(layer, number)
         fetched = []
         while (job := ring.fetch()) is not None:
             assert not ring.users[job[1]], "what is in use stays"
@@ -41,7 +41,7 @@ def test_a_ring_fetches_what_comes_next_and_never_what_is_in_use(layers, buffers
 def test_each_forward_fetches_each_layer_once(layers, buffers, forwards):
     ring, fetched = Ring(layers, buffers), []
     for layer in list(range(layers)) * forwards:
-        ring.ask(layer)
+        ring.ask(layer, "me")
         for _ in range(2):
             while (job := ring.fetch()) is not None:
                 fetched.append(job[0])
@@ -52,6 +52,30 @@ def test_each_forward_fetches_each_layer_once(layers, buffers, forwards):
     assert len(fetched) <= layers * forwards + buffers
     expected = itertools.islice(itertools.cycle(range(layers)), len(fetched))
     assert layers <= buffers or fetched == list(expected)
+
+
+@given(layers=st.integers(2, 7), buffers=st.integers(1, 3), starts=st.lists(st.integers(0, 6), min_size=2, max_size=5))
+def test_nobody_waits_for_ever(layers, buffers, starts):
+    """Forwards of several threads, each at a layer of its own, take turns until all have had all layers."""
+    ring, left = Ring(layers, buffers), {}
+    for user, start in enumerate(starts):
+        left[user] = list(range(start % layers, layers)) + list(range(layers))
+        ring.ask(left[user][0], user)
+    for _ in range(4 * layers * len(starts)):
+        if (job := ring.fetch()) is not None:
+            ring.fetched(job[1], True)
+        for user, rest in left.items():
+            if rest and ring.take(rest[0], user) is not None:
+                rest.pop(0)
+                break
+        else:
+            for user, rest in left.items():
+                if ring.held(user) is not None:
+                    ring.leave(user)
+                    if rest:
+                        ring.ask(rest[0], user)
+                    break
+    assert not any(left.values())
 
 
 class Queues:
