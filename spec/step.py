@@ -3,7 +3,8 @@
 The drafter proposes a tree, the target's forward reads it, a rule verifies it, `write` appends what was accepted up to
 an end of text or the row's limit, and target and drafter take over the accepted path (`commit`, `follow`). A function
 over persistent buffers with static shapes, which reads nothing on the host and does not branch on data, so that it can
-be compiled or captured as it is (unless a logits processor looks at the history).
+be compiled or captured as it is (unless a logits processor looks at the history, or the tree is so large that scores
+are computed along the accepted path only, node after node).
 """
 
 from collections.abc import Callable, Mapping

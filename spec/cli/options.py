@@ -94,7 +94,7 @@ def plan(parser: Parser) -> None:
     source.add_argument(
         "--from", dest="run", type=Input, metavar="RUN", help="take the acceptance that paceline bench measured"
     )
-    parser.add_argument("--prompts", type=_positive, metavar="N", help="how many (default 24; with --stream, 8)")
+    parser.add_argument("--prompts", type=_positive, metavar="N", help="how many: 24, or with --stream 8, if not given")
     _record_options(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     _drawing_options(parser, "match or residual")
@@ -269,7 +269,7 @@ def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafte
 
 
 def _stream_options(group) -> None:
-    kinds = "fetch weights layer by layer, from disk, or beside a GPU from host memory: disk or host (default: neither)"
+    kinds = "fetch weights layer by layer, from disk, or beside a GPU from host memory: disk or host"
     group.add_argument("--stream", metavar="KIND", help=kinds)
     group.add_argument("--resident", metavar="SIZE", help="of weights that stay in memory all the same, such as 4GB")
 
