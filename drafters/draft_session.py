@@ -16,7 +16,7 @@ from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Span
 from ..spec.target.slots import SlotModel
-from ..spec.tree import DynamicShape, TokenTree
+from ..spec.tree import Ancestry, DynamicShape
 from .dynamic_tree import DynamicTree
 from .static_tree import StaticTree
 
@@ -50,7 +50,7 @@ class NetworkSession(ABC):
         may not hold it."""
 
     @abstractmethod
-    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor:
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: Ancestry, nodes: Tensor) -> Tensor:
         """Logits (B, n, V') at `nodes` (n,) of `tree`, whose `tokens` are (B, n); their parents were forwarded before
         them."""
 
@@ -86,7 +86,7 @@ class ModelSession(NetworkSession):
         last = base[:, None] + torch.arange(1 - self.unread, 1, device=base.device)  # (B, n) slots
         return self.slots.forward_text(state.tokens.gather(1, last.clamp(min=0)), last).logits
 
-    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor:
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: Ancestry, nodes: Tensor) -> Tensor:
         return self.slots.forward_nodes(tokens, base, tree, nodes).logits
 
     def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:

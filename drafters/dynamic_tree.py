@@ -1,66 +1,71 @@
 """Trees that follow the draft's confidence: best-first growth to a fixed number of nodes, on the device.
 
-Level by level the most probable paths (by cumulative draft probability) are forwarded, and their top-k tokens become
-candidates; the best `nodes - 1` of all candidates form the tree (SpecExec, arXiv:2406.02532; EAGLE-2,
-arXiv:2406.16858). Shapes are static and the parents are tensor data, so that one captured step can grow a different
-tree every time. Children are chosen, not drawn at random, which the rules `match` and `typical` can verify.
+Level by level the most probable paths (by cumulative draft probability) are forwarded together, and their top-k tokens
+become candidates, of which the best `nodes - 1` are kept (EAGLE-2, arXiv:2406.16858, within the budget of SpecExec,
+arXiv:2406.02532). SpecExec's batches, which take the best leaves of whatever depth, came out no better in tokens per
+step and need more forwards: shallow leaves that were passed over are seldom the text. Shapes are static and the parents
+are tensor data, so that one captured step can grow a different tree every time. Children are chosen, not drawn at
+random, which the rules `match` and `typical` can verify.
 """
+
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from ..spec.proposal import DraftRequest, Proposal
 from ..spec.state import DecodeState
-from ..spec.tree import DynamicShape, TokenTree
+from ..spec.tree import Ancestry, DynamicShape, TokenTree
 from .static_tree import ForwardsNodes
 
-# Subtracted from the score at every edge: a child then scores below its parent and is never chosen without it.
-_EDGE = 1e-3
+BLOCK = 64  # tokens of which the best is looked at first
+LEAST = -1e30  # stands for log probabilities of -inf and NaN, which no node of a tree may have
 
 
 class DynamicTree:
-    """What grows a `DynamicShape`: N nodes, D levels, W paths forwarded per level, W children each. `vocabulary` (V',)
-    are the token ids of the logits' columns; None is all."""
+    """What grows a `DynamicShape`: N nodes, D forwards, the first of the root, the others of W nodes of a level.
+    `vocabulary` (V',) are the token ids of the logits' columns; None is all."""
 
     def __init__(self, request: DraftRequest, vocabulary: Tensor | None = None):
         assert isinstance(request.shape, DynamicShape), "StaticTree fills the others"
-        self.shape, shape, device = request.shape, request.shape, request.device
-        self.vocabulary = vocabulary
-        forwarded = 1 + shape.width * (shape.max_depth - 1)
-        self.forward_parents = torch.full((request.batch, forwarded), -1, device=device)  # (B, F)
-        self.slot_of_node = torch.zeros(request.batch, len(shape), dtype=torch.int64, device=device)
+        self.shape, self.static, self.vocabulary = request.shape, request.static, vocabulary
+        most = 1 + self.shape.batch * (self.shape.max_depth - 1)
+        self.forwarded = Ancestry.of_roots(request.batch, most, request.device)  # numbered by their slots
+        self.slot_of_node = torch.zeros(request.batch, len(self.shape), dtype=torch.int64, device=request.device)
 
     def grow(self, state: DecodeState, session: ForwardsNodes) -> Proposal:
-        """Choose the tree anew and fill it."""
+        """Choose the tree anew and fill it. Where a step waits for the host anyway, no more nodes are forwarded than
+        the last level brought into the tree, and growth ends where it brought none."""
         shape, base = self.shape, state.lengths - 1
-        rows, width = len(base), shape.width
-        self.forward_parents[:, 1:].fill_(0)
-        pool = _Pool(rows, shape.width, shape.max_depth, base.device)
-        certain = torch.zeros(rows, 1, device=base.device)  # log probability of the root's path
-        tokens, scores = self._children(session.root_logits(state, base), certain, state)
-        pool.add(tokens, scores, parents=torch.zeros_like(tokens))
-        frontier = pool.last(width)  # (B, W) indices in the pool
-        for depth in range(1, shape.max_depth):
-            first = 1 + (depth - 1) * width
-            nodes = torch.arange(first, first + width, device=base.device)  # their slots behind the root
-            self.forward_parents[:, nodes] = pool.parents.gather(1, frontier)
-            pool.slots.scatter_(1, frontier, nodes.expand(rows, -1))
-            tree = TokenTree.from_parents(self.forward_parents, shape.max_depth, width)
-            logits = session.node_logits(pool.tokens.gather(1, frontier), base, tree, nodes)  # (B, W, V')
-            tokens, scores = self._children(logits, pool.scores.gather(1, frontier), state)
-            pool.add(tokens, scores, parents=nodes.repeat_interleave(width).expand(rows, -1))
-            frontier = pool.last(width)
-        tokens, parents, slots = pool.choose(len(shape) - 1)
-        self.slot_of_node[:, 1:].copy_(slots)
-        tree = TokenTree.from_parents(parents, shape.max_depth, width)
-        return Proposal(torch.cat([state.roots(), tokens], dim=1), tree, "deterministic", "own")
+        root = torch.zeros(len(base), 1, dtype=torch.int64, device=base.device)  # its slot
+        pool = _Pool.empty(len(base), len(shape) - 1, base.device)
+        pool = pool.joined(root, *self._children(session.root_logits(state, base), root.float(), state))
+        for first in range(1, self.forwarded.size, shape.batch):
+            count = shape.batch if self.static else self._useful(pool, state)
+            if count == 0:
+                break
+            chosen, scores = pool.best_new(count)  # (B, W)
+            slots = torch.arange(first, first + count, device=base.device)
+            self.forwarded.add(slice(first, first + count), pool.parents.gather(1, chosen))
+            logits = session.node_logits(pool.tokens.gather(1, chosen), base, self.forwarded, slots)  # (B, W, V')
+            pool = pool.expanded(chosen, slots).joined(slots, *self._children(logits, scores, state))
+        self.slot_of_node[:, 1:].copy_(pool.slots)
+        tree = TokenTree.from_parents(pool.as_tree(self.forwarded.size), shape.max_depth, shape.width)
+        return Proposal(torch.cat([state.roots(), pool.tokens], dim=1), tree, "deterministic", "own")
+
+    def _useful(self, pool: "_Pool", state: DecodeState) -> int:
+        """How many nodes it is of use to forward for the rows that are not done; all where every row is."""
+        if state.done.all():
+            return self.shape.batch  # an idle step, which is to take as long as others
+        return min(int((pool.new & ~state.done[:, None]).sum(1).max()), self.shape.batch)
 
     def _children(self, logits: Tensor, scores: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """The W most probable children of each node and their path scores: (B, n, V'), (B, n) -> (B, n * W) each."""
+        """The most probable children of each node and their path scores: (B, n, V'), (B, n) -> (B, n, width) each."""
         log_probs = (logits / state.temperature[:, None, None]).log_softmax(-1)
-        best = log_probs.topk(self.shape.width, dim=-1)
-        tokens = best.indices if self.vocabulary is None else self.vocabulary[best.indices]
-        return tokens.flatten(1), (scores[..., None] + best.values - _EDGE).flatten(1)
+        values, tokens = best_tokens(log_probs, self.shape.width)
+        values = values.clamp(max=0).nan_to_num(nan=LEAST, neginf=LEAST)
+        return tokens if self.vocabulary is None else self.vocabulary[tokens], scores[..., None] + values
 
     def slots_of(self, path: Tensor) -> Tensor:
         """Where the nodes of `path` (B, D+1) were forwarded, counted from the root's slot; 0 for leaves, which were
@@ -68,40 +73,61 @@ class DynamicTree:
         return self.slot_of_node.gather(1, path)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
 class _Pool:
-    """All candidates of one step, level by level: token, path score, the parent's slot, and the candidate's own slot if
-    it has been forwarded (else 0). Slots count from the root, which is slot 0."""
+    """The best P nodes so far, in the order of their scores. A child never scores above its parent, and comes after it.
+    The last are none, with a score of -inf, as long as there are fewer."""
 
-    def __init__(self, rows: int, width: int, depth: int, device: torch.device):
-        size = width + width * width * (depth - 1)
-        self.tokens = torch.zeros(rows, size, dtype=torch.int64, device=device)
-        self.parents = torch.zeros_like(self.tokens)
-        self.slots = torch.zeros_like(self.tokens)
-        self.scores = torch.full((rows, size), -torch.inf, device=device)
-        self.start = self.stop = 0
+    scores: Tensor  # (B, P): log probabilities of the paths
+    tokens: Tensor  # (B, P)
+    parents: Tensor  # (B, P): slots, counted from the root's, which is 0
+    slots: Tensor  # (B, P): its own where it was forwarded, else 0
+    new: Tensor  # (B, P) bool: whether it came with the last level
 
-    def add(self, tokens: Tensor, scores: Tensor, parents: Tensor) -> None:
-        self.start, self.stop = self.stop, self.stop + tokens.shape[1]
-        level = slice(self.start, self.stop)
-        self.tokens[:, level].copy_(tokens)
-        self.scores[:, level].copy_(scores)
-        self.parents[:, level].copy_(parents)
+    @classmethod
+    def empty(cls, rows: int, size: int, device: torch.device) -> Self:
+        numbers = torch.zeros(rows, size, dtype=torch.int64, device=device)
+        return cls(torch.full((rows, size), -torch.inf, device=device), numbers, numbers, numbers, numbers.bool())
 
-    def last(self, width: int) -> Tensor:
-        """The best `width` candidates of the level added last, (B, W)."""
-        return self.start + self.scores[:, self.start : self.stop].topk(width, dim=1).indices
+    def best_new(self, count: int) -> tuple[Tensor, Tensor]:
+        """The indices of the best `count` new nodes and their scores, (B, count) each. Where there are fewer, the
+        others are older nodes, with scores of -inf, so that they get no more children."""
+        first = (~self.new).byte().sort(dim=1, stable=True).indices[:, :count]
+        return first, torch.where(self.new, self.scores, -torch.inf).gather(1, first)
 
-    def choose(self, count: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The best `count` candidates as a tree: tokens (B, count), parents (B, count + 1), slots (B, count)."""
-        chosen = self.scores.topk(count, dim=1).indices.sort(dim=1).values  # in the order in which they were added
-        slots = self.slots.gather(1, chosen)
-        # node_at[slot]: the number of the node in that slot. Nodes that have no slot write to the spare last column.
-        spare = self.tokens.shape[1]
-        indices = torch.where(slots > 0, slots, spare)
-        numbers = torch.arange(1, count + 1, device=chosen.device).expand_as(chosen)
-        node_at = torch.zeros(len(chosen), spare + 1, dtype=torch.int64, device=chosen.device)
-        node_at.scatter_(1, indices, numbers)
-        node_at[:, 0].fill_(0)
-        above = node_at.gather(1, self.parents.gather(1, chosen))
-        root = torch.full_like(above[:, :1], -1)
-        return self.tokens.gather(1, chosen), torch.cat([root, above], dim=1), slots
+    def expanded(self, chosen: Tensor, slots: Tensor) -> Self:
+        """The pool after its nodes `chosen` (B, n), those that are new, were forwarded at `slots` (n,)."""
+        given = torch.where(self.new.gather(1, chosen), slots, self.slots.gather(1, chosen))
+        return replace(self, slots=self.slots.scatter(1, chosen, given))
+
+    def joined(self, slots: Tensor, tokens: Tensor, scores: Tensor) -> Self:
+        """The best of the pool and of a new level (B, n, width), children of the nodes at `slots`, (n,) or (B, n)."""
+        old = self.scores, self.tokens, self.parents, self.slots, torch.zeros_like(self.new)
+        level = scores, tokens, slots[..., None].expand_as(tokens), torch.zeros_like(tokens), scores > -torch.inf
+        every = [torch.cat([before, added.flatten(1)], dim=1) for before, added in zip(old, level)]
+        # Stable: of equals, those that were here before stay before the new ones, some of which are their children.
+        order = every[0].sort(dim=1, descending=True, stable=True).indices[:, : self.scores.shape[1]]
+        return type(self)(*(field.gather(1, order) for field in every))
+
+    def as_tree(self, forwarded: int) -> Tensor:
+        """The parents (B, P + 1) of a tree of the root and these nodes, in this order; slots are below `forwarded`."""
+        numbers = torch.arange(1, self.slots.shape[1] + 1, device=self.slots.device).expand_as(self.slots)
+        node_at = torch.zeros(len(numbers), forwarded + 1, dtype=torch.int64, device=numbers.device)
+        node_at = node_at.scatter(1, torch.where(self.slots > 0, self.slots, forwarded), numbers)  # others have none
+        return torch.cat([torch.full_like(numbers[:, :1], -1), node_at.gather(1, self.parents)], dim=1)
+
+
+def best_tokens(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`scores.topk(count)` of (..., V) in one pass: the best tokens are in as many blocks of tokens, those whose own
+    best are best, or behind the last block."""
+    blocked = scores.shape[-1] // BLOCK * BLOCK
+    blocks = scores[..., :blocked].unflatten(-1, (-1, BLOCK))  # (..., V / BLOCK, BLOCK)
+    if blocks.shape[-2] <= count:
+        values, tokens = scores.topk(count, dim=-1)
+        return values, tokens
+    chosen = blocks.amax(-1).topk(count, dim=-1).indices[..., None]  # (..., count, 1)
+    tokens = (chosen * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(-2)
+    rest = torch.arange(blocked, scores.shape[-1], device=scores.device)
+    tokens = torch.cat([tokens, rest.expand(*tokens.shape[:-1], -1)], dim=-1)
+    values, index = scores.gather(-1, tokens).topk(count, dim=-1)
+    return values, tokens.gather(-1, index)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..spec.kernels.block_linear import BlockLinear
+from ..spec.kernels.panel_linear import PanelLinear
 from ..spec.target.weights import Linear, dense_rows
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def head_of_rows(head: Linear, rows: Tensor) -> Linear:
     its first ones."""
     if isinstance(head, BlockLinear):
         return head.of_rows(rows)
+    if isinstance(head, PanelLinear):
+        return trimmed_head(head, rows, head.dtype)
     first = torch.equal(rows, torch.arange(len(rows), device=rows.device))
     chosen = slice(len(rows)) if first else rows
     bias = getattr(head, "bias", None)

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from ..spec.plan.trees import Rates, default_tree
 from ..spec.proposal import DrafterTraits, DraftRequest
 from ..spec.target.taps import HEAD, linear_head
-from ..spec.target.weights import Weights, head_rows, head_weight, linear_shape
+from ..spec.target.weights import Weights, embedding_weight, head_rows, head_weight, linear_shape
 from .blocks import GROUP, in_blocks
 from .folder import DrafterFolder, target_identity, write_folder
 from .head_session import MedusaSession, Started
@@ -205,7 +205,7 @@ class HydraHeads(MedusaHeads):
 
     def __init__(self, settings: HeadSettings, target: "PreTrainedModel", vocabulary: Tensor | None = None):
         super().__init__(settings, target, vocabulary)
-        embeddings = target.get_input_embeddings().weight.detach()
+        embeddings = embedding_weight(target)
         self.register_buffer("embeddings", embeddings, persistent=False)
         sizes = settings.heads, embeddings.shape[1], self.hidden_size
         self.path_weight = nn.Parameter(torch.zeros(*sizes, device=self.weight.device))  # (K, E, H), nearest first

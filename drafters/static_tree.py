@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..spec.proposal import NO_TOKEN, DraftRequest, Law, Proposal
 from ..spec.state import DecodeState
-from ..spec.tree import DynamicShape, TokenTree, TreeShape
+from ..spec.tree import Ancestry, DynamicShape, TokenTree, TreeShape
 
 
 class ForwardsNodes(Protocol):
@@ -22,7 +22,7 @@ class ForwardsNodes(Protocol):
 
     def root_logits(self, state: DecodeState, base: Tensor) -> Tensor: ...
 
-    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor: ...
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: Ancestry, nodes: Tensor) -> Tensor: ...
 
 
 class StaticTree:

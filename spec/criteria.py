@@ -18,10 +18,10 @@ class ScoreBook:
     def __init__(self, rows: int):
         self.rows: list[list[Tensor]] = [[] for _ in range(rows)]
 
-    def add(self, scores: Tensor, path: Tensor, counts: dict[int, int]) -> None:
-        """Keep the scores (B, N, V) at the first `counts[row]` nodes of each row's `path` (B, D+1)."""
+    def add(self, scores: Tensor, counts: dict[int, int]) -> None:
+        """Keep the first `counts[row]` of each row's `scores` (B, D+1, V)."""
         for row, count in counts.items():
-            self.rows[row] += scores[row, path[row, :count]].unbind()
+            self.rows[row] += scores[row, :count].unbind()
 
     def cut(self, row: int, count: int) -> None:
         """Forget the scores of a row behind its first `count` tokens."""

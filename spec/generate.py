@@ -54,6 +54,8 @@ from .proposal import Drafter, NoDrafter, check_drafter
 from .request import Request
 from .rows import Rows
 from .sampling import Sampler
+from .stream.record import StreamError
+from .stream.streamer import prompt_chunk
 from .target.given import cache_name, read_given
 from .target.selftest import attach
 from .target.slots import SlotModel
@@ -84,7 +86,7 @@ def generate(
     verify: str = "match",
     seed: int | list[int] | None = None,
     executor: str = "auto",
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     reuse: PromptCache | None = None,
     trace_file: str | Path | None = None,
     streamer: BaseStreamer | None = None,
@@ -102,7 +104,8 @@ def generate(
     "residual" or "typical". `executor` is "eager", "compiled", "cuda_graph" (the better of "cuda_graph_eager" and
     "cuda_graph_compiled" on this GPU) or "auto": "cuda_graph" on CUDA; on a CPU "compiled" where the step is compiled
     already or a long call has gone on for half a minute, else "eager".
-    `prefill_chunk` bounds how many prompt tokens are read at a time. `reuse` is a `PromptCache`: what an earlier call
+    `prefill_chunk` bounds how many prompt tokens are read at a time; None is 512, or more of a streamed model, of which
+    each reading takes a pass over the weights. `reuse` is a `PromptCache`: what an earlier call
     with it has read and this one begins with is not read again. `seed` is an integer (row r draws from
     stream (seed, r)) or a list of one integer per row; without one, a sampled text draws its seed from torch's
     generator, so that `torch.manual_seed` rules it, and a greedy text draws nothing. `trace_file` is a JSONL file to
@@ -114,7 +117,8 @@ def generate(
     same seed, up to near-ties of the two best logits in the arithmetic of the dtype. With
     `return_dict_in_generate=True` the output is a `SpeculativeOutput` with `.trace` and `.seed`.
 
-    Raises ValueError, in one sentence, for input that cannot be decoded as asked.
+    Raises ValueError, in one sentence, for input that cannot be decoded as asked; StreamError, which is one, where the
+    weights of a streamed model cannot be fetched: its `output` has the texts until then.
     """
     model = check_model(model)
     if isinstance(attention_mask, GenerationConfig):
@@ -128,7 +132,8 @@ def generate(
     if executor == "auto" and setting(model, kwargs, "disable_compile"):
         executor = "eager"
     check_arguments(model, kwargs, verify, executor)
-    prefill_chunk, seed = whole_number("prefill_chunk", prefill_chunk, 1), check_seed(seed)
+    seed = check_seed(seed)
+    prefill_chunk = prompt_chunk(model) if prefill_chunk is None else whole_number("prefill_chunk", prefill_chunk, 1)
     own_forward = own_inputs(model, kwargs)
     check_input(model, input_ids, attention_mask, kwargs, own_forward)
     check_reuse(reuse)
@@ -234,6 +239,16 @@ class _Call:
             try:
                 rows = Rows(executor, self.prefill_chunk)
                 counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step, given=given)
+            except StreamError as error:
+                counts = [
+                    sum(len(event.committed) for event in trace.events if event.row == row)
+                    for row in range(len(prompt))
+                ]
+                sequences = batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)
+                error.output = SpeculativeOutput(sequences=sequences, trace=trace, seed=self.seed)
+                if self.streamer is not None:
+                    self.streamer.end()
+                raise
             finally:
                 if self.trace_file is not None:
                     trace.append_to(self.trace_file)
@@ -253,9 +268,9 @@ class _Call:
         setattr(out, cache_name(), cache)
         return out
 
-    def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape:
+    def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape | DynamicShape:
         """The shape of the stored plan. Where that is not to speculate, drops the drafter."""
-        executor = choose(self.executor, model.device, new_tokens, sampler.capturable, compiled_before=False)
+        executor = choose(self.executor, model, new_tokens, sampler.capturable, compiled_before=False)
         temperature = sampler.temperature if sampler.do_sample else 0.0
         shape = automatic_shape(model, self.drafter, executor, self.rule, temperature)
         if len(shape) == 1:

@@ -36,15 +36,15 @@ def decode(
     while rows.live:
         arrival = rows.step()
         _check(arrival, rows)
-        seconds, reports = arrival.seconds, arrival.reports.items()
-        events = [report.event(row, arrival.number, seconds) for row, report in reports if report.committed]
+        circumstances, reports = (arrival.number, arrival.seconds, arrival.fetched), arrival.reports.items()
+        events = [report.event(row, *circumstances) for row, report in reports if report.committed]
         trace.events += events
         for event in events:
             texts[event.row] += event.committed
         for book, scores in ((score_book, arrival.scores), (logit_book, arrival.logits)):
             if book is not None:
                 assert scores is not None, "the engine keeps what there is a book for"
-                book.add(scores, arrival.path, {row: report.committed for row, report in reports})
+                book.add(scores, {row: report.committed for row, report in reports})
         if on_step is not None and events:
             on_step(events)
         if lockstep is not None:

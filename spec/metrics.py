@@ -8,19 +8,21 @@ clocks or files.
     examined_acceptance_rate accepted / examined tokens; examined are the children of accepted nodes and of the root
     survival[d - 1]          steps that accepted at least d tokens / all steps (vLLM's per-position rate)
     conditional[d - 1]       the same count / steps that offered a child at depth d to an accepted node
+    weights_bytes            fetched while steps went on, of a target whose weights are streamed
+    weights_seconds          in which they were fetched; seconds["wait"] are those in which steps stood still for them
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .trace import Event
+    from .trace import Event, Fetched
 
 Counts = tuple[list[list[int]], list[list[int]]]
 PREFIX = "paceline_"
 _LABELS = {"acceptance_histogram": "accepted", "tokens_per_step_histogram": "tokens", "seconds": "phase"}
-_COUNTERS = {"acceptance_histogram", "tokens_per_step_histogram", "seconds"}
+_COUNTERS = {"acceptance_histogram", "tokens_per_step_histogram", "seconds", "weights_bytes", "weights_seconds"}
 
 
 def offers(events: Iterable["Event"]) -> Counts:
@@ -45,17 +47,18 @@ def summary(events: list["Event"]) -> dict:
 
     `mean_acceptance_length` is 1 + accepted / steps (the bonus counted in every step, as in vLLM), `tokens_per_step`
     is lower where a text ended inside a step. Entry i of `acceptance_histogram` counts the steps that accepted i
-    draft tokens, entry i of `tokens_per_step_histogram` those that committed i tokens."""
+    draft tokens, entry i of `tokens_per_step_histogram` those that committed i tokens. What begins with `weights_` is
+    of a target whose weights are streamed, else None."""
     steps = len(events)
     accepted = [len(event.accepted) for event in events]
     committed = [len(event.committed) for event in events]
     drafted = sum(event.drafted for event in events)
     examined = sum(event.examined for event in events)
     hits, trials = offers(events)
-    per_step = {(event.group, event.step): event.seconds for event in events}
+    per_step = {(event.group, event.step): event for event in events}
     seconds: Counter[str] = Counter()
-    for phases in per_step.values():
-        seconds.update(phases)
+    for event in per_step.values():
+        seconds.update(event.seconds)
     return {
         "mean_acceptance_length": 1 + sum(accepted) / steps if steps else None,
         "draft_acceptance_rate": sum(accepted) / drafted if drafted else None,
@@ -71,6 +74,24 @@ def summary(events: list["Event"]) -> dict:
         "survival": [sum(row) / steps for row in hits],
         "conditional": [sum(hit) / trial[0] for hit, trial in zip(hits, trials)],
         "seconds": dict(seconds),
+        **streaming([event.fetched for event in per_step.values() if event.fetched is not None], seconds),
+    }
+
+
+def streaming(fetched: "Sequence[Fetched]", seconds: Mapping[str, float]) -> dict[str, float | None]:
+    """What steps, whose `seconds` by phase are sums, fetched of a streamed target's weights.
+
+    `weights_hidden` is how much of the shorter of fetching and working went on beside the other: 1 where a step takes
+    as long as the longer of them, 0 where they take turns."""
+    size, spent = sum(each.bytes for each in fetched), sum(each.seconds for each in fetched)
+    wait = seconds.get("wait", 0.0)
+    shorter = min(spent, sum(seconds.values()) - wait)
+    hidden = min(max((spent - wait) / shorter, 0.0), 1.0) if shorter > 0 else None
+    return {
+        "weights_bytes": size if fetched else None,
+        "weights_seconds": spent if fetched else None,
+        "weights_bandwidth": size / spent if spent else None,
+        "weights_hidden": hidden if fetched else None,
     }
 
 

@@ -18,7 +18,7 @@ import torch
 from .. import __version__
 from .target.adapters import adapter_digest
 from .target.taps import linear_head
-from .target.weights import head_rows, linear_shape
+from .target.weights import embedding_rows, head_rows, linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,8 +75,7 @@ def target_fingerprint(model: "PreTrainedModel") -> str:
     and bfloat16."""
     config = model.config.get_text_config()
     digest = hashlib.sha256(json.dumps([getattr(config, name, None) for name in _ESSENTIALS]).encode())
-    embeddings = model.get_input_embeddings()
-    sampled = [(len(embeddings.weight), lambda rows: embeddings.weight.detach()[rows])]
+    sampled = [(len(model.get_input_embeddings().weight), partial(embedding_rows, model))]
     with suppress(ValueError):  # a few have no linear LM head
         sampled.append((linear_shape(linear_head(model))[0], partial(head_rows, model)))
     for count, rows_of in sampled:

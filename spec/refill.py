@@ -22,6 +22,7 @@ from .proposal import Drafter, NoDrafter
 from .request import Request
 from .rows import Arrival, Rows
 from .sampling import Sampler, warpers
+from .stream.streamer import prompt_chunk
 from .target.load import context_length, end_ids
 from .target.selftest import attach
 from .tree import DynamicShape, TreeShape
@@ -57,7 +58,7 @@ def decode_texts(
     temperature: float = 0.0,
     top_p: float = 1.0,
     executor: str = "auto",
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     progress: Callable[[int], None] = lambda tokens: None,
     enough: Callable[[], bool] = lambda: False,
 ) -> None:
@@ -67,7 +68,7 @@ def decode_texts(
     logits. `progress` is called with the number of tokens of each row's step; once `enough()` is true, no further text
     is begun. Raises ValueError for a text longer than the model's context and for what `generate` refuses.
     """
-    prefill_chunk = whole_number("prefill_chunk", prefill_chunk, 1)
+    prefill_chunk = prompt_chunk(model) if prefill_chunk is None else whole_number("prefill_chunk", prefill_chunk, 1)
     attach(model)
     texts = list(texts)
     context = context_length(model)

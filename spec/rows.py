@@ -20,22 +20,29 @@ from .engines.executors import Executor
 from .request import Request
 from .state import NO_TICKET
 from .step import RowReport, StepResult, begin, unpack_report
+from .stream.record import StreamRecord
+from .stream.streamer import Streamer, streamer_of
+from .trace import WAIT, Fetched
 
 if TYPE_CHECKING:
     from .target.given import GivenPrompt
 
 
 class Stopwatch:
-    """Measures the seconds of each phase of a step; on CUDA with events, so that timing never waits for the device."""
+    """Measures the seconds of each phase of a step; on CUDA with events, so that timing never waits for the device.
+    What `streamer`, if there is one, lets a phase wait for weights is a phase of its own."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, streamer: Streamer | None = None):
+        self.device, self.streamer = device, streamer
         self.phases: list[str] = []
         self.times: list[float] = []
         self.events: list[torch.cuda.Event] = []
+        self.records: list[StreamRecord] = []
         self._look()
 
     def _look(self) -> None:
+        if self.streamer is not None:
+            self.records.append(self.streamer.record)
         if self.device.type != "cuda":
             self.times.append(time.perf_counter())
             return
@@ -48,11 +55,25 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase; to be called after the step's results have been read."""
-        if not self.events:
-            return dict(zip(self.phases, (after - before for before, after in itertools.pairwise(self.times))))
-        self.events[-1].synchronize()
-        pairs = itertools.pairwise(self.events)
-        return dict(zip(self.phases, (before.elapsed_time(after) / 1000 for before, after in pairs)))
+        if self.events:
+            self.events[-1].synchronize()
+            pairs = itertools.pairwise(self.events)
+            spent = [before.elapsed_time(after) / 1000 for before, after in pairs]
+        else:
+            spent = [after - before for before, after in itertools.pairwise(self.times)]
+        seconds = dict(zip(self.phases, spent))
+        if self.records:
+            waited = [(after - before).waited_seconds for before, after in itertools.pairwise(self.records)]
+            seconds = {phase: max(0.0, whole - wait) for (phase, whole), wait in zip(seconds.items(), waited)}
+            seconds[WAIT] = sum(waited)
+        return seconds
+
+    def fetched(self) -> Fetched | None:
+        """What was fetched meanwhile; None where weights are not streamed."""
+        if not self.records:
+            return None
+        between = self.records[-1] - self.records[0]
+        return Fetched(between.bytes_read, between.read_seconds)
 
 
 class Readout:
@@ -60,9 +81,9 @@ class Readout:
 
     def __init__(self, result: StepResult, watch: Stopwatch, number: int, lag: int):
         self.number, self.watch = number, watch
-        self.path, self.logits, self.scores = result.path, result.logits, result.scores
+        self.levels, self.logits, self.scores = result.path.shape[1], result.logits, result.scores
         if lag and result.logits is not None and result.scores is not None:  # the next step overwrites them
-            self.path, self.logits, self.scores = result.path.clone(), result.logits.clone(), result.scores.clone()
+            self.logits, self.scores = result.logits.clone(), result.scores.clone()
         self.report, self.arrived = result.report, None
         if result.report.is_cuda:
             self.report = torch.empty(result.report.shape, dtype=torch.int64, pin_memory=True)
@@ -75,7 +96,7 @@ class Readout:
     def reports(self) -> list[RowReport]:
         if self.arrived is not None:
             self.arrived.synchronize()
-        return unpack_report(self.report, self.path.shape[1])
+        return unpack_report(self.report, self.levels)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,14 +106,17 @@ class Arrival:
     number: int
     reports: dict[int, RowReport]  # [row]: only of rows whose request is still the one that the step was for
     watch: Stopwatch
-    path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
-    logits: Tensor | None  # (B, N, V), where asked for
-    scores: Tensor | None  # (B, N, V), where asked for
+    logits: Tensor | None  # (B, D+1, V), where asked for
+    scores: Tensor | None  # (B, D+1, V), where asked for
 
     @property
     def seconds(self) -> dict[str, float]:
         """Of each phase of the step."""
         return self.watch.seconds()
+
+    @property
+    def fetched(self) -> Fetched | None:
+        return self.watch.fetched()
 
     @property
     def ended(self) -> dict[int, RowReport]:
@@ -105,6 +129,7 @@ class Rows:
 
     def __init__(self, executor: Executor, chunk: int):
         self.engine, self.executor, self.chunk = executor.engine, executor, chunk
+        self.streamer = streamer_of(self.engine.target.model)
         self.tickets = [NO_TICKET] * len(self.engine.state.done)  # [row]
         self._numbers, self._next = itertools.count(), itertools.count(NO_TICKET + 1)
         self._waiting: deque[Readout] = deque()  # steps that the host has not read
@@ -133,7 +158,7 @@ class Rows:
         self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
         with self.executor.packing:
             if given is not None:
-                watch = Stopwatch(index.device)
+                watch = Stopwatch(index.device, self.streamer)
                 result = begin(self.engine, given, self.chunk)
                 watch.mark("verify")
                 self._waiting.append(Readout(result, watch, next(self._numbers), self.executor.lag))
@@ -144,7 +169,7 @@ class Rows:
     def step(self) -> Arrival:
         """Advance all rows and return the oldest step not read yet, which is `executor.lag` steps behind."""
         while len(self._waiting) <= self.executor.lag:
-            watch = Stopwatch(self.engine.state.tokens.device)
+            watch = Stopwatch(self.engine.state.tokens.device, self.streamer)
             result = self.executor.run(watch.mark)
             self._waiting.append(Readout(result, watch, next(self._numbers), self.executor.lag))
         return self._read(self._waiting.popleft())
@@ -161,7 +186,7 @@ class Rows:
         for row, report in reports.items():
             if report.done:
                 self.tickets[row] = NO_TICKET
-        return Arrival(readout.number, reports, readout.watch, readout.path, readout.logits, readout.scores)
+        return Arrival(readout.number, reports, readout.watch, readout.logits, readout.scores)
 
     def evict(self, rows: list[int]) -> None:
         """End the texts of `rows` where they are."""

@@ -132,31 +132,59 @@ class Sampler:
         return self.do_sample, self.warp, tuple(map(_settings, self.before)), tuple(map(_settings, self.after))
 
     def scores(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
+        """The scores (B, N, V) at all nodes."""
+        return self._vectorised(self._walk_paths(logits, proposal, state) if self.per_path else logits, state)
+
+    def scores_at(self, node: Tensor, going: Tensor, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
+        """The scores (B, V) at one `node` (B,) of each row, of which the logits are (B, V), in rows that are `going`
+        (B,); in the others only what is vectorised is applied."""
         if self.per_path:
-            logits = self._walk_paths(logits, proposal, state)
-        scores = self.warp(_processed(self.before, logits), state)
-        return _processed(self.after, scores)
+            logits = logits.clone()
+            for row in going.nonzero()[:, 0].tolist():
+                path = self._text_at(row, int(node[row]), proposal, state)
+                if path is not None:
+                    logits[row] = self._process(row, path, logits[row])
+        return self._vectorised(logits[:, None], state)[:, 0]
+
+    def _vectorised(self, scores: Tensor, state: DecodeState) -> Tensor:  # (B, N, V) -> (B, N, V)
+        return _processed(self.after, self.warp(_processed(self.before, scores), state))
 
     def _walk_paths(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
         scores = logits.clone()
         parents = proposal.tree.parents.expand(len(logits), -1).tolist()
         drafted = proposal.tokens.tolist()
-        lengths, ends = state.lengths.tolist(), list(map(set, state.eos.tolist()))
-        limits, skipped = (state.limits + self.pads).tolist(), (-self.pads).clamp(min=0).tolist()
         for row, finished in enumerate(state.done.tolist()):
             if finished:
                 continue
-            padding = self.prompt[row, : self.pads[row].clamp(min=0)]
-            text = torch.cat([padding, state.tokens[row, skipped[row] : lengths[row]]])
-            texts: list[Tensor | None] = [text]  # [node]: the text up to the node, included; None if impossible
+            ends, limit = self._bounds(row, state)
+            texts = [self._text(row, state)]  # [node]: the text up to the node, included; None if impossible
             for node, token in enumerate(drafted[row]):
                 if node > 0:
                     parent = parents[row][node]
-                    before = texts[parent], token, scores[row, parent]
-                    texts.append(_extend(*before, parent > 0, ends[row], limits[row]))
+                    drawable = token != NO_TOKEN and bool(scores[row, parent, token] > -torch.inf)
+                    texts.append(_extend(texts[parent], token, parent > 0, ends, limit) if drawable else None)
                 if (path := texts[node]) is not None:
                     scores[row, node] = self._process(row, path, logits[row, node])
         return scores
+
+    def _text(self, row: int, state: DecodeState) -> Tensor | None:
+        """The text of a row so far, as processors see it."""
+        pad = int(self.pads[row])
+        return torch.cat([self.prompt[row, : max(pad, 0)], state.tokens[row, max(-pad, 0) : int(state.lengths[row])]])
+
+    def _bounds(self, row: int, state: DecodeState) -> tuple[set[int], int]:
+        """The ends of text of a row, and the length at which it is full."""
+        return set(state.eos[row].tolist()), int(state.limits[row] + self.pads[row])
+
+    def _text_at(self, row: int, node: int, proposal: Proposal, state: DecodeState) -> Tensor | None:
+        """The text of a row up to a node, included, whose tokens were drawn; None behind an end of text."""
+        tree, (ends, limit) = proposal.tree, self._bounds(row, state)
+        shared = min(row, len(tree.paths) - 1)
+        path = tree.paths[shared, node, 1 : int(tree.depths[shared, node]) + 1]
+        text = self._text(row, state)
+        for number, token in enumerate(proposal.tokens[row, path].tolist()):
+            text = _extend(text, token, number > 0, ends, limit)
+        return text
 
     def _process(self, row: int, text: Tensor, scores: Tensor) -> Tensor:
         """The scores (V,) of one row after its `text`. Processors are called with a whole batch in which the row has
@@ -207,12 +235,10 @@ def _processed(processors: Processors, scores: Tensor) -> Tensor:  # (B, N, V) -
     return flat.view_as(scores)
 
 
-def _extend(text: Tensor | None, token: int, scores: Tensor, drafted: bool, eos: set[int], limit: int) -> Tensor | None:
-    """`text` with `token` appended. None after an end of text, beyond the row's limit, or for a token that plain
-    decoding could not have drawn, so that a user's processor never sees a history that cannot occur."""
+def _extend(text: Tensor | None, token: int, drafted: bool, eos: set[int], limit: int) -> Tensor | None:
+    """`text` with `token` appended; None after an end of text or beyond the row's limit. Tokens that plain decoding
+    could not have drawn are left out, too, so that a user's processor never sees a history that cannot occur."""
     if text is None or len(text) + 1 >= limit or (drafted and int(text[-1]) in eos):
-        return None
-    if token == NO_TOKEN or not scores[token] > -torch.inf:
         return None
     return torch.cat([text, text.new_tensor([token])])
 

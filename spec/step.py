@@ -3,7 +3,8 @@
 The drafter proposes a tree, the target's forward reads it, a rule verifies it, `write` appends what was accepted up to
 an end of text or the row's limit, and target and drafter take over the accepted path (`commit`, `follow`). A function
 over persistent buffers with static shapes, which reads nothing on the host and does not branch on data, so that it can
-be compiled or captured as it is (unless a logits processor looks at the history).
+be compiled or captured as it is (unless a logits processor looks at the history, or the tree is so large that scores
+are computed along the accepted path only, node after node).
 """
 
 from collections.abc import Callable, Mapping
@@ -17,10 +18,10 @@ from .proposal import DraftSession, Proposal
 from .request import Held
 from .sampling import Sampler
 from .state import DecodeState
-from .target.protocol import Resumable, TakesPrompts, Target, spans
-from .trace import Event
+from .target.protocol import Resumable, TakesPrompts, Target, Unscored, spans
+from .trace import Event, Fetched
 from .tree import TokenTree, TreeShape
-from .verify import Verdict, verify
+from .verify import Verdict, verify, walk
 
 if TYPE_CHECKING:
     from .target.given import GivenPrompt
@@ -32,8 +33,8 @@ class StepResult:
 
     report: Tensor  # (B, 2N + D + 7): see pack_report
     path: Tensor  # (B, D+1): accepted nodes from the root on, the last repeated
-    logits: Tensor | None  # (B, N, V) float32, where asked for
-    scores: Tensor | None  # (B, N, V), processed, where asked for
+    logits: Tensor | None  # (B, D+1, V) float32, of the path's nodes, where asked for
+    scores: Tensor | None  # (B, D+1, V), processed, where asked for
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,12 +103,15 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
     proposal = engine.session.propose(state)
     mark("draft")
     seen = engine.target.forward(proposal, base)
-    scores, verdict = _judged(engine, seen.logits, proposal, base)
+    if isinstance(seen, Unscored):
+        verdict, kept = _walked(engine, seen, proposal, base)
+    else:
+        verdict, kept = _judged(engine, seen.logits, proposal, base)
     mark("verify")
     write(state, verdict)
     engine.target.commit(base, verdict.path, state.committed)
     engine.session.follow(base, verdict.path, state.committed, seen.features)
-    result = _result(engine, proposal, verdict, seen.logits, scores)
+    result = StepResult(pack_report(state, proposal, verdict), verdict.path, *kept)
     mark("commit")
     return result
 
@@ -123,21 +127,43 @@ def begin(engine: Engine, prompt: "GivenPrompt", chunk: int) -> StepResult:
     logits = prompt.logits[:, None]  # (B, 1, V)
     root = TokenTree.of(TreeShape.chain(0), logits.device)
     proposal = Proposal(state.roots(), root, "deterministic", "own")
-    scores, verdict = _judged(engine, logits, proposal, state.lengths - 1)
+    verdict, kept = _judged(engine, logits, proposal, state.lengths - 1)
     write(state, verdict)
     for span in spans(state.tokens, state.lengths, chunk, beside=state.beside):
         engine.session.read(span, prompt.features_at(span.positions))
-    return _result(engine, proposal, verdict, logits, scores)
+    return StepResult(pack_report(state, proposal, verdict), verdict.path, *kept)
 
 
-def _judged(engine: Engine, logits: Tensor, proposal: Proposal, base: Tensor) -> tuple[Tensor, Verdict]:
+Kept = tuple[Tensor | None, Tensor | None]  # logits and scores, (B, D+1, V) each, where they are kept
+
+
+def _judged(engine: Engine, logits: Tensor, proposal: Proposal, base: Tensor) -> tuple[Verdict, Kept]:
+    """The verdict on a tree whose logits are (B, N, V)."""
     scores = engine.sampler.scores(logits, proposal, engine.state)
-    return scores, verify(engine.rule, scores, proposal, engine.state.keys, base, engine.sampler.do_sample)
+    verdict = verify(engine.rule, scores, proposal, engine.state.keys, base, engine.sampler.do_sample)
+    if not engine.keep_scores:
+        return verdict, (None, None)
+    rows = torch.arange(len(base), device=base.device)[:, None]
+    return verdict, (logits[rows, verdict.path], scores[rows, verdict.path])
 
 
-def _result(engine: Engine, proposal: Proposal, verdict: Verdict, logits: Tensor, scores: Tensor) -> StepResult:
-    kept = (logits, scores) if engine.keep_scores else (None, None)
-    return StepResult(pack_report(engine.state, proposal, verdict), verdict.path, *kept)
+def _walked(engine: Engine, seen: Unscored, proposal: Proposal, base: Tensor) -> tuple[Verdict, Kept]:
+    """The verdict on a tree whose logits are computed along the accepted path."""
+    state, sampler, kept = engine.state, engine.sampler, []
+
+    def scores_at(node: Tensor, going: Tensor) -> Tensor:
+        logits = seen.logits_at(node[:, None])[:, 0]  # (B, V)
+        scores = sampler.scores_at(node, going, logits, proposal, state)
+        if engine.keep_scores:
+            kept.append((logits, scores))
+        return scores
+
+    verdict = walk(scores_at, proposal, state.keys, base, ~state.done, sampler.do_sample)
+    if not engine.keep_scores:
+        return verdict, (None, None)
+    kept += kept[-1:] * (proposal.tree.max_depth + 1 - len(kept))  # as the path repeats its last node
+    logits, scores = (torch.stack(levels, dim=1) for levels in zip(*kept))
+    return verdict, (logits, scores)
 
 
 def write(state: DecodeState, verdict: Verdict) -> None:
@@ -182,9 +208,9 @@ class RowReport:
     failed: bool
     ticket: int
 
-    def event(self, row: int, step: int, seconds: dict[str, float]) -> Event:
+    def event(self, row: int, step: int, seconds: dict[str, float], fetched: Fetched | None = None) -> Event:
         nodes = self.path[1 : self.accepted + 1]
-        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds)
+        event = Event(row, step, self.tokens, self.parents, nodes, self.bonus, seconds, fetched=fetched)
         event.keep(self.committed)
         return event
 

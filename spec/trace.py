@@ -13,6 +13,15 @@ from pathlib import Path
 from . import metrics
 
 COMPILING = "compile"  # a phase of the one step in which a long run begins to compile
+WAIT = "wait"  # the phase in which a step stands still for weights that are streamed
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Weights that were fetched while a step went on, most of them beside its computing."""
+
+    bytes: int
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -21,7 +30,8 @@ class Event:
 
     `tokens` and `parents` describe the tree; node 0 is the root, and token -1 an empty node. `accepted` are the
     accepted nodes in order, without the root. `bonus` is the token added by the target, None where the text ended
-    before it. `seconds` by phase are those of the whole batch, equal in all rows' events of a step.
+    before it. `seconds` by phase are those of the whole batch, equal in all rows' events of a step, and so is what was
+    `fetched` where the target's weights are streamed.
     """
 
     row: int
@@ -32,6 +42,7 @@ class Event:
     bonus: int | None
     seconds: dict[str, float] = field(default_factory=dict)
     group: str = ""  # the call of `generate`, where events of several calls are combined
+    fetched: Fetched | None = None
 
     @property
     def drafted(self) -> int:
@@ -100,4 +111,6 @@ class Trace:
             for event in self.events:
                 record = asdict(event)
                 record.pop("group")  # `run` identifies the call
+                if event.fetched is None:
+                    record.pop("fetched")
                 file.write(json.dumps({"run": self.run, **record}) + "\n")

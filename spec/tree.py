@@ -173,8 +173,8 @@ class DynamicShape:
     width: int
 
     def __post_init__(self):
-        text = f"'dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}'"
-        check_size(f"{text} (with the paths that it expands)", self.slots, self.max_depth)
+        text = f"'{self.text}'"
+        check_size(f"{text} (with the paths that it expands)", max(self.slots, 1 + self.width), self.max_depth)
         most = 1 + self.width + self.width**2 * (self.max_depth - 1)
         if not (self.width >= 1 and self.max_depth >= 1 and 2 <= self.nodes <= most):
             raise ValueError(
@@ -186,9 +186,19 @@ class DynamicShape:
         return self.nodes
 
     @property
+    def text(self) -> str:
+        """As `tree=` takes it."""
+        return f"dynamic:{shown(self.nodes)}x{shown(self.max_depth)}x{shown(self.width)}"
+
+    @property
+    def batch(self) -> int:
+        """How many paths are expanded together: no more than the tree has nodes."""
+        return min(self.width, self.nodes - 1)
+
+    @property
     def slots(self) -> int:
         """How many cache slots a step may write, from the root's on, by the drafter's forwards too."""
-        return max(self.nodes, 1 + self.width * (self.max_depth - 1))
+        return max(self.nodes, 1 + self.batch * (self.max_depth - 1))
 
     @property
     def max_children(self) -> int:
@@ -196,20 +206,41 @@ class DynamicShape:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class TokenTree:
-    """A tree as tensors. R is 1 (one tree for all rows) or the batch size; D is `max_depth`."""
+class Ancestry:
+    """Who descends from whom, as tensors. R is 1 (one tree for all rows) or the batch size."""
 
     parents: Tensor  # (R, N)
     depths: Tensor  # (R, N)
     ancestors: Tensor  # (R, N, N) bool: [i, j] says that j is i or an ancestor of i
-    paths: Tensor  # (R, N, D+1): the node at each depth on the way to i, then i repeated
-    ranks: Tensor  # (R, N): how many siblings precede the node
-    max_depth: int
-    max_children: int
 
     @property
     def size(self) -> int:
         return self.parents.shape[-1]
+
+    @classmethod
+    def of_roots(cls, rows: int, nodes: int, device: torch.device) -> "Ancestry":
+        """Buffers for `nodes` nodes, to which all but the root are still to be added."""
+        numbers = torch.zeros(rows, nodes, dtype=torch.int64, device=device)
+        ancestors = torch.eye(nodes, dtype=torch.bool, device=device).repeat(rows, 1, 1)
+        return cls(numbers - 1, numbers, ancestors)
+
+    def add(self, nodes: slice, parents: Tensor) -> None:
+        """Add `nodes`, n neighbours, below their `parents` (R, n), which have been added before."""
+        self.parents[:, nodes] = parents
+        self.depths[:, nodes] = self.depths.gather(1, parents) + 1
+        above = self.ancestors.gather(1, parents[..., None].expand(-1, -1, self.size))  # (R, n, N)
+        itself = torch.arange(nodes.start, nodes.stop, device=parents.device)[:, None]
+        self.ancestors[:, nodes] = above | (itself == torch.arange(self.size, device=parents.device))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TokenTree(Ancestry):
+    """A tree as tensors; D is `max_depth`."""
+
+    paths: Tensor  # (R, N, D+1): the node at each depth on the way to i, then i repeated
+    ranks: Tensor  # (R, N): how many siblings precede the node
+    max_depth: int
+    max_children: int
 
     @classmethod
     def of(cls, shape: TreeShape, device: torch.device | str) -> "TokenTree":
@@ -221,19 +252,18 @@ class TokenTree:
         """Compute all tensors from `parents` (R, N), which may change every step: no value is read on the host."""
         nodes = torch.arange(parents.shape[-1], device=parents.device)
         climb = [nodes.expand_as(parents)]  # the ancestor d edges up, or -1
-        ancestors = climb[0][:, :, None] == nodes  # one edge at a time; all at once would take D times the memory
         for _ in range(max_depth):
             above = parents.gather(-1, climb[-1].clamp(min=0))
             climb.append(torch.where(climb[-1] >= 0, above, -1))
-            ancestors = ancestors | (climb[-1][:, :, None] == nodes)
         ancestry = torch.stack(climb, dim=-1)  # (R, N, D+1)
+        none = torch.zeros(*parents.shape, len(nodes), dtype=torch.bool, device=parents.device)
         depths = (ancestry >= 0).sum(-1) - 1
         levels = torch.arange(max_depth + 1, device=parents.device)
         siblings = parents[:, :, None] == parents[:, None, :]
         return cls(
             parents=parents,
             depths=depths,
-            ancestors=ancestors,
+            ancestors=none.scatter(2, ancestry.clamp(min=0), True),  # the root is everyone's
             paths=ancestry.gather(-1, (depths[:, :, None] - levels).clamp(min=0)),
             ranks=(siblings & (nodes < nodes[:, None])).sum(-1),
             max_depth=max_depth,

@@ -7,7 +7,8 @@
     typical    Medusa's typical acceptance (arXiv:2401.10774, section 2.3.1). Not lossless.
 
 At temperature 0 a draw is an argmax, and all three are `match`. A rule knows nothing of drafters; it refuses proposals
-that it cannot verify. Nothing here reads a value on the host.
+that it cannot verify. Nothing here reads a value on the host, except `walk`, which is `match` for trees whose scores
+are too many to exist together: it asks for those of one node after another.
 """
 
 from collections.abc import Callable
@@ -133,11 +134,42 @@ def _argmax(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) -> V
 def _match(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor, sampling: bool = True) -> Verdict:
     best, draws = _target_draws(scores, proposal, keys, base, sampling)
     parents = proposal.tree.parents.clamp(min=0).expand_as(draws)
-    stands = draws.gather(1, parents) == proposal.tokens
+    stands = (draws.gather(1, parents) == proposal.tokens) & (best.gather(1, parents) > -torch.inf)
     stands[:, 0].fill_(True)
     node = _deepest(stands, proposal)
     pick = node[:, None]
     return Verdict.at(node, draws.gather(1, pick)[:, 0], best.gather(1, pick)[:, 0], proposal)
+
+
+def walks(rule: str, sampling: bool) -> bool:
+    """Whether `walk` gives the verdict of `rule`."""
+    return rule == "match" or not sampling
+
+
+def walk(
+    scores_at: Callable[[Tensor, Tensor], Tensor], proposal: Proposal, keys: Tensor, base: Tensor, live: Tensor,
+    sampling: bool,
+) -> Verdict:  # fmt: skip
+    """The verdict of `match` from `scores_at(node, going)`, the scores (B, V) at one `node` (B,) of each row, which
+    matter only in rows that are `going` (B,), as at first all `live` ones are. Waits for the host after every node."""
+    tree = proposal.tree
+    index, parents = torch.arange(tree.size, device=base.device), tree.parents.clamp(min=0).expand_as(proposal.tokens)
+    whole = (tree.depths == 0).expand_as(proposal.tokens)  # (B, N): the nodes of this depth whose paths were drawn
+    node, going = torch.zeros_like(base), live
+    bonus, best = torch.zeros_like(base), torch.zeros(base.shape, device=base.device)
+    for depth in range(tree.max_depth + 1):
+        scores = scores_at(node, going)  # (B, V)
+        if sampling:
+            vocab = torch.arange(scores.shape[-1], device=base.device)
+            scores = scores + noise.gumbel(keys, base[:, None] + 1 + depth, noise.TARGET, vocab)[:, 0]
+        value, draw = scores.max(-1)
+        bonus, best = torch.where(going, draw, bonus), torch.where(going, value, best)
+        whole = whole.gather(1, parents) & (tree.depths == depth + 1) & (proposal.tokens == draw[:, None])
+        going = going & whole.any(-1) & (value > -torch.inf)
+        if not going.any():
+            break
+        node = torch.where(going, torch.where(whole, index, tree.size).amin(-1), node)
+    return Verdict.at(node, bonus, best, proposal)
 
 
 def _typical(scores: Tensor, proposal: Proposal, keys: Tensor, base: Tensor) -> Verdict:

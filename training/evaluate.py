@@ -26,7 +26,7 @@ from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
 from ..spec.prompts import BenchPrompt
 from ..spec.refill import Text, decode_texts
-from ..spec.tree import TreeShape
+from ..spec.tree import DynamicShape, TreeShape
 from .acceptance import WIDTH, record
 from .card import write_card
 from .data.packing import pack
@@ -116,7 +116,9 @@ def _overlap(folder: Path | None, prompts: list[BenchPrompt], name: str) -> int 
     return shared
 
 
-def _foretold(args, model, tokenizer, drafter, prompts: Prompts, settings: Settings) -> tuple[dict, TreeShape]:
+def _foretold(
+    args, model, tokenizer, drafter, prompts: Prompts, settings: Settings
+) -> tuple[dict, TreeShape | DynamicShape]:
     """Count p: the contents of `acceptance.json` so far (p, counts, estimates), and the tree to decode with."""
     sampled = args.temperature > 0
     asked = read_shape(args.tree, drafter) if args.tree not in (None, "auto") else None
@@ -166,9 +168,9 @@ def _static(shape) -> TreeShape | None:
     return shape if isinstance(shape, TreeShape) else None
 
 
-def _planned(args, model, drafter, rates) -> TreeShape:
+def _planned(args, model, drafter, rates) -> TreeShape | DynamicShape:
     """The tree of the plan stored for this device, else a tree of moderate size planned from p."""
-    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     kept = plan_path(model, drafter, executor, args.verify, args.temperature)
     if kept.is_file():
         return Plan.load(kept).shape
@@ -218,7 +220,7 @@ def command(args) -> str:
     given |= {"--temperature": args.temperature and f"{args.temperature:g}"}
     given |= {"--verify": args.verify != "match" and args.verify, "--dtype": args.dtype != "auto" and args.dtype}
     given |= {"--weights": args.weights != "16" and args.weights, "--columns": args.columns}
-    given |= {"--split": args.split != "train" and args.split}
+    given |= {"--split": args.split != "train" and args.split, "--stream": args.stream, "--resident": args.resident}
     given |= {"--executor": args.executor != "eager" and args.executor}
     return shlex.join([*parts, *(part for option, value in given.items() if value for part in (option, value))])
 

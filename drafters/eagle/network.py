@@ -18,7 +18,7 @@ from transformers.models.llama import modeling_llama as llama
 
 from ...spec.target.given import cache_name
 from ...spec.target.taps import HEAD, Tap, feature_sizes, linear_head, put_taps
-from ...spec.target.weights import head_rows, head_weight, linear_shape
+from ...spec.target.weights import embedding_weight, head_rows, head_weight, linear_shape
 from ..folder import target_identity
 from ..known_tokens import check_vocabulary, places
 from .layers import MASKS, SLIDING, WideLayer, attention_types, made_layers, rotary_embedding
@@ -47,7 +47,7 @@ class EagleNetwork(PreTrainedModel):
         self.target = target_identity(target)
         self.origin: dict | None = None  # the network that this one went on from, as `origin_of` describes it
         self.settings, self.vocab_size, size, eps = settings, vocab_size, config.hidden_size, config.rms_norm_eps
-        rows = target.get_input_embeddings().weight.detach()
+        rows = embedding_weight(target)
         if settings.own_embeddings:
             self.embeddings = nn.Parameter(torch.zeros(vocab_size, size))
         else:

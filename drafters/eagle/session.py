@@ -16,7 +16,7 @@ from ...spec.proposal import DraftRequest
 from ...spec.state import DecodeState
 from ...spec.target.protocol import Span
 from ...spec.target.slots import SlotModel
-from ...spec.tree import TokenTree
+from ...spec.tree import Ancestry
 from ..draft_session import NetworkSession
 from .network import EagleNetwork
 
@@ -61,7 +61,7 @@ class EagleSession(NetworkSession):
         self.fed_back[:, :1] = seen.features
         return seen.logits
 
-    def node_logits(self, tokens: Tensor, base: Tensor, tree: TokenTree, nodes: Tensor) -> Tensor:
+    def node_logits(self, tokens: Tensor, base: Tensor, tree: Ancestry, nodes: Tensor) -> Tensor:
         before = _at(self.fed_back, tree.parents[:, nodes].expand(len(base), -1))  # (B, n, H)
         seen = self.slots.forward_nodes(tokens, base - 1, tree, nodes, before)
         assert seen.features is not None, "the network is tapped"

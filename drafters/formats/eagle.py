@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...spec.console import one_line
 from ...spec.target.taps import HEAD, feature_sizes, linear_head
-from ...spec.target.weights import head_rows, head_weight, linear_shape
+from ...spec.target.weights import embedding_weight, head_rows, head_weight, linear_shape
 from ..eagle.network import EagleNetwork
 from ..eagle.settings import EagleSettings
 from .checkpoint import Checkpoint
@@ -147,7 +147,7 @@ class EagleFile:
         embeddings, head = self.tensors.get("embeddings"), self.tensors.get("lm_head.weight")
         if embeddings is not None and len(self.tensors.need("embeddings")) != self.vocab_size:
             raise self._for_another(f"embeds {len(embeddings)} tokens and this target has {self.vocab_size}")
-        if embeddings is not None and self._same(embeddings, self.target.get_input_embeddings().weight.detach()):
+        if embeddings is not None and self._same(embeddings, embedding_weight(self.target)):
             del self.tensors["embeddings"]
         biased = getattr(self.target.get_output_embeddings(), "bias", None) is not None
         if head is None or biased or head.shape[1] != self.target_size:

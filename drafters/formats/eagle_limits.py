@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...spec.target.taps import HEAD
+from ...spec.target.weights import embedding_weight
 from ..eagle.layers import SLIDING
 from ..eagle.network import EagleNetwork
 
@@ -19,7 +20,7 @@ WIDE = "train with objective.layout: wide, which is EAGLE-3's"
 
 def own_embeddings(network: EagleNetwork, target: PreTrainedModel) -> Tensor | None:  # (V, E)
     """The embeddings that are to be stored; None where they are the target's."""
-    rows = target.get_input_embeddings().weight.detach()
+    rows = embedding_weight(target)
     ours = network.embeddings.detach()
     same = not network.settings.own_embeddings or (ours.shape == rows.shape and torch.equal(ours, rows.to(ours)))
     return None if same else ours

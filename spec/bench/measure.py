@@ -32,6 +32,7 @@ from ..plan.step_times import slot_bytes
 from ..plan.store import automatic_shape, read_shape
 from ..prompts import BenchPrompt, check_ids, fitting, left_padded, pad_id, read_bench_prompts
 from ..proposal import Drafter
+from ..stream.streamer import streamer_of
 from ..target.load import end_ids
 from ..target.weights import stored_bytes
 from ..tree import DynamicShape, TreeShape
@@ -59,8 +60,8 @@ def bench(args: Namespace) -> None:
     prompts = [prompt for prompt, _ in fitting(prompts, tokenizer, model, args.max_new_tokens)]
     executor = args.executor
     if executor == "auto":
-        executor = choose("auto", model.device, len(prompts) * args.max_new_tokens, True, compiled_before=False)
-    methods = [method.settled(model.device) for method in parse_methods(args.methods, executor, args.temperature)]
+        executor = choose("auto", model, len(prompts) * args.max_new_tokens, True, compiled_before=False)
+    methods = [method.settled(model) for method in parse_methods(args.methods, executor, args.temperature)]
     if args.batch > 1 and any(method.kind in ("transformers-lookup", "transformers-assisted") for method in methods):
         raise ValueError(f"--batch {args.batch}: transformers speculates with one text at a time; use --batch 1")
     decoders = {method.name: _decoder(method, model, tokenizer) for method in methods}
@@ -260,6 +261,9 @@ def _header(args: Namespace, source: Source, model: "PreTrainedModel", decoders:
     }
     setup |= {"weights": args.weights} if args.weights != "16" else {}
     setup |= {"columns": args.columns} if args.columns else {}
+    if (streamer := streamer_of(model)) is not None:
+        names = "kind", "layers", "resident_layers", "bytes_per_forward", "direct"
+        setup |= {f"stream_{name}": getattr(streamer.about, name) for name in names}
     return {
         "kind": "paceline-bench",
         "version": VERSION,

@@ -45,11 +45,11 @@ class Method:
     temperature: float
     baseline: str | None = None
 
-    def settled(self, device: torch.device) -> "Method":
-        """With the executor that "cuda_graph" means on `device`."""
+    def settled(self, model: "PreTrainedModel") -> "Method":
+        """With the executor that "cuda_graph" means where `model` is."""
         if self.executor != "cuda_graph":
             return self
-        return replace(self, executor=choose(self.executor, device, 0, capturable=True, compiled_before=False))
+        return replace(self, executor=choose(self.executor, model, 0, capturable=True, compiled_before=False))
 
     def same_text(self) -> bool:
         """Whether its text must be its baseline's."""

@@ -15,6 +15,7 @@ from jinja2 import Environment
 from ..check.differences import compare_checks, read_check
 from ..console import table
 from ..files import write_output
+from ..trace import WAIT
 from . import drawing, picture, wording
 from .analysis import FEW, analyse, check_comparable, paired
 from .intervals import Interval, quotient_interval
@@ -25,6 +26,7 @@ from .wording import best_of, identity, interval
 STREAM = 96  # chips of the text that stands at the top
 GAINS = {"speedup": "speed-up", "speedup_of_steps": "in steps alone", "over_transformers": "over transformers"}
 OVERVIEW = ["method", "tokens/step", "tokens/s", *GAINS.values(), "identical texts"]
+WEIGHTS = ["method", "waited, s", "of the steps' time", "fetched, GB", "GB/s", "hidden"]
 HEADER = [
     "category", "prompts", "tokens", "tokens/step", "accepted / examined", "tokens/s", "plain tokens/s",
     *GAINS.values(),
@@ -65,8 +67,8 @@ def page(figures: dict, runs: list[Run]) -> str:
     drafted = [method for method in figures["methods"] if method["kind"] == "drafted"]
     return environment.from_string(source).render(
         **figures, words=wording, figures=figures, overview=[OVERVIEW, *overview(figures)], header=HEADER,
-        lines=lines(figures), draw=drawing, few=FEW, drafted=drafted, texts=_texts(figures, runs), stream=STREAM,
-        whole=COMMAND, megabytes=lambda size: f"{size / 1e6:,.1f}",
+        weights=[WEIGHTS, *weights(figures)], lines=lines(figures), draw=drawing, few=FEW, drafted=drafted,
+        texts=_texts(figures, runs), stream=STREAM, whole=COMMAND, megabytes=lambda size: f"{size / 1e6:,.1f}",
     )  # fmt: skip
 
 
@@ -77,6 +79,23 @@ def overview(figures: dict) -> list[list[str]]:
         row, same = method["overall"], f"{method['identical']} / {method['compared']}" if method["compared"] else "–"
         rows.append([method["label"], _per_step(row), f"{row['rate']:.1f}", *_gains(row), same])
     return rows
+
+
+def weights(figures: dict) -> list[list[str]]:
+    """A table row for each method whose steps fetched the target's weights."""
+    rows = []
+    for method in figures["methods"]:
+        summary = method["summary"]
+        if summary["weights_bytes"] is not None:
+            wait, spent = summary["seconds"].get(WAIT, 0.0), sum(summary["seconds"].values())
+            size, speed = summary["weights_bytes"] / 1e9, summary["weights_bandwidth"]
+            figures_of_method = [f"{wait:.1f}", _share(wait / spent), f"{size:.2f}", _number(speed and speed / 1e9)]
+            rows.append([method["label"], *figures_of_method, _share(summary["weights_hidden"])])
+    return rows
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.0%}"
 
 
 def lines(figures: dict) -> list[tuple[dict, list[list[str]]]]:
@@ -126,6 +145,8 @@ def markdown(figures: dict) -> str:
     if beside := wording.particulars(figures):
         parts.append(f"{_cell(beside, COMMAND)}\n")
     parts.append(_table(OVERVIEW, overview(figures)))
+    if fetched := weights(figures):
+        parts.append(f"{wording.streaming(figures['setup'])}\n\n{_table(WEIGHTS, fetched)}")
     for method, rows in lines(figures):
         parts.append(f"### {_cell(method['label'])}\n")
         if method["compared"]:

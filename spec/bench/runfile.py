@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from ..trace import Event
+from ..trace import Event, Fetched
 
 VERSION = 1
 
@@ -57,7 +57,8 @@ class Record:
         return self.batch, self.turn, self.method, self.repeat
 
     def line(self) -> str:
-        """Events as [step, tokens, tree, accepted, bonus, seconds], trees and names of phases kept once."""
+        """Events as [step, tokens, tree, accepted, bonus, seconds], trees and names of phases kept once; what was
+        fetched of streamed weights stands behind."""
         trees: list[list[int]] = []
         phases = list(dict.fromkeys(phase for event in self.events for phase in event.seconds))
         rows = []
@@ -66,7 +67,8 @@ class Record:
                 trees.append(event.parents)
             seconds = [round(event.seconds.get(phase, 0.0), 7) for phase in phases]
             tree = trees.index(event.parents)
-            rows.append([event.step, event.tokens, tree, event.accepted, event.bonus, seconds])
+            fetched = [] if event.fetched is None else [event.fetched.bytes, round(event.fetched.seconds, 7)]
+            rows.append([event.step, event.tokens, tree, event.accepted, event.bonus, seconds, *fetched])
         fields = {name: getattr(self, name) for name in self.__slots__ if name not in ("events", "difference")}
         difference = self.difference and asdict(self.difference)
         trace = {"trees": trees, "phases": phases, "events": rows}
@@ -80,9 +82,9 @@ class Record:
         fields["difference"] = fields["difference"] and Difference(**fields["difference"])
         group = "/".join(map(str, (fields["batch"], fields["turn"], fields["method"], fields["repeat"])))
         events = []
-        for step, tokens, tree, accepted, bonus, seconds in trace["events"]:
-            times = dict(zip(trace["phases"], seconds))
-            events.append(Event(0, step, tokens, trace["trees"][tree], accepted, bonus, times, group))
+        for step, tokens, tree, accepted, bonus, seconds, *rest in trace["events"]:
+            times, fetched = dict(zip(trace["phases"], seconds)), Fetched(*rest) if rest else None
+            events.append(Event(0, step, tokens, trace["trees"][tree], accepted, bonus, times, group, fetched))
         if fields["seconds"] <= 0 or fields["rows"] < 1 or not isinstance(fields["tokens"], list):
             raise ValueError("a time that is not above 0, or no tokens")
         return cls(**fields, events=events)

@@ -50,7 +50,17 @@ def verdict(figures: dict) -> str:
     prompts = f"{count} prompt{'s' * (count != 1)}" + (f" in batches of {setup['batch']}" if setup["batch"] > 1 else "")
     model = f"{visible(setup['model'])} in {visible(setup['dtype'])}"
     model += f", weights {visible(setup['weights'])}" if "weights" in setup else ""
+    model += f", {streaming(setup)}" if "stream_kind" in setup else ""
     return f"{said[0].upper()}{said[1:]} with {visible(best['label'])}{among}: {prompts}, {model} on {device(figures)}"
+
+
+def streaming(setup: dict) -> str:
+    """How the weights of the target came into memory."""
+    resident = f"{setup['stream_resident_layers']} of {setup['stream_layers']} layers resident"
+    fetched = (
+        f"{setup['stream_bytes_per_forward'] / 1e9:.2f} GB a forward streamed from {visible(setup['stream_kind'])}"
+    )
+    return f"{fetched}{' past the page cache' if setup['stream_direct'] else ''}, {resident}"
 
 
 def conclusion(figures: dict) -> str:

@@ -7,13 +7,13 @@ The texts are meaningless, but timings and comparisons of texts are valid.
 
 from pathlib import Path
 
-import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from ..console import one_line
 from ..kernels.cpu import emulates_bfloat16
+from ..stream.budget import free_bytes
 from ..target.gguf_file import GgufError, GgufFile
 from ..target.gguf_model import gguf_config
 from ..target.load import load_target
@@ -110,11 +110,6 @@ def weight_bytes(config: PreTrainedConfig, dtype: torch.dtype, trust_remote_code
     """Bytes of the weights of a model of this configuration."""
     model = _empty(config, dtype, torch.device("meta"), trust_remote_code)
     return sum(parameter.nbytes for parameter in model.parameters())
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free on the device now."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
 
 
 def check_memory(name: str, needed: int, dtype: torch.dtype, device: torch.device) -> str:

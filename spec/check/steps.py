@@ -103,7 +103,7 @@ class Steps:
         drafter = Blank() if nodes > 1 else NoDrafter()
         started = time.perf_counter()
         model, shape = self.subject.model, TreeShape.chain(nodes - 1)
-        runner = open_idle(model, executor, drafter, shape, forward_only=part == "forward", batch=rows)
+        runner = open_idle(model, executor, drafter, shape, work="forward" if part == "forward" else "step", batch=rows)
         return Timed(runner, time.perf_counter() - started)
 
     def _compile(self, executor: str, rows: int, nodes: int) -> list[Finding]:

@@ -11,9 +11,9 @@ import torch
 
 from ..engines.executors import EXECUTORS, choose
 from ..proposal import Drafter
+from ..stream.budget import free_bytes
 from ..target.weights import stored_bytes
 from .budget import NotHere
-from .shapes import free_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,7 +67,7 @@ class Subject:
     def why_not(self, executor: str) -> str | None:
         """Why `executor` cannot run here; None where it can."""
         try:
-            choose(executor, self.device, 0, capturable=True, compiled_before=False)
+            choose(executor, self.model, 0, capturable=True, compiled_before=False)
         except ValueError as reason:
             return str(reason)
         return None

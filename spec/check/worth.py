@@ -8,6 +8,7 @@ measured. Not to speculate is one of its choices.
 from collections.abc import Iterator
 
 from ..plan.trees import choose_tree
+from ..tree import TreeShape
 from .budget import Task, absent, single
 from .record import Finding
 from .steps import Steps
@@ -35,10 +36,11 @@ def worth_tasks(steps: Steps) -> Iterator[Task]:
 def _best(labels: dict, accepted: float, curve: dict[int, float], costs: dict[int, float]) -> Finding:
     rates = [[accepted * (1 - accepted) ** rank for rank in range(RANKS)]] * LEVELS
     plan = choose_tree(rates, curve, costs)
+    assert isinstance(plan.shape, TreeShape), "p is of fixed trees"
     figures = {"nodes": len(plan.shape), "depth": plan.shape.max_depth, "tokens_per_step": plan.tokens_per_step}
     figures |= {"speedup": plan.speedup, "token_seconds": plan.seconds_per_step / plan.tokens_per_step}
     reason = "do not speculate" if len(plan.shape) == 1 else ""
-    return Finding(labels, reason=reason, figures={**figures, "parents": list(plan.parents)})
+    return Finding(labels, reason=reason, figures={**figures, "parents": list(plan.shape.parents)})
 
 
 def _rising(curve: dict[int, float]) -> dict[int, float]:

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..console import Streamer, colours, summary_line, table
+from ..console import Progress, Streamer, colours, summary_line, table
 from ..data.content import decoded, read_text
 from ..files import cache_folder
 from ..generate import SpeculativeOutput
 from ..generate import generate as generate_tokens
 from ..prompts import left_padded, pad_id, templated_ids
 from ..proposal import Drafter
+from ..stream.streamer import streamer_of
 from ..target.load import NAMED, load_target
+from ..trace import Event, Trace
 from ..verify import check_rule
 
 if TYPE_CHECKING:
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 def load_model(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase"]:
     """The model and tokenizer that the options name."""
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return load_target(args.model, args.dtype, device, args.trust_remote_code, weights=args.weights)
+    where = {"weights": args.weights, "stream": args.stream, "resident": args.resident}
+    return load_target(args.model, args.dtype, device, args.trust_remote_code, **where)
 
 
 def load(args: Namespace) -> tuple["PreTrainedModel", "PreTrainedTokenizerBase", Drafter | None]:
@@ -68,34 +71,66 @@ def generate(args: Namespace) -> None:
     sampling: dict = {"do_sample": False}
     if args.temperature > 0:
         sampling = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p, "top_k": 0}
+        args.seed = int(torch.randint(2**53, ())) if args.seed is None else args.seed
     prompt = encode(tokenizer, text, args.chat is not None, model.device)
-    streamer = Streamer(tokenizer, colours())
-    started = time.perf_counter()
-    out = generate_tokens(
-        model,
-        **prompt,
-        drafter=drafter,
-        tree=args.tree,
-        verify=args.verify,
-        seed=args.seed,
-        executor=args.executor,
-        trace_file=args.trace,
-        max_new_tokens=args.max_new_tokens,
-        return_dict_in_generate=True,
-        on_step=None if args.json else streamer.on_step,
-        **sampling,
-    )
-    seconds = time.perf_counter() - started
+    streamed = streamer_of(model) is not None
+    telling = Telling(args, tokenizer, Progress(args.max_new_tokens) if streamed else None)
+    try:
+        out = generate_tokens(
+            model,
+            **prompt,
+            drafter=drafter,
+            tree=args.tree,
+            verify=args.verify,
+            seed=args.seed,
+            executor=args.executor,
+            trace_file=args.trace,
+            max_new_tokens=args.max_new_tokens,
+            return_dict_in_generate=True,
+            on_step=telling.on_step,
+            **sampling,
+        )
+    except (KeyboardInterrupt, ValueError, OSError) as error:
+        if telling.events:
+            telling.end(stopped=str(error) or "Ctrl-C")
+        raise
     assert isinstance(out, SpeculativeOutput) and out.trace is not None
-    tokens = out.sequences[0, prompt["input_ids"].shape[1] :].tolist()
-    summary = out.trace.summary()
-    if args.json:
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
-        print(json.dumps({"text": text, "tokens": tokens, "seed": out.seed, "total_seconds": seconds, **summary}))
-        return
-    streamer.end()
-    drawn = f"; seed {out.seed}" if args.temperature > 0 else ""
-    print(summary_line(summary, len(tokens), seconds) + drawn, file=sys.stderr)
+    telling.events = out.trace.events
+    telling.end()
+
+
+class Telling:
+    """What `paceline generate` prints: the text as it grows and a line of figures, or one JSON object; also of a text
+    that was broken off."""
+
+    def __init__(self, args: Namespace, tokenizer: "PreTrainedTokenizerBase", progress: Progress | None):
+        self.args, self.tokenizer, self.progress = args, tokenizer, progress
+        self.streamer = None if args.json else Streamer(tokenizer, colours())
+        self.events: list[Event] = []
+        self.started = time.perf_counter()
+
+    def on_step(self, events: list[Event]) -> None:
+        self.events += events
+        if self.progress is not None:
+            self.progress.clear()
+        if self.streamer is not None:
+            self.streamer.on_step(events)
+        if self.progress is not None:
+            self.progress.show(events, "" if self.streamer is None else self.streamer.line)
+
+    def end(self, stopped: str = "") -> None:
+        args, seconds, summary = self.args, time.perf_counter() - self.started, Trace(self.events).summary()
+        tokens = [token for event in self.events for token in event.committed]
+        if self.progress is not None:
+            self.progress.clear()
+        if self.streamer is None:
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            said = {"text": text, "tokens": tokens, "seed": args.seed, "total_seconds": seconds, **summary}
+            print(json.dumps({**said, "stopped": stopped} if stopped else said))
+            return
+        self.streamer.end()
+        drawn = f"; seed {args.seed}" if args.temperature > 0 else ""
+        print(summary_line(summary, len(tokens), seconds) + drawn, file=sys.stderr)
 
 
 def _read(path: str) -> str:

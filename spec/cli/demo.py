@@ -41,7 +41,7 @@ def demo(args: Namespace) -> None:
     model, tokenizer, drafter = load(args)
     assert drafter is not None
     if args.executor == "auto":
-        args.executor = choose("auto", model.device, LONG_RUN, capturable=True, compiled_before=False)
+        args.executor = choose("auto", model, LONG_RUN, capturable=True, compiled_before=False)
     coloured, dtype, chat = colours(), str(model.dtype).removeprefix("torch."), bool(tokenizer.chat_template)
     print(words.introduction(args.model, dtype, drafter.name, coloured), flush=True)
     prompts = {title: encode(tokenizer, text, chat, model.device) for title, text in PROMPTS.items()}

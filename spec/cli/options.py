@@ -94,7 +94,7 @@ def plan(parser: Parser) -> None:
     source.add_argument(
         "--from", dest="run", type=Input, metavar="RUN", help="take the acceptance that paceline bench measured"
     )
-    parser.add_argument("--prompts", type=_positive, default=24, metavar="N", help="how many of them (default 24)")
+    parser.add_argument("--prompts", type=_positive, metavar="N", help="how many: 24, or with --stream 8, if not given")
     _record_options(parser)
     parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
     _drawing_options(parser, "match or residual")
@@ -191,6 +191,7 @@ def export(parser: Parser) -> None:
     target = "the target that it was trained for (default %(default)s)"
     parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
     _device_options(parser)
+    _stream_options(parser)
 
 
 def quantise(parser: Parser) -> None:
@@ -208,7 +209,7 @@ def quantise(parser: Parser) -> None:
     parser.add_argument("--texts", type=_positive, default=48, metavar="N", help=several)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
     _device_options(parser)
-    parser.set_defaults(dtype="float32")
+    parser.set_defaults(dtype="float32", stream=None, resident=None)
 
 
 def convert(parser: Parser) -> None:
@@ -264,6 +265,13 @@ def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafte
     how = f"how steps are run: {', '.join(executors)} (default %(default)s)"
     group.add_argument("--executor", default="eager", choices=executors, metavar="HOW", help=how)
     _device_options(group)
+    _stream_options(group)
+
+
+def _stream_options(group) -> None:
+    kinds = "fetch weights layer by layer, from disk, or beside a GPU from host memory: disk or host"
+    group.add_argument("--stream", metavar="KIND", help=kinds)
+    group.add_argument("--resident", metavar="SIZE", help="of weights that stay in memory all the same, such as 4GB")
 
 
 def _device_options(group) -> None:

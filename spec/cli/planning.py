@@ -17,20 +17,25 @@ from ..data.sources import open_source
 from ..engines.executors import choose
 from ..files import check_writable, folders_above
 from ..plan import step_times
-from ..plan.calibration import Calibrated, calibrated
+from ..plan.calibration import calibrated
 from ..plan.curves import Curves, measure
 from ..plan.store import plan_path
-from ..plan.trees import Acceptance, Plan, Rates, choose_tree
+from ..plan.streamed import in_words
+from ..plan.trees import Acceptance, Plan, choose_tree
 from ..prompts import BenchPrompt, fitting, left_padded, read_bench_prompts
 from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..provenance import target_fingerprint
 from ..rows import Stopwatch
+from ..stream.streamer import streamer_of
 from ..tree import TreeShape
 from ..verify import draft_sampling
 from .commands import check_drawing, load
+from .plan_tables import show_draft, show_plan, show_target, show_weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PROMPTS, PROMPTS_STREAMED = 24, 8  # to calibrate on; where a forward takes seconds, as many as are decoded together
 
 
 def plan(args: Namespace) -> None:
@@ -38,11 +43,12 @@ def plan(args: Namespace) -> None:
     check_drawing(args)
     if args.drafter == "none":
         raise ValueError("--drafter none leaves nothing to plan; choose a drafter")
-    prompts = [] if args.run else named_prompts(args, args.calibrate, args.prompts)
+    few = PROMPTS if args.stream is None else PROMPTS_STREAMED
+    prompts = [] if args.run else named_prompts(args, args.calibrate, args.prompts or few)
     model, tokenizer, drafter = load(args)
     assert drafter is not None
     drawing = draft_sampling(args.verify, args.temperature > 0)
-    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     parts = parts_of(drafter)
     if args.run and args.draft_weights != "16":
         raise ValueError(
@@ -58,17 +64,26 @@ def plan(args: Namespace) -> None:
         rates = [measured_acceptance(args, model).rates()]
         measured = measure(model, [drafter], executor, drawing)
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
-        _show([part.name for part in parts], rates, measured, planned)
+        show_plan([part.name for part in parts], rates, measured, planned, ())
     else:
         planned = _plan_by_replay(args, model, tokenizer, prompts, drafter, executor, drawing)
     drafting = drafter if len(planned.shape) > 1 else NoDrafter()
-    seconds = step_times.alone(model, step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing))
-    print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms measured")
+    runner = step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing)
+    seconds = step_times.alone(model, runner, **({} if streamer_of(model) is None else step_times.SLOW))
+    fixed = isinstance(planned.shape, TreeShape)
+    how = "measured" if fixed else f"measured where all {planned.shape.max_depth} levels are drafted"
+    print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms {how}")
     with folders_above(path):
         planned.save(path)
     if args.output:
         planned.save(args.output)
     print(f"kept for tree='auto'{f' and in {args.output}' if args.output else ''}", file=sys.stderr)
+
+
+def _announce(model: "PreTrainedModel", measured: Curves) -> None:
+    """How a streamed target is streamed, and when its steps were timed."""
+    if (streamer := streamer_of(model)) is not None:
+        print(f"{in_words(streamer.about)}\nsteps timed {measured.measured} (paceline profile times them anew)\n")
 
 
 def _plan_by_replay(
@@ -91,12 +106,13 @@ def _plan_by_replay(
     measured, of_others = both.of(0, len(parts)), both.of(len(parts), len(both.drafts))
     how = encoded, args.verify, args.temperature, args.max_new_tokens
     found = calibrated(model, parts, measured, *how)
-    _show([part.name for part in parts], found.rates, measured, found.plan)
+    _announce(model, measured)
+    show_plan([part.name for part in parts], found.rates, measured, found.plan, found.by_nodes)
     if len(parts) > 1:
         alone = zip(parts, found.alone)
         print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in alone))
     if others:
-        _show_weights(drafter, (found, measured), (calibrated(model, others, of_others, *how), of_others))
+        show_weights(drafter, (found, measured), (calibrated(model, others, of_others, *how, found.texts), of_others))
     return found.plan
 
 
@@ -126,12 +142,13 @@ def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance
 def profile(args: Namespace) -> None:
     """The command `paceline profile`: the device's curves, and where a step's time goes."""
     model, _, drafter = load(args)
-    executor = choose(args.executor, model.device, 0, capturable=True, compiled_before=False)
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     parts = () if drafter is None else parts_of(drafter)
-    measured = measure(model, [] if drafter is None else [drafter], executor)
-    _show_target(measured)
-    for part, costs in zip(parts, measured.drafts):
-        _show_draft(part.name, measured, costs)
+    measured = measure(model, [] if drafter is None else [drafter], executor, anew=True)
+    _announce(model, measured)
+    show_target(measured)
+    for number, part in enumerate(parts):
+        show_draft(part.name, measured, number)
     shape = TreeShape.chain(15) if drafter is None else drafter.default_shape
     drafter = step_times.Blank() if drafter is None else drafter
     step, forward = step_times.step_and_forward_cost(model, drafter, executor, shape)
@@ -146,16 +163,16 @@ def profile(args: Namespace) -> None:
         f"recording and writing the trace of a row takes {recording * 1e3:.2f} ms, {recording / step:.2%} of that step"
     )
     if executor == "eager":
-        watch_phases(model, drafter, shape)
+        watch_phases(model, drafter, shape, 20 if streamer_of(model) is None else 3)
 
 
-def watch_phases(model: "PreTrainedModel", drafter: Drafter, shape: TreeShape, repeats: int = 20) -> None:
+def watch_phases(model: "PreTrainedModel", drafter: Drafter, shape: TreeShape, repeats: int) -> None:
     """Print the shares of an eager step."""
     runner = step_times.open_idle(model, "eager", drafter, shape)
     phases: dict[str, list[float]] = {}
     with torch.no_grad():
         for _ in range(repeats):
-            watch = Stopwatch(model.device)
+            watch = Stopwatch(model.device, streamer_of(model))
             runner.run(watch.mark)
             for phase, seconds in watch.seconds().items():
                 phases.setdefault(phase, []).append(seconds)
@@ -176,47 +193,3 @@ def first_turns(
     """(category, first turn as a batch of one row) of the prompts that can be continued by `new_tokens`."""
     taken = fitting(prompts, tokenizer, model, new_tokens)
     return [(prompt.category, left_padded([ids], 0, model.device)) for prompt, ids in taken]
-
-
-def _show_target(measured: Curves) -> None:
-    plain = measured.target[1]
-    rows = [[str(n), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for n, seconds in measured.target.items()]
-    print(table(["nodes", "step ms", "of plain"], rows))
-
-
-def _show_draft(name: str, measured: Curves, costs: dict[int, float]) -> None:
-    plain = measured.target[1]
-    rows = [[str(depth), f"{seconds * 1e3:.1f}", f"{seconds / plain:.2f}"] for depth, seconds in costs.items()]
-    print(f"\n{name}\n" + table(["draft levels", "ms", "of plain"], rows))
-
-
-def _show(names: list[str], rates: list[Rates], measured: Curves, planned: Plan) -> None:
-    _show_target(measured)
-    for name, part_rates, costs in zip(names, rates, measured.drafts):
-        _show_draft(name, measured, costs)
-        width = max((len(row) for row in part_rates), default=0)
-        rows = [
-            [str(depth + 1), *(f"{p:.3f}" for p in row), *[""] * (width - len(row))]
-            for depth, row in enumerate(part_rates)
-        ]
-        print("\n" + table(["p: depth", *(f"rank {rank}" for rank in range(width))], rows))
-    shape = planned.shape
-    print(
-        f"\n{len(shape)} nodes, depth {shape.max_depth}: {planned.tokens_per_step:.2f} tokens per step expected, "
-        f"{planned.speedup:.2f} times plain decoding\nparents {list(shape.parents)}"
-    )
-
-
-def _show_weights(drafter: Drafter, own: tuple[Calibrated, Curves], dense: tuple[Calibrated, Curves]) -> None:
-    """What the weights of the first drafter, which has some, cost in acceptance and save in time, on the same texts."""
-    rows = []
-    for name, (found, measured) in ((drafter.name, own), ("with weights in 16 bits", dense)):
-        level = max(measured.drafts[0])
-        first = found.replays[0].rates(TreeShape.chain(0))
-        rows.append(
-            [
-                name, f"{first[0][0]:.3f}" if first else "-", f"{found.plan.tokens_per_step:.2f}",
-                f"{measured.drafts[0][level] / level * 1e3:.2f}", f"{found.plan.speedup:.2f}",
-            ]
-        )  # fmt: skip
-    print("\n" + table(["drafter", "p of its first guess", "tokens per step", "ms a level", "of plain"], rows))

@@ -18,7 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from weakref import WeakSet
 
 import torch
@@ -26,11 +26,15 @@ import torch
 from ..console import waiting
 from ..kernels.linears import Packing
 from ..step import Engine, StepResult, step
+from ..stream.streamer import streamer_of
 from ..trace import COMPILING
 from .capture_choice import compiled_capture_is_better
 from .compile_times import expected_compile, keep, step_key
 from .inductor import compiled, prepare
 from .regions import distinct_layers, layers_as_regions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LONG_RUN = 8192  # new tokens in a call from which compiling on a CPU usually pays, where no times are known
 ENOUGH = 8  # steps of each kind, for their times to be kept
@@ -220,9 +224,11 @@ class CompiledCudaGraph(CudaGraph):
 
 def _check_static(engine: Engine, name: str) -> None:
     if not engine.target.traits.static:
-        raise ValueError(
-            f"executor={name!r} cannot take this step, in which the target waits for the host; use 'eager'"
-        )
+        raise ValueError(_waits(name))
+
+
+def _waits(name: str) -> str:
+    return f"executor={name!r} cannot take this step, in which the target waits for the host; use 'eager'"
 
 
 def _reason(name: str, error: Exception) -> str:
@@ -235,23 +241,26 @@ def _reason(name: str, error: Exception) -> str:
 
 def choose(
     name: str,
-    device: torch.device,
+    model: "PreTrainedModel",
     new_tokens: int,
     capturable: bool,
     compiled_before: bool,
     paying: float | None = None,
 ) -> str:
-    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for here; `paying` is the number of
-    `new_tokens` from which compiling may pay, `LONG_RUN` if not given. Raises ValueError, with an alternative, for an
-    executor that cannot run."""
+    """The name in `EXECUTORS` that `name` ("auto" and "cuda_graph" too) stands for, for this `model`; `paying` is the
+    number of `new_tokens` from which compiling may pay, `LONG_RUN` if not given. Raises ValueError, with an
+    alternative, for an executor that cannot run."""
+    device, streamed = model.device, streamer_of(model) is not None
     has_compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++") or device.type == "cuda"
     if name == "auto":
-        if not capturable:
+        if streamed or not capturable:
             return "eager"
         if device.type == "cuda":
-            return choose("cuda_graph", device, new_tokens, capturable, compiled_before)
+            return choose("cuda_graph", model, new_tokens, capturable, compiled_before)
         long = has_compiler and new_tokens >= (LONG_RUN if paying is None else paying)
         return "compiled" if compiled_before or long else "eager"
+    if streamed and name != "eager":
+        raise ValueError(_waits(name))
     if name.startswith("cuda_graph") and device.type != "cuda":
         raise ValueError(f"executor={name!r} needs CUDA and the model is on {device}; use 'compiled' or 'eager'")
     if name == "compiled" and not has_compiler:

@@ -20,11 +20,15 @@ from ..step import Engine
 from ..target.protocol import Target
 from ..target.slots import SlotModel
 from ..tree import DynamicShape, TreeShape
-from ..verify import draft_sampling
+from ..verify import draft_sampling, walks
 from .compile_times import patience, paying_tokens, step_key
 from .executors import EXECUTORS, CompiledLater, Executor, choose
 from .pool import EnginePool, KeptRun, forget, modules_of, pool_of, state_of, target_state
 from .regions import distinct_layers
+
+# Bytes in float32. The scores of trees with more are computed along the accepted path only: on a CPU that is quicker
+# from some 50 nodes of a vocabulary of 152,000 tokens on, as the LM head's time grows with the rows from 8 on.
+MOST_SCORES = 1 << 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +81,9 @@ def open_run(
     compiled_before = auto and bool(pool.alike(settled, target, drafter))
     key = step_key([model, *modules_of(drafter)], settled.batch, settled.capacity) if auto else ""
     paying = paying_tokens(key) if auto else None
-    name = choose(asked.executor, model.device, new_tokens, sampler.capturable, compiled_before, paying)
+    name = choose(asked.executor, model, new_tokens, sampler.capturable, compiled_before, paying)
+    if auto and name == "compiled" and many_scores(model, asked.batch, len(asked.shape), asked.rule, sampler.do_sample):
+        name = "eager"  # whose steps need not hold them
     if auto and name == "compiled" and not compiled_before:
         with _begun_eagerly(pool, model, drafter, settled, sampler, key) as begun:
             yield begun
@@ -156,9 +162,16 @@ def _kept_run(model: PreTrainedModel, drafter: Drafter, engine: Engine, spec: Ru
     return KeptRun(spec, drafter, engine, executor, target_state(model), state_of(drafter), in_use=True)
 
 
+def many_scores(model: PreTrainedModel, batch: int, nodes: int, rule: str, sampling: bool) -> bool:
+    """Whether the scores of `batch` trees of so many nodes are too many to exist together, and need not."""
+    return walks(rule, sampling) and 4 * batch * nodes * model.config.get_text_config().vocab_size > MOST_SCORES
+
+
 def make_engine(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:
     """An engine for `spec` with fresh buffers."""
-    target = SlotModel(model, spec.batch, spec.capacity, drafter.traits.taps)
+    sizes = spec.batch, len(spec.shape), spec.rule, sampler.do_sample
+    unscored = spec.executor == "eager" and many_scores(model, *sizes)
+    target = SlotModel(model, spec.batch, spec.capacity, drafter.traits.taps, unscored=unscored)
     drawing = draft_sampling(spec.rule, sampler.do_sample)
     return open_engine(target, drafter, spec.shape, sampler, drawing, spec.rule, spec.eos, spec.keep_scores)
 
@@ -182,10 +195,11 @@ def open_engine(
         )
     traits = target.traits
     sizes = traits.batch, traits.capacity
+    request = DraftRequest(*sizes, traits.vocab_size, traits.device, shape, drawing, target.model, static=traits.static)
     return Engine(
         state=DecodeState.empty(*sizes, eos, traits.device),
         target=target,
-        session=drafter.open(DraftRequest(*sizes, traits.vocab_size, traits.device, shape, drawing, target.model)),
+        session=drafter.open(request),
         sampler=sampler,
         rule=rule,
         keep_scores=keep_scores,

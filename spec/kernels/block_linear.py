@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from . import int4, native
 from .blocks import Blocks
-from .panels import pack_blocks, unpack_blocks
+from .int4 import Int4
+from .panels import Format, form_of, pack_blocks, unpack_blocks
 from .rotation import Rotation
 
 
@@ -24,6 +25,7 @@ class BlockLinear(nn.Module):
     and inputs are rotated first."""
 
     packed: Tensor
+    keeps_dense = True  # where the weight is dequantised, for the next time too
 
     def __init__(
         self,
@@ -38,26 +40,66 @@ class BlockLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self._place(blocks, rotation)
 
+    @classmethod
+    def of_parts(
+        cls,
+        parts: dict[str, Tensor],
+        form: Format,
+        outputs: int,
+        inputs: int,
+        bias: Tensor | None,
+        rotation: Rotation | None,
+    ) -> Self:
+        """A layer with a weight (`outputs`, `inputs`) of the `parts` and the form that another one has."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made.out_features, made.in_features = outputs, inputs
+        made.bits, made.group, made.int8_activations = form.bits, form.group, bool(form.int8)
+        made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        made.rotation, made.device = rotation, next(iter(parts.values())).device
+        made.form, made.ints, made.outputs = form, form.ints(), [outputs]
+        made.keeps_dense = False
+        made.use(parts)
+        return made
+
     def _place(self, blocks: Blocks, rotation: Rotation | None) -> None:
         """Keep `blocks` in the form for the device that they are on."""
         self.rotation, self.device = rotation, blocks.codes.device
+        self.form = form_of(blocks).with_int8(self.int8_activations)
+        self.ints, self.outputs = self.form.ints(), [self.out_features]
         self.unpacked: Blocks | None = blocks
         self.int4 = int4.pack(blocks) if int4.takes(blocks) else None
         self.dense: Tensor | None = None
+        self._buffers.pop("packed", None)
         if self.device.type == "cpu" and native.prepare():
-            packed, form = pack_blocks(blocks, None, native.panel_width())
-            self.form, self.unpacked = form.with_int8(self.int8_activations), None
-            self.ints, self.outputs = self.form.ints(), [self.out_features]
-            self.register_buffer("packed", packed)
+            self.unpacked = None
+            self.register_buffer("packed", pack_blocks(blocks, None, native.panel_width())[0])
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors with which it computes: panels; what the int4 kernel reads; or blocks."""
+        if self.unpacked is None and self.int4 is None:
+            return {"packed": self.packed}
+        if self.int4 is not None:
+            return {"int4": self.int4.packed, "scales_and_zeros": self.int4.scales_and_zeros}
+        assert self.unpacked is not None
+        named = {"codes": self.unpacked.codes, "scales": self.unpacked.scales, "offsets": self.unpacked.offsets}
+        return {name: part for name, part in named.items() if part is not None}
+
+    def use(self, parts: dict[str, Tensor]) -> None:
+        """Compute with other `parts` of the same shapes from now on."""
+        self.unpacked, self.int4, self.dense = None, None, None
+        if "packed" in parts:
+            self._buffers.update(parts)
+        elif "int4" in parts:
+            self.int4 = Int4(parts["int4"], parts["scales_and_zeros"], self.group, self.out_features)
         else:
-            self._buffers.pop("packed", None)
+            self.unpacked = Blocks(parts["codes"], parts["scales"], parts.get("offsets"), self.form.zero, self.bits)
 
     def round_activations(self) -> None:
         """From now on round the inputs to 8 bits."""
-        self.int8_activations = True
-        if self.unpacked is None:
-            self.form = self.form.with_int8(True)
-            self.ints = self.form.ints()
+        self.int8_activations, self.form = True, self.form.with_int8(True)
+        self.ints = self.form.ints()
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Self:
         """What moves parameters to a device moves blocks with them; their dtype stays."""
@@ -104,9 +146,12 @@ class BlockLinear(nn.Module):
         elif self.unpacked is None and x.dtype in (torch.float32, torch.bfloat16):
             out = torch.ops.paceline.linears(x, [self.packed], self.outputs, self.ints)[0]
         else:
-            if self.dense is None or self.dense.dtype != x.dtype:
-                self.dense = self.blocks.dequantised().to(x.dtype)
-            out = F.linear(x, self.dense)
+            dense = self.dense
+            if dense is None or dense.dtype != x.dtype:
+                dense = self.blocks.dequantised().to(x.dtype)
+            if self.keeps_dense:
+                self.dense = dense
+            out = F.linear(x, dense)
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

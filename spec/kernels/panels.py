@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .blocks import Blocks
 
 _ORDER = [0, 2, 1, 3]  # in which the codes of four inputs lie
+_PIECE = 1 << 22  # numbers that are packed at a time, because that takes several times their memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +45,54 @@ class Format:
 def pack_dense(weight: Tensor, bias: Tensor | None, width: int) -> tuple[Tensor, Format]:
     """A weight (N, K) in bfloat16 or float32, packed in panels of `width` outputs, one in each row of the result: int32
     with two bfloat16 in each; float32, where not every number is exactly a bfloat16."""
+    outputs, inputs = weight.shape
+    step = rows_at_a_time(inputs, width)
+    wide = not all(map(holds_bfloat16, weight.split(step)))
+    packed = torch.empty(-(-outputs // width), dense_panel_bytes(inputs, width, wide), dtype=torch.uint8)
+    for start in range(0, outputs, step):
+        some = None if bias is None else bias[start : start + step]
+        made = pack_dense_rows(weight[start : start + step], some, width, wide)
+        packed[start // width : start // width + len(made)] = made
+    return packed.view(torch.float32 if wide else torch.int32), Format(16)
+
+
+def rows_at_a_time(inputs: int, width: int) -> int:
+    """How many rows of a dense weight to pack at a time, whole panels of them."""
+    return max(1, _PIECE // (inputs * width)) * width
+
+
+def holds_bfloat16(weight: Tensor) -> bool:
+    """Whether every number of `weight` is exactly a bfloat16."""
+    if weight.dtype == torch.bfloat16:
+        return True
+    return weight.dtype == torch.float32 and not (weight.contiguous().view(torch.int32) & 0xFFFF).any()
+
+
+def dense_panel_bytes(inputs: int, width: int, wide: bool) -> int:
+    """Bytes of a panel of `width` outputs of a dense weight: in float32 where it is `wide`, else in bfloat16."""
+    return (inputs + 1) * width * 4 if wide else Format(16).panel_bytes(inputs, width)
+
+
+def pack_dense_rows(weight: Tensor, bias: Tensor | None, width: int, wide: bool) -> Tensor:
+    """The bytes (P, bytes of a panel) uint8 of some rows (N, K) of a weight: in float32 where it is `wide`, else in
+    bfloat16, which then holds all of its numbers."""
     rows = _filled(weight, width)  # (P, width, K)
-    if weight.dtype == torch.float32:
-        bits = rows.view(torch.int32)
-        if (bits & 0xFFFF).any():
-            return _with_biases(bits.transpose(1, 2), bias, width).view(torch.float32), Format(16)
-        rows = rows.bfloat16()  # exact
-    pairs = F.pad(rows, (0, rows.shape[2] % 2)).contiguous().view(torch.int32)  # (P, width, K / 2)
-    return _with_biases(pairs.transpose(1, 2), bias, width).view(torch.int32), Format(16)
+    if wide:
+        return _with_biases(rows.float().view(torch.int32).transpose(1, 2), bias, width)
+    pairs = F.pad(rows.bfloat16(), (0, rows.shape[2] % 2)).contiguous().view(torch.int32)  # (P, width, K / 2)
+    return _with_biases(pairs.transpose(1, 2), bias, width)
+
+
+def unpack_dense(packed: Tensor, inputs: int, outputs: int, width: int) -> Tensor:
+    """The weight (outputs, inputs) that was packed: float32, or bfloat16 where that holds all of its numbers."""
+    body = packed[:, :-width].view(len(packed), -1, width).transpose(1, 2).contiguous()  # (P, width, words)
+    rows = body if packed.dtype == torch.float32 else body.view(torch.bfloat16)
+    return rows.flatten(0, 1)[:outputs, :inputs]
+
+
+def packed_biases(packed: Tensor, outputs: int, width: int) -> Tensor:
+    """The biases (outputs,) float32 behind the panels of a dense weight."""
+    return packed[:, -width:].contiguous().view(torch.float32).flatten()[:outputs]
 
 
 def pack_blocks(blocks: Blocks, bias: Tensor | None, width: int) -> tuple[Tensor, Format]:
@@ -67,9 +108,12 @@ def pack_blocks(blocks: Blocks, bias: Tensor | None, width: int) -> tuple[Tensor
         if numbers is not None:
             parts.append(_filled(numbers, width).transpose(1, 2).contiguous().view(torch.uint8))  # (P, groups, bytes)
     packed = torch.cat([part.reshape(*part.shape[:2], -1) for part in parts], dim=2)
-    has_offsets = int(blocks.offsets is not None)
-    form = Format(blocks.bits, blocks.group, blocks.scales.itemsize, has_offsets, blocks.zero)
-    return _with_biases(packed, bias, width), form
+    return _with_biases(packed, bias, width), form_of(blocks)
+
+
+def form_of(blocks: Blocks) -> Format:
+    """How `blocks` are packed."""
+    return Format(blocks.bits, blocks.group, blocks.scales.itemsize, int(blocks.offsets is not None), blocks.zero)
 
 
 def unpack_blocks(packed: Tensor, form: Format, inputs: int, outputs: int, width: int) -> Blocks:

@@ -10,17 +10,18 @@ acceptance.
 """
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import PreTrainedModel
 
 from ..engines.executors import Executor
 from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
-from ..tree import TreeShape
+from ..stream.streamer import streamer_of
+from ..tree import DynamicShape, TreeShape
 from .step_times import Blank, alone, open_idle
-from .trees import interpolate
+from .streamed import draft_curves, target_curve
+from .trees import interpolate, rising
 
 SIZES = (1, 2, 5, 9, 16, 32)  # nodes; with those of chains of 1, 4 and 8 tokens, to which drafting adds
 COMPILED_SIZES = (1, 9, 32)
@@ -34,21 +35,27 @@ Curve = dict[int, float]
 
 @dataclass(frozen=True)
 class Curves:
-    """`target[n]`: seconds of a step with n nodes, without drafting. `drafts[i][d]`: of drafter i drafting d levels."""
+    """`target[n]`: seconds of a step with n nodes, without drafting. `drafts[i][d]`: of drafter i drafting d levels.
+    For a streamed target also `grown[i][w][d]`: of its growing a dynamic tree of d levels and width w (or, with width
+    1, drafting a chain); `measured` says when its steps were timed."""
 
     target: Curve
     drafts: tuple[Curve, ...]
+    grown: tuple[dict[int, Curve], ...] = ()
+    measured: str = ""
 
     def of(self, first: int, end: int) -> "Curves":
         """Those of the drafters from number `first` to before `end`."""
-        return Curves(self.target, self.drafts[first:end])
+        return replace(self, drafts=self.drafts[first:end], grown=self.grown[first:end])
 
-    def step(self, shape: TreeShape) -> float:
+    def step(self, shape: TreeShape | DynamicShape) -> float:
         """Foretold seconds of a step with the tree `shape`."""
         return interpolate(self.target, len(shape)) + sum(self.drafting(shape))
 
-    def drafting(self, shape: TreeShape) -> list[float]:
-        """Foretold seconds of each drafter in a step with `shape`."""
+    def drafting(self, shape: TreeShape | DynamicShape) -> list[float]:
+        """Foretold seconds of each drafter in a step with `shape`; a dynamic one has a width that was timed."""
+        if isinstance(shape, DynamicShape):
+            return [interpolate(curves[shape.width], shape.max_depth) for curves in self.grown]
         return [interpolate(curve, depth) for curve, depth in zip(self.drafts, self.depths(shape))]
 
     def depths(self, shape: TreeShape) -> list[int]:
@@ -64,9 +71,16 @@ class Curves:
 
 
 def measure(
-    model: PreTrainedModel, drafters: Sequence[Drafter], executor: str, sampling: DraftSampling | None = None
+    model: PreTrainedModel,
+    drafters: Sequence[Drafter],
+    executor: str,
+    sampling: DraftSampling | None = None,
+    anew: bool = False,
 ) -> Curves:
-    """The curves of a target and of all parts of some drafters with one executor."""
+    """The curves of a target and of all parts of some drafters with one executor; `anew` measures what is kept of a
+    streamed target again."""
+    if streamer_of(model) is not None:
+        return _streamed(model, drafters, sampling or DraftSampling(), anew)
     few = "compiled" in executor and model.device.type == "cpu"
     opened = functools.partial(open_idle, model, "eager" if few else executor, sampling=sampling)
     parts = [part for drafter in drafters for part in parts_of(drafter)]
@@ -84,6 +98,13 @@ def measure(
     if not few:
         return curves
     return _compiled(model, drafters, curves, functools.partial(open_idle, model, executor, sampling=sampling))
+
+
+def _streamed(model: PreTrainedModel, drafters: Sequence[Drafter], sampling: DraftSampling, anew: bool) -> Curves:
+    """The curves of a streamed target, whose steps are eager."""
+    target, measured = target_curve(model, anew)
+    grown = tuple(draft_curves(model, part, sampling) for drafter in drafters for part in parts_of(drafter))
+    return Curves(target, tuple(curves[min(curves)] for curves in grown), grown, measured)
 
 
 def _compiled(model: PreTrainedModel, drafters: Sequence[Drafter], eager: Curves, opened: Opened) -> Curves:
@@ -150,9 +171,3 @@ def _seconds(model: PreTrainedModel, opened: Opened, points: Sequence[Point]) ->
     if before is not None:
         seconds[before[0]] = min(seconds[before[0]], alone(model, before[1]))
     return seconds
-
-
-def rising(curve: Mapping[int, float]) -> Curve:
-    """`curve` where no smaller step costs more than a larger one, which only happens where it was disturbed."""
-    points = sorted(curve, reverse=True)
-    return dict(sorted(zip(points, itertools.accumulate((curve[point] for point in points), min))))

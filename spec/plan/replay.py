@@ -7,7 +7,7 @@ decoding with any tree contained in the wide one can be replayed. Knows no clock
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from ..proposal import Drafter
 from ..request import Request
 from ..rows import Rows
 from ..sampling import Sampler, warpers
+from ..stream.streamer import prompt_chunk
 from ..target.load import end_ids
 from ..target.slots import SlotModel
 from ..trace import Event
@@ -28,9 +29,11 @@ from ..tree import TreeShape
 from ..verify import draft_sampling
 from .trees import Acceptance, Plan, Rates, choose_tree, depth_within, grow, interpolate
 
-# A rough guess at p[depth][rank], for which the wide calibration tree is planned.
+# A rough guess at p[depth][rank], for which the wide calibration tree is planned; and for streamed targets, by whose
+# trees more is to be had, one in which drafts that were right so far go on being right.
 _PRIOR = [[0.65 * 0.4**rank for rank in range(8)] for _ in range(8)]
 WIDE = TreeShape(tuple(grow(_PRIOR, 48, 8)[0]))
+BROAD = TreeShape(tuple(grow([*_PRIOR[:3], *[[0.85, 0.1, 0.05]] * 13], 256, 16)[0]))
 ROUNDS = 6  # rounds in which p is counted where the last plan's steps begin, and a tree is planned again
 
 
@@ -88,16 +91,16 @@ def plan_by_replay(replay: Replay, target_seconds: dict[int, float], draft_secon
     A tree is planned with p of all positions, then again with p of the positions where the planned tree's steps begin,
     and so on until a tree comes up again."""
     plain = target_seconds[1]
-    shape, best, seen = TreeShape.chain(0), Plan((-1,), 1.0, 1.0, plain, plain), set()
+    shape, best, seen = TreeShape.chain(0), Plan.none(plain), set()
     for _ in range(ROUNDS):
         planned = choose_tree(replay.rates(shape), target_seconds, draft_seconds)
+        assert isinstance(planned.shape, TreeShape), "p is of fixed trees"
         shape = planned.shape
         if shape in seen or len(shape) == 1:
             break
         seen.add(shape)
-        tokens = replay.tokens_per_step(shape)
-        planned = replace(planned, tokens_per_step=tokens, speedup=plain * tokens / planned.seconds_per_step)
-        best = max(best, planned, key=lambda plan: plan.speedup)
+        replayed = Plan.of(shape, replay.tokens_per_step(shape), planned.seconds_per_step, plain)
+        best = max(best, replayed, key=lambda plan: plan.speedup)
     return best
 
 
@@ -111,7 +114,7 @@ def plan_side_by_side(
     plain, depths, most = target_seconds[1], [max(curve) for curve in draft_seconds], max(target_seconds)
     parents, _ = grow(first.rates(TreeShape.chain(0)), most - 1, depths[0])
     chains = [(TreeShape.chain(length), second.reach(TreeShape.chain(length))) for length in range(1, depths[1] + 1)]
-    best = Plan((-1,), 1.0, 1.0, plain, plain)
+    best = Plan.none(plain)
     for size in range(2, len(parents) + 1):
         tree = TreeShape(tuple(parents[:size]))
         reach = first.reach(tree)
@@ -120,8 +123,7 @@ def plan_side_by_side(
             seconds = interpolate(target_seconds, len(shape))
             seconds += sum(interpolate(curve, part.max_depth) for curve, part in zip(draft_seconds, (tree, chain)))
             tokens, steps = walk_together(reach, copied)
-            candidate = Plan(shape.parents, tokens / steps, plain * tokens / steps / seconds, seconds, plain)
-            best = max(best, candidate, key=lambda plan: plan.speedup)
+            best = max(best, Plan.of(shape, tokens / steps, seconds, plain), key=lambda plan: plan.speedup)
     return best
 
 
@@ -164,7 +166,7 @@ def follow(
     capacity = -(-(ids.shape[1] + new_tokens + len(WIDE) + 1) // 64) * 64
     target = SlotModel(model, 1, capacity, drafter.traits.taps)
     engine = open_engine(target, drafter, WIDE, sampler, drawing, rule, len(ends))
-    rows, events = Rows(Eager(engine), 512), []
+    rows, events = Rows(Eager(engine), prompt_chunk(model)), []
     rows.admit({0: Request(ids[0].tolist(), 1, stream_key(seed), ends, sampler.row_sampling)})
     while True:
         arrival = rows.step()

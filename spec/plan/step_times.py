@@ -11,42 +11,45 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..engines.executors import EXECUTORS, Executor, Step
-from ..engines.runs import open_engine
+from ..engines.runs import many_scores, open_engine
 from ..proposal import Drafter, DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from ..sampling import Sampler
 from ..state import DecodeState
 from ..step import Engine, unpack_report
+from ..stream.streamer import streamer_of
 from ..target.slots import SlotModel
 from ..trace import Trace
 from ..tree import DynamicShape, TokenTree, TreeShape
 
 LEAST = 3  # steps that are timed, however long they take
+SLOW = {"repeats": 2, "warm_up": 1}  # how often those of a streamed target are, which take seconds
 IDLE_CAPACITY = 512  # slots of an engine that is timed; half of them hold text
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True, slots=True)
 class Blank(NoDrafter):
-    """A drafter that costs almost nothing: all its tokens are the root's, with uniform draft probabilities."""
+    """A drafter that costs almost nothing: its tokens count on from the root, with uniform draft probabilities."""
 
     def open(self, request: DraftRequest) -> "BlankSession":
         flat = torch.zeros(1, 1, 1, device=request.device).expand(request.batch, len(request.shape), request.vocab_size)
-        return BlankSession(TokenTree.of(request.fixed_shape, request.device), flat)
+        return BlankSession(TokenTree.of(request.fixed_shape, request.device), flat, request.vocab_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BlankSession(EmptySession):
     draft_logits: Tensor
+    vocabulary: int
 
     def propose(self, state: DecodeState) -> Proposal:
-        tokens = state.roots().repeat(1, self.tree.size)
+        tokens = (state.roots() + torch.arange(self.tree.size, device=self.draft_logits.device)) % self.vocabulary
         return Proposal(tokens, self.tree, "without_replacement", "own", self.draft_logits)
 
 
@@ -94,32 +97,41 @@ def open_idle(
     shape: TreeShape | DynamicShape,
     capacity: int = IDLE_CAPACITY,
     sampling: DraftSampling | None = None,
-    forward_only: bool = False,
+    work: Literal["step", "forward", "draft"] = "step",
     batch: int = 1,
 ) -> Executor:
-    """An executor of an idle engine of `batch` rows, for whole steps or (`forward_only`) the target forward alone."""
+    """An executor of an idle engine of `batch` rows, for whole steps, the target forward alone, or drafting alone."""
+    capacity = max(capacity, 2 * (shape.slots + 1))
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.coupling != "none", prompt, prompt[:, 0] * 0)
     rule = "residual" if sampling.coupling == "own" else "match"
     with torch.no_grad():
-        target = SlotModel(model, batch, capacity, drafter.traits.taps)
+        unscored = executor == "eager" and many_scores(model, batch, len(shape), rule, sampler.do_sample)
+        target = SlotModel(model, batch, capacity, drafter.traits.taps, unscored=unscored)
         engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)
         engine.state.lengths.fill_(capacity // 2)  # attention takes longer with more text
-        return EXECUTORS[executor](engine, _forward_alone(engine) if forward_only else None)
+        part = {"step": None, "forward": _forward_alone, "draft": _draft_alone}[work]
+        return EXECUTORS[executor](engine, part(engine) if part is not None else None)
 
 
 def _forward_alone(engine: Engine) -> Step:
     """The target forward of a step alone; its proposal is drafted once, beforehand."""
     base, proposal = engine.state.lengths - 1, engine.session.propose(engine.state)
-    return lambda engine, mark: engine.target.forward(proposal, base).logits
+    return lambda engine, mark: engine.target.forward(proposal, base)
+
+
+def _draft_alone(engine: Engine) -> Step:
+    """The drafting of a step alone."""
+    return lambda engine, mark: engine.session.propose(engine.state)
 
 
 def step_and_forward_cost(
     model: PreTrainedModel, drafter: Drafter, executor: str, shape: TreeShape | DynamicShape
 ) -> tuple[float, float]:
     """Seconds of a whole step, drafting included, and of its target forward alone."""
-    runs = [open_idle(model, executor, drafter, shape, forward_only=only) for only in (False, True)]
-    step, forward = (min(seconds) for seconds in zip(*([alone(model, run) for run in runs] for _ in range(2))))
+    runs = [open_idle(model, executor, drafter, shape, work=work) for work in ("step", "forward")]
+    how = {} if streamer_of(model) is None else SLOW
+    step, forward = (min(seconds) for seconds in zip(*([alone(model, run, **how) for run in runs] for _ in range(2))))
     return step, forward
 
 

@@ -1,8 +1,9 @@
-"""Where plans are stored, and reading `tree=`: a shape, a plan's file, or "auto" for the stored plan."""
+"""Where plans and step times are stored, and reading `tree=`: a shape, a plan's file, or "auto" for the stored plan."""
 
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ import torch
 from ..engines.module_state import fingerprint
 from ..files import cache_folder
 from ..proposal import Drafter, parts_of
+from ..stream.streamer import streamer_of
 from ..target.weights import weights_form
 from ..tree import DynamicShape, TreeShape
 from .trees import Plan
@@ -21,21 +23,31 @@ if TYPE_CHECKING:
 
 def plan_path(model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float) -> Path:
     """The file of the plan for a target and drafter on this device, with this executor, rule and temperature."""
-    cuda = model.device.type == "cuda"
-    device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
     weights = [fingerprint(part.traits.modules) or repr(part) for part in parts_of(drafter)]
-    key = [
-        model.config.to_json_string(), drafter.name, weights, device, str(model.dtype), executor, rule,
-        round(temperature, 2), torch.__version__,
-    ]  # fmt: skip
-    key += [form] if (form := weights_form(model)) else []
+    return _kept("plans", [*_circumstances(model), drafter.name, weights, executor, rule, round(temperature, 2)])
+
+
+def curve_path(model: "PreTrainedModel") -> Path:
+    """The file of the step times of a streamed target on this device."""
+    return _kept("curves", _circumstances(model))
+
+
+def _circumstances(model: "PreTrainedModel") -> list:
+    """What step times depend on, but for the drafter: target and its kind of weights, how they are streamed, device."""
+    cuda, streamer = model.device.type == "cuda", streamer_of(model)
+    device = torch.cuda.get_device_name(model.device) if cuda else f"cpu, {torch.get_num_threads()} threads"
+    streamed = None if streamer is None else asdict(streamer.about)
+    return [model.config.to_json_string(), weights_form(model), streamed, device, str(model.dtype), torch.__version__]
+
+
+def _kept(folder: str, key: list) -> Path:
     digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
-    return cache_folder() / "plans" / f"{digest}.json"
+    return cache_folder() / folder / f"{digest}.json"
 
 
 def automatic_shape(
     model: "PreTrainedModel", drafter: Drafter, executor: str, rule: str, temperature: float
-) -> TreeShape:
+) -> TreeShape | DynamicShape:
     """The shape of the stored plan; the root alone where it is best not to speculate. Raises ValueError where there is
     no plan."""
     path = plan_path(model, drafter, executor, rule, temperature)

@@ -10,15 +10,16 @@ Knows no models, tensors or clocks.
 """
 
 import heapq
+import itertools
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..files import write_output
 from ..metrics import offers
 from ..trace import Event
-from ..tree import TreeShape
+from ..tree import DynamicShape, TreeShape
 
 Rates = list[list[float]]  # p[depth][rank]
 MODEST = 16  # nodes of a tree that is planned without step times
@@ -130,29 +131,36 @@ def depth_within(ranks: Iterable[int], shape: TreeShape) -> int:
 class Plan:
     """A planned tree with its predicted speed; saved as a JSON file that `tree=` accepts."""
 
-    parents: tuple[int, ...]
+    shape: TreeShape | DynamicShape
     tokens_per_step: float  # predicted
     speedup: float  # predicted, against plain decoding with the same executor
     seconds_per_step: float
     plain_seconds: float
 
-    @property
-    def shape(self) -> TreeShape:
-        return TreeShape(tuple(self.parents))
+    @classmethod
+    def none(cls, plain_seconds: float) -> "Plan":
+        """Not to speculate."""
+        return cls(TreeShape.chain(0), 1.0, 1.0, plain_seconds, plain_seconds)
+
+    @classmethod
+    def of(cls, shape: TreeShape | DynamicShape, tokens: float, seconds: float, plain_seconds: float) -> "Plan":
+        """Of a tree that brings `tokens` in a step of `seconds`."""
+        return cls(shape, tokens, plain_seconds * tokens / seconds, seconds, plain_seconds)
 
     def save(self, path: str | Path) -> None:
-        write_output(path, json.dumps(asdict(self)) + "\n")
+        numbers = {name: value for name, value in vars(self).items() if name != "shape"}
+        tree = self.shape.text if isinstance(self.shape, DynamicShape) else self.shape.parents
+        write_output(path, json.dumps({"tree": tree, **numbers}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Plan":
         """Read a plan. Raises ValueError for a file that is not one."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-            plan = cls(**{**data, "parents": tuple(data["parents"])})
-        except (OSError, json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+            tree = data.pop("tree")
+            return cls(shape=TreeShape.parse(tree), **data)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"plan {path} cannot be read ({error}); make one with paceline plan") from error
-        TreeShape(plan.parents)  # refuse what is no tree
-        return plan
 
 
 def choose_tree(rates: Rates, target_seconds: Mapping[int, float], draft_seconds: Mapping[int, float]) -> Plan:
@@ -163,20 +171,26 @@ def choose_tree(rates: Rates, target_seconds: Mapping[int, float], draft_seconds
     Not to speculate is one of the choices.
     """
     plain = target_seconds[1]
-    best = Plan((-1,), 1.0, 1.0, plain, plain)
+    best, least = Plan.none(plain), plain
     for depth in range(1, min(max(draft_seconds), len(rates)) + 1):
         parents, expected = grow(rates, max(target_seconds), depth)
         for size in range(2, len(parents) + 1):
             seconds = interpolate(target_seconds, size) + interpolate(draft_seconds, depth)
-            if seconds / expected[size - 1] < best.seconds_per_step / best.tokens_per_step:
-                gain = plain * expected[size - 1] / seconds
-                best = Plan(tuple(parents[:size]), expected[size - 1], gain, seconds, plain)
-    return replace(best, parents=best.shape.parents)  # sorted level by level
+            if seconds / expected[size - 1] < least:
+                least = seconds / expected[size - 1]
+                best = Plan.of(TreeShape(tuple(parents[:size])), expected[size - 1], seconds, plain)
+    return best
 
 
-def interpolate(curve: Mapping[int, float], at: int) -> float:
+def interpolate(curve: Mapping[int, float], at: float) -> float:
     """Linear between the measured points of `curve`, which must reach from at most `at` to at least `at`."""
     below = max(point for point in curve if point <= at)
     above = min(point for point in curve if point >= at)
     share = (at - below) / (above - below) if above > below else 0.0
     return curve[below] + share * (curve[above] - curve[below])
+
+
+def rising(curve: Mapping[int, float]) -> dict[int, float]:
+    """`curve` where no smaller step costs more than a larger one, which only happens where it was disturbed."""
+    points = sorted(curve, reverse=True)
+    return dict(sorted(zip(points, itertools.accumulate((curve[point] for point in points), min))))

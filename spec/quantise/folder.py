@@ -10,8 +10,9 @@ which would fill the missing weights with random numbers. Knows nothing of how a
 """
 
 import json
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,7 +27,7 @@ from ..kernels.rotation import Rotation
 from ..target.weights import Weights, refuse_saving
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 SECTION = "quantisation"  # of config.json
 FORMAT = 1
@@ -113,7 +114,7 @@ def load_quantised(
     folder = Path(folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        layers = _listed(folder, getattr(config, SECTION, None))
+        layers = checked_layers(folder, config, weights or Weights("16"))
         if isinstance(dtype, str):
             emulated = config.dtype == torch.bfloat16 and emulates_bfloat16(torch.empty(0, device=device).device)
             dtype = torch.float32 if emulated else config.dtype
@@ -122,16 +123,11 @@ def load_quantised(
         model.generation_config = GenerationConfig.from_pretrained(folder)
         options = {"trust_remote_code": trust_remote_code}
         tokenizer = AutoTokenizer.from_pretrained(folder, **options) if with_tokenizer else None
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+        tensors = dict(FileTensors(folder / WEIGHTS))
     except (OSError, KeyError, SafetensorError, RuntimeError) as error:
         detail = one_line(error)
         raise ValueError(f"quantised model {folder} cannot be loaded ({detail}); {REMEDY}") from error
-    weights = weights or Weights("16")
-    least = min((layer["bits"] for layer in layers.values()), default=weights.bits)
-    if weights.bits not in (None, least):
-        raise ValueError(f"weights={weights.name!r}: {folder} holds weights of {least} bits; ask for those or for none")
-    _put_blocks(folder, model, layers, tensors, weights.int8_activations)
+    _put_blocks(folder, model, layers, tensors, weights is not None and weights.int8_activations)
     _put_rest(folder, model, tensors)
     for parameter in model.parameters():  # not the buffers: frequencies of rotary embeddings stay in float32
         parameter.data = parameter.data.to(dtype)
@@ -140,6 +136,51 @@ def load_quantised(
 
 
 REMEDY = "copy it again or make it anew by paceline quantise"
+
+
+class FileTensors(MutableMapping):
+    """The tensors of a file of safetensors, read when they are asked for; those that are taken out are only taken off
+    the list."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        with safe_open(path, "pt") as file:
+            self._names = dict.fromkeys(file.keys())
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(name, slice(None))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a matrix."""
+        return self._read(name, slice(start, stop))
+
+    def _read(self, name: str, part: slice) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self.path, "pt") as file:
+            return file.get_slice(name)[part] if part != slice(None) else file.get_tensor(name)
+
+    def __delitem__(self, name: str) -> None:
+        del self._names[name]
+
+    def __setitem__(self, name: str, tensor: Tensor) -> NoReturn:
+        raise TypeError("a file is only read")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(list(self._names))
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def checked_layers(folder: Path, config: "PreTrainedConfig", weights: Weights) -> dict[str, dict]:
+    """The layers in blocks of a folder, and their forms. Raises ValueError for what this version does not understand,
+    and for other bits than `weights` ask for."""
+    layers = _listed(folder, getattr(config, SECTION, None))
+    least = min((layer["bits"] for layer in layers.values()), default=weights.bits)
+    if weights.bits not in (None, least):
+        raise ValueError(f"weights={weights.name!r}: {folder} holds weights of {least} bits; ask for those or for none")
+    return layers
 
 
 def _listed(folder: Path, about: Any) -> dict[str, dict]:
@@ -173,27 +214,41 @@ def _put_blocks(
     for name, form in layers.items():
         if name not in linears:
             raise ValueError(f"{folder}/config.json lists {name}, which is no linear layer of the model; {REMEDY}")
-        outputs, inputs = linears[name].weight.shape
-        bits, group, block = form["bits"], form["group"], form["rotation"]
-        if inputs % group or inputs % (block or 1):
-            raise ValueError(f"{folder}/config.json: {name} has {inputs} inputs, no multiple of {form}; {REMEDY}")
-        codes = _taken(folder, tensors, f"{name}.codes", torch.uint8, (outputs, inputs * bits // 8))
-        scales = _finite(folder, tensors, f"{name}.scales", (outputs, inputs // group))
-        offsets = _finite(folder, tensors, f"{name}.offsets", tuple(scales.shape)) if form["offsets"] else None
-        if block is not None and (inputs, block) not in rotations:
-            signs = _checked(folder, tensors, f"signs.{inputs}", torch.int8, (inputs,))
-            if not (signs.abs() == 1).all():
-                raise ValueError(f"{folder}/{WEIGHTS}: signs.{inputs} holds numbers other than 1 and -1; {REMEDY}")
-            rotations[inputs, block] = Rotation(signs, block)
-        blocks = Blocks(unpacked(codes) if bits == 4 else codes, scales, offsets, 1 << (bits - 1), bits)
-        made = BlockLinear(blocks, None, int8_activations, rotations.get((inputs, block)))
+        made = block_layer(folder, name, form, linears[name], tensors, int8_activations, rotations)
         made.bias = linears[name].bias  # still empty, and filled like all that is not in blocks
         model.set_submodule(name, made)
     for inputs, _ in rotations:
         tensors.pop(f"signs.{inputs}", None)
 
 
-def _finite(folder: Path, tensors: dict[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
+def block_layer(
+    folder: Path,
+    name: str,
+    form: dict,
+    linear: nn.Linear,
+    tensors: MutableMapping[str, Tensor],
+    int8_activations: bool,
+    rotations: dict[tuple[int, int], Rotation],
+) -> BlockLinear:
+    """The layer of a form in place of `linear`, without its bias; its tensors are taken out of `tensors`. `rotations`
+    are those made so far. Raises ValueError for tensors that are missing or do not fit."""
+    outputs, inputs = linear.weight.shape
+    bits, group, block = form["bits"], form["group"], form["rotation"]
+    if inputs % group or inputs % (block or 1):
+        raise ValueError(f"{folder}/config.json: {name} has {inputs} inputs, no multiple of {form}; {REMEDY}")
+    codes = _taken(folder, tensors, f"{name}.codes", torch.uint8, (outputs, inputs * bits // 8))
+    scales = _finite(folder, tensors, f"{name}.scales", (outputs, inputs // group))
+    offsets = _finite(folder, tensors, f"{name}.offsets", tuple(scales.shape)) if form["offsets"] else None
+    if block is not None and (inputs, block) not in rotations:
+        signs = _checked(folder, tensors, f"signs.{inputs}", torch.int8, (inputs,))
+        if not (signs.abs() == 1).all():
+            raise ValueError(f"{folder}/{WEIGHTS}: signs.{inputs} holds numbers other than 1 and -1; {REMEDY}")
+        rotations[inputs, block] = Rotation(signs, block)
+    blocks = Blocks(unpacked(codes) if bits == 4 else codes, scales, offsets, 1 << (bits - 1), bits)
+    return BlockLinear(blocks, None, int8_activations, rotations.get((inputs, block)))
+
+
+def _finite(folder: Path, tensors: MutableMapping[str, Tensor], name: str, shape: tuple[int, ...]) -> Tensor:
     """The scales or offsets of this name, taken out."""
     made = _taken(folder, tensors, name, torch.float16, shape)
     if not made.isfinite().all():
@@ -201,13 +256,17 @@ def _finite(folder: Path, tensors: dict[str, Tensor], name: str, shape: tuple[in
     return made
 
 
-def _taken(folder: Path, tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _taken(
+    folder: Path, tensors: MutableMapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
     made = _checked(folder, tensors, name, dtype, shape)
     del tensors[name]
     return made
 
 
-def _checked(folder: Path, tensors: dict[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+def _checked(
+    folder: Path, tensors: MutableMapping[str, Tensor], name: str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> Tensor:
     """The tensor `name`; raises ValueError where it is missing, or of another dtype or shape."""
     made = tensors.get(name)
     if made is None or made.dtype != dtype or tuple(made.shape) != shape:

@@ -72,6 +72,11 @@ class GgufFile:
         flat = np.frombuffer(self._bytes, np.uint8, tensor.size, tensor.start)
         return flat.reshape(prod(tensor.shape[:-1]), -1)
 
+    def forget(self) -> None:
+        """Let go of the memory in which parts of the file have been seen so far; they can be seen again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._bytes.madvise(mmap.MADV_DONTNEED)
+
     def digest(self) -> str:
         """A SHA-256 of all settings."""
         return hashlib.sha256(self._bytes[_HEADER.size : max(end for _, end in self._spans.values())]).hexdigest()

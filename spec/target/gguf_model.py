@@ -96,8 +96,8 @@ def gguf_model(file: GgufFile, weights: Weights, dtype: torch.dtype, device: tor
     """The model of a file, on a device, and a phrase about what is kept in blocks and what is not. Raises GgufError for
     weights that the file has not, and for a file whose tensors are not those of its model."""
     config = gguf_config(file)
-    reader = _Reader(file, config)
-    kept = _kept(file, reader, weights) if weights.bits else {}
+    reader = BlockReader(file, config)
+    kept = reader.kept(weights) if weights.bits else {}
     model = _empty(config, dtype, torch.device("cpu"))  # memory of weights that are replaced is never touched
     dense = reader.fill(model, kept)
     for path, tensor in kept.items():
@@ -119,22 +119,6 @@ def _empty(config: "PreTrainedConfig", dtype: torch.dtype, device: torch.device)
     return model
 
 
-def _kept(file: GgufFile, reader: "_Reader", weights: Weights) -> dict[str, StoredTensor]:
-    """The linear layers whose blocks are kept, by their paths. Raises GgufError where their bits are not those that
-    are asked for."""
-    kinds = Counter(tensor.kind for path, tensor in reader.linears.items() if path != reader.head)
-    held = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
-    name = f"weights={weights.name!r}: {file.path} holds its linear layers as {held or 'none'}"
-    bits = [TYPES[kind][1] for kind in kinds if kind in TYPES]
-    if not bits:
-        raise GgufError(f"{name}, not in blocks that could be kept; load it with weights='16'")
-    if weights.bits == 4 and min(bits) == 8:
-        raise GgufError(f"{name}, of 8 bits; ask for weights={weights.name.replace('4', '8', 1)!r}")
-    if weights.bits == 8 and min(bits) <= 4:
-        raise GgufError(f"{name}, some of 4 bits or less; ask for weights={weights.name.replace('8', '4', 1)!r}")
-    return {path: tensor for path, tensor in reader.linears.items() if reader.can_keep(tensor)}
-
-
 def _block_linear(blocks: Blocks, layer: Any, weights: Weights, device: torch.device) -> BlockLinear:
     bias = None if layer.bias is None else layer.bias.detach().to(device)
     return BlockLinear(blocks.to(device), bias, weights.int8_activations).eval()
@@ -149,7 +133,7 @@ def _told(kept: dict[str, StoredTensor], dense: dict[str, int], dtype: torch.dty
     return f"{len(kept)} linear layers in blocks ({blocks}; {size:.1f} MB); in {form}: {others}"
 
 
-class _Reader:
+class BlockReader:
     """The tensors of a file as those of a model of transformers."""
 
     def __init__(self, file: GgufFile, config: "PreTrainedConfig"):
@@ -165,6 +149,9 @@ class _Reader:
         self.processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=config.to_dict())
         self.names: dict[str, str] = get_gguf_hf_weights_map(frame, self.processor)  # of the file: of the model
         tensors = {self.names[name]: tensor for name, tensor in file.tensors.items() if name in self.names}
+        self.tensors_of: dict[str, list[StoredTensor]] = {}  # by the model's parameters
+        for name, tensor in file.tensors.items():
+            self.tensors_of.setdefault(self.names.get(name, ""), []).append(tensor)
         self._check(frame, tensors)
         paths = {path: module for path, module in frame.named_modules() if type(module) is nn.Linear}
         head, embeddings = frame.get_output_embeddings(), frame.get_input_embeddings()
@@ -190,6 +177,21 @@ class _Reader:
         if total > sum(tensor.numbers for tensor in self.file.tensors.values()):
             raise self.file.damaged("its tensors hold fewer numbers than its settings say")
 
+    def kept(self, weights: Weights) -> dict[str, StoredTensor]:
+        """The linear layers whose blocks are kept, by their paths. Raises GgufError where their bits are not those that
+        are asked for."""
+        kinds = Counter(tensor.kind for path, tensor in self.linears.items() if path != self.head)
+        held = ", ".join(f"{count} in {kind}" for kind, count in kinds.most_common())
+        name = f"weights={weights.name!r}: {self.file.path} holds its linear layers as {held or 'none'}"
+        bits = [TYPES[kind][1] for kind in kinds if kind in TYPES]
+        if not bits:
+            raise GgufError(f"{name}, not in blocks that could be kept; load it with weights='16'")
+        if weights.bits == 4 and min(bits) == 8:
+            raise GgufError(f"{name}, of 8 bits; ask for weights={weights.name.replace('4', '8', 1)!r}")
+        if weights.bits == 8 and min(bits) <= 4:
+            raise GgufError(f"{name}, some of 4 bits or less; ask for weights={weights.name.replace('8', '4', 1)!r}")
+        return {path: tensor for path, tensor in self.linears.items() if self.can_keep(tensor)}
+
     def can_keep(self, tensor: StoredTensor) -> bool:
         return tensor.kind in TYPES and self._rows(tensor) is not None
 
@@ -200,44 +202,53 @@ class _Reader:
 
     def fill(self, model: "PreTrainedModel", kept: dict[str, StoredTensor]) -> dict[str, int]:
         """Dequantise what is not `kept` into the model; what that was, with the bytes that it takes."""
-        parameters = dict(model.named_parameters())
         left_out = {f"{path}.weight" for path in kept}
-        embeddings = model.get_input_embeddings().weight
-        filled, sizes, merged = set(left_out), Counter[str](), dict[str, Any]()
-        for tensor in self.file.tensors.values():
-            name = self.names.get(tensor.name, "")
-            if name not in parameters or name in left_out:
-                continue
-            parameter = parameters[name]
-            if not self._copy_rows(tensor, parameter):
-                done = self._process(tensor, self._dequantised(tensor), merged)
-                if done is not None:
-                    self._assign(name, parameter, torch.from_numpy(np.array(done)))
-            filled.add(name)
+        parameters = {name: each for name, each in model.named_parameters() if name not in left_out}
+        if lacking := sorted(parameters.keys() - self.tensors_of.keys()):
+            raise self.file.damaged(f"it lacks the tensors for {lacking[0]} and {len(lacking) - 1} more")
+        embeddings, sizes = model.get_input_embeddings().weight, Counter[str]()
+        for name, parameter in parameters.items():
+            self._copy(name, parameter.detach())
+            tensor = self.tensors_of[name][0]
             what = (
                 "embeddings" if parameter is embeddings else tensor.kind if len(tensor.shape) > 1 else "norms, biases"
             )
             sizes[what] += parameter.nbytes
-        for name, numbers in merged.items():
-            self._assign(name, parameters[name], numbers)
-            filled.add(name)
-        if lacking := sorted(parameters.keys() - filled):
-            raise self.file.damaged(f"it lacks the tensors for {lacking[0]} and {len(lacking) - 1} more")
         return dict(sizes)
 
-    def _assign(self, name: str, parameter: Tensor, numbers: Tensor) -> None:
-        if numbers.shape != parameter.shape:
-            raise self.file.damaged(f"{name} would have the shape {tuple(numbers.shape)}")
-        parameter.detach().copy_(numbers)
+    def read(self, name: str, like: Tensor, part: slice | None = None) -> Tensor:
+        """A parameter of the shape and dtype of `like`, dequantised; of a matrix, some rows."""
+        if part is not None:
+            [tensor] = self.tensors_of[name]
+            rows = self._rows(tensor) if tensor.shape == like.shape else None
+            if rows is None:
+                return self.read(name, like)[part]
+            return torch.from_numpy(self._dequantised(tensor, rows[part])).to(like.dtype)
+        made = torch.empty(like.shape, dtype=like.dtype)
+        self._copy(name, made)
+        return made
 
-    def _copy_rows(self, tensor: StoredTensor, parameter: Tensor) -> bool:
+    def _copy(self, name: str, into: Tensor) -> None:
+        """Dequantise a parameter: of one tensor of the file, or of several that transformers merges."""
+        tensors, merged = self.tensors_of[name], dict[str, Any]()
+        if len(tensors) == 1 and self._copy_rows(tensors[0], into):
+            return
+        for tensor in tensors:
+            done = self._process(tensor, self._dequantised(tensor), merged)
+            if done is not None:
+                merged[name] = torch.from_numpy(np.array(done))
+        if name not in merged or merged[name].shape != into.shape:
+            raise self.file.damaged(f"{name} would have the shape {tuple(getattr(merged.get(name), 'shape', ()))}")
+        into.copy_(merged[name])
+
+    def _copy_rows(self, tensor: StoredTensor, into: Tensor) -> bool:
         """Dequantise a matrix some rows at a time; False where transformers does more to it than moving rows."""
-        if tensor.shape != parameter.shape or (rows := self._rows(tensor)) is None:
+        if tensor.shape != into.shape or (rows := self._rows(tensor)) is None:
             return False
         step = max(1, _CHUNK // tensor.shape[1])
         for start in range(0, len(rows), step):
             numbers = self._dequantised(tensor, rows[start : start + step])
-            parameter.detach()[start : start + step].copy_(torch.from_numpy(numbers))
+            into[start : start + step].copy_(torch.from_numpy(numbers))
         return True
 
     def _dequantised(self, tensor: StoredTensor, rows: np.ndarray | None = None) -> np.ndarray:

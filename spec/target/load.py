@@ -29,6 +29,8 @@ def load_target(
     trust_remote_code: bool = False,
     with_tokenizer: bool = True,
     weights: str = "16",
+    stream: str | None = None,
+    resident: str | int | float | None = None,
 ) -> tuple["PreTrainedModel", Any]:
     """Load a causal LM in evaluation mode and its tokenizer: (model, tokenizer).
 
@@ -40,6 +42,10 @@ def load_target(
 
     `weights` are "16", dense ones; "q4" or "q8", the blocks of a quantised model as they are; or "q4-int8" or
     "q8-int8", in whose products activations are rounded to 8 bits, which is faster and changes the text a little.
+
+    With `stream` the weights of decoder layers are fetched during each forward: from "disk", to a CPU, or to a GPU from
+    the memory of its "host". `resident` is how much of the weights may be in memory, such as "8GB" or a number of
+    bytes; None allows half of the memory that is free. Weights are repacked for it once, in the cache folder.
 
     Raises ValueError, in one sentence, where nothing can be loaded.
     """
@@ -66,6 +72,14 @@ def load_target(
     if placed.type == "meta":
         raise ValueError("device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'")
     where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
+    if stream is not None:
+        return _load_streamed(
+            str(name_or_path), where, wanted, dtype, placed, trust_remote_code, with_tokenizer, stream, resident
+        )
+    if resident is not None:
+        raise ValueError(
+            f"resident={resident!r} is for a model that is streamed; pass stream= as well, or leave it out"
+        )
     if is_adapter(where := _adapter_folder(where)):
         return _load_adapted(where, wanted, dtype, placed, trust_remote_code, with_tokenizer)
     if Path(where).is_file():
@@ -132,6 +146,52 @@ def _load_adapted(
         raise ValueError(f"adapter {folder} is for base model {base!r}, which cannot be loaded: {error}") from error
     tokenizer = load_tokenizer(folder, trust_remote_code) if with_tokenizer else None
     return with_adapter(model, folder), tokenizer
+
+
+def _load_streamed(
+    name: str,
+    where: str,
+    weights: "Weights",
+    dtype: "str | torch.dtype",
+    device: "torch.device",
+    trust_remote_code: bool,
+    with_tokenizer: bool,
+    stream: str,
+    resident: str | int | float | None,
+) -> tuple["PreTrainedModel", Any]:
+    from ..stream.load import checked_kind, load_streamed
+    from ..stream.origin import Asked
+    from .adapters import is_adapter
+
+    checked_kind(stream, device)
+    if is_adapter(where := _adapter_folder(where)):
+        raise ValueError(
+            f"{where} is an adapter, which cannot be streamed; merge it (merge_and_unload, save_pretrained) and stream "
+            "the folder"
+        )
+    try:
+        with quietly():
+            asked = Asked(_local(where, name), weights, dtype, device, trust_remote_code)
+            model, origin = load_streamed(asked, stream, resident, name)
+            tokenizer = origin.tokenizer() if with_tokenizer else None
+    except ValueError:
+        raise
+    except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
+        raise ValueError(_why_not_loaded(name, where, error)) from error
+    if name in NAMED:
+        model.config._name_or_path = model.name_or_path = NAMED[name].hub_id
+    return model, tokenizer
+
+
+def _local(where: str, name: str) -> str:
+    """A folder or file here; a hub id is fetched."""
+    if Path(where).exists():
+        return where
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    with waiting(f"fetching {name} from the model hub"):
+        return snapshot_download(where, allow_patterns=kinds)
 
 
 def _load_gguf(

@@ -5,7 +5,7 @@ drafters that need hidden states it also returns *features*: the concatenated st
 position of the prompt and every node of the tree. Knows nothing of drafters and rules.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
@@ -83,6 +83,14 @@ class Seen:
     features: Tensor | None  # (B, N, F), where there are taps
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Unscored:
+    """The results of a forward of a tree so large that its logits are only computed where they are asked for."""
+
+    logits_at: Callable[[Tensor], Tensor]  # nodes (B, n) -> (B, n, V) float32
+    features: Tensor | None  # (B, N, F), where there are taps
+
+
 @runtime_checkable
 class Resumable(Protocol):
     """A target, or a drafter's session, that can hand over the beginning of a row and go on from it in another run."""
@@ -127,9 +135,10 @@ class Target(Protocol):
     def read(self, span: Span) -> Tensor | None:
         """Append a span to what its rows hold; returns the features (R, n, F) of its positions, None without taps."""
 
-    def forward(self, proposal: Proposal, base: Tensor) -> Seen:
+    def forward(self, proposal: Proposal, base: Tensor) -> Seen | Unscored:
         """Compute the logits of a tree whose root is at position `base` (B,). Changes no committed state, so that it
-        may run twice. Static shapes; reads nothing on the host if `traits.static`."""
+        may run twice. Static shapes; reads nothing on the host if `traits.static`. `Unscored` only where the engine is
+        made for it."""
 
     def commit(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         """Append the accepted nodes of the last forward, the first `count` (B,) of each row's `path` (B, D+1), 0 for a

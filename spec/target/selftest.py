@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..console import waiting
+from ..kernels.cpu import level
+from ..provenance import versions
+from ..stream.record import StreamError
+from ..stream.streamer import Streamer, streamer_of
 from ..tree import TokenTree, TreeShape
 from .masks import HOOKED
 from .protocol import spans
@@ -35,8 +40,9 @@ class Unsteady(UserWarning):
 def attach(model: PreTrainedModel) -> None:
     """Check, once per model, dtype, attention and device, that `model` can be a target or a draft model.
 
-    Raises ValueError for an unsuitable kind of model, attention implementation or device of the weights, and where the
-    self-test fails. Warns where the model's logits depend on the rest of the batch.
+    Of a streamed model, of which each of the test's forwards reads all weights, it is kept beside the weights that the
+    test was passed. Raises ValueError for an unsuitable kind of model, attention implementation or device of the
+    weights, and where the self-test fails. Warns where the model's logits depend on the rest of the batch.
     """
     check_kind(model)
     if model.training:
@@ -46,8 +52,21 @@ def attach(model: PreTrainedModel) -> None:
     condition = model.dtype, model.config.get_text_config()._attn_implementation, model.device
     if condition not in tested:
         _check_weights(model)
-        _judge(model, self_test(model))
+        if (streamer := streamer_of(model)) is None:
+            _judge(model, self_test(model))
+        else:
+            _test_streamed(model, streamer, " ".join(map(str, (*condition, *versions().values(), level()))))
         tested.add(condition)
+
+
+def _test_streamed(model: PreTrainedModel, streamer: Streamer, key: str) -> None:
+    if streamer.folder.tested(key):
+        return
+    with waiting("testing the streamed model, once"):
+        error = self_test(model)
+    _judge(model, error)
+    if error <= TOLERANCE.get(model.dtype, 0.1):
+        streamer.folder.keep_test(key)
 
 
 def check_kind(model: PreTrainedModel) -> None:
@@ -126,7 +145,7 @@ def self_test(model: PreTrainedModel) -> float:
     with _plain_arithmetic(model):
         try:
             return _worst(model, _errors(model))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, StreamError):
             raise
         except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError) as error:
             name, reason = type(model).__name__, _first_line(error)
@@ -170,6 +189,8 @@ def _check_forward(model: PreTrainedModel) -> None:
     vocab = model.config.get_text_config().vocab_size
     try:
         model(input_ids=torch.tensor([_some_tokens(vocab, 4, 1)], device=model.device), use_cache=False).logits  # noqa: B018
+    except StreamError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} does not run a plain forward of four tokens ({_first_line(error)}); check its "

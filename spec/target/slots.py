@@ -8,18 +8,22 @@ base is the slot of the root. Knows nothing of what the tokens are for.
 import inspect
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..proposal import Proposal
-from ..tree import TokenTree
+from ..stream.streamer import streamer_of
+from ..tree import Ancestry
 from . import attention, masks, rope
 from .cache import SlotCache
 from .given import GivenPrompt
+from .last_part import LastPart
 from .masks import SlotView, showing
-from .protocol import Seen, Span, TargetTraits
+from .protocol import Seen, Span, TargetTraits, Unscored
 from .taps import Tap, feature_sizes, joined, listening, put_idle_head, put_taps
 
 
@@ -37,7 +41,8 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 class SlotModel:
     """A `Target`: `model` with a cache of `capacity` slots for each of `batch` rows, allocated once. `reads` (V,) are
-    the model's own ids of the tokens that it is given, where it has another vocabulary."""
+    the model's own ids of the tokens that it is given, where it has another vocabulary. With `unscored` the logits of
+    trees are computed where they are asked for, if the model lets one do that."""
 
     def __init__(
         self,
@@ -46,6 +51,7 @@ class SlotModel:
         capacity: int,
         taps: tuple[Tap, ...] = (),
         reads: Tensor | None = None,
+        unscored: bool = False,
     ):
         masks.install()
         attention.install()
@@ -65,8 +71,10 @@ class SlotModel:
         self.shift, self.begun, self.beside = torch.zeros(3, batch, dtype=torch.int64, device=model.device)
         put_taps(model, taps)
         self.can_idle = put_idle_head(model)  # the head has nothing to do while a text is read
+        self.last_part = LastPart(model) if unscored and self.can_idle else None
         sizes = batch, capacity, model.device, config.vocab_size
-        self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)))
+        static = streamer_of(model) is None
+        self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)), static)
 
     @property
     def nbytes(self) -> int:
@@ -96,8 +104,20 @@ class SlotModel:
         finally:
             self.cache.rows = None
 
-    def forward(self, proposal: Proposal, base: Tensor) -> Seen:
-        return self.forward_nodes(proposal.tokens, base, proposal.tree)
+    def forward(self, proposal: Proposal, base: Tensor) -> Seen | Unscored:
+        nodes = proposal.tokens, base, proposal.tree
+        return self._unscored(*nodes) if self.last_part is not None else self.forward_nodes(*nodes)
+
+    def _unscored(self, tokens: Tensor, base: Tensor, tree: Ancestry) -> Seen | Unscored:
+        assert self.last_part is not None, "it is made for that"
+        index, tokens = torch.arange(tree.size, device=base.device), tokens.clamp(0, self.last_token)
+        # The first time the logits of the last two nodes are computed, too, and must come out the same.
+        columns = 2 if self.last_part.agrees is None else 0
+        logits, heard = self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), columns=columns)
+        if columns and not self.last_part.check(heard, tokens, logits):
+            self.last_part = None if self.last_part.agrees is False else self.last_part
+            return self.forward_nodes(tokens, base, tree)
+        return Unscored(partial(self.last_part.logits, heard, tokens), self._features(heard))
 
     def commit(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         self.cache.compact(base, path, count)
@@ -118,17 +138,18 @@ class SlotModel:
         tokens: Tensor,
         slots: Tensor,
         view: SlotView,
-        features: Tensor | None,
+        features: Tensor | None = None,
         keep: int = 0,
-        idle_head: bool = False,
-    ) -> Seen:
-        """Forward `tokens` (B, n) written at `slots` (B, n); `keep` is `logits_to_keep`; no logits with `idle_head`."""
+        columns: int | None = None,
+    ) -> tuple[Tensor, dict[Tap | str, Any]]:
+        """Forward `tokens` (B, n) written at `slots` (B, n): the logits and what was heard. `keep` is `logits_to_keep`;
+        the LM head computes no more than the last `columns`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
-        taps, ids = self.traits.taps, tokens.clamp(0, self.last_token)
-        hearing: AbstractContextManager[dict[Tap, Tensor]] = nullcontext({})
-        if taps or idle_head:
-            hearing = listening(0 if idle_head else None)
+        ids = tokens.clamp(0, self.last_token)
+        hearing: AbstractContextManager[dict[Tap | str, Any]] = nullcontext({})
+        if self.traits.taps or columns is not None:
+            hearing = listening(columns)
         rows = slice(None) if self.cache.rows is None else self.cache.rows
         positions = view.query_positions + self.shift[rows, None]
         if self.follows_lengths:
@@ -143,7 +164,11 @@ class SlotModel:
                 **{self.cache_argument: self.cache},
                 **({} if features is None else {"features": features}),
             )
-        return Seen(out.logits.float(), joined(heard, taps)[:, -keep:] if taps else None)
+        return out.logits.float(), heard
+
+    def _features(self, heard: dict[Tap | str, Any], keep: int = 0) -> Tensor | None:
+        taps = self.traits.taps
+        return joined(heard, taps)[:, -keep:] if taps else None
 
     def forward_text(
         self,
@@ -165,21 +190,24 @@ class SlotModel:
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
         whole = not logits and bool(self.traits.taps)
         where = torch.where(padding, self.capacity - 1, slots)
-        return self._run(tokens, where, view, features, 0 if whole else 1, idle_head=self.can_idle and not logits)
+        keep, columns = 0 if whole else 1, 0 if self.can_idle and not logits else None
+        scores, heard = self._run(tokens, where, view, features, keep, columns)
+        return Seen(scores, self._features(heard, keep))
 
     def forward_nodes(
         self,
         tokens: Tensor,
         base: Tensor,
-        tree: TokenTree,
+        tree: Ancestry,
         nodes: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Seen:
         """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), features)
+        logits, heard = self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), features)
+        return Seen(logits, self._features(heard))
 
-    def view_of_nodes(self, base: Tensor, tree: TokenTree, index: Tensor) -> SlotView:
+    def view_of_nodes(self, base: Tensor, tree: Ancestry, index: Tensor) -> SlotView:
         """The view of the nodes `index` (n,): they see the committed text, their ancestors and themselves."""
         depths, ancestors = tree.depths, tree.ancestors
         inside = self.slot_index - base[:, None]  # (B, capacity): the node at each slot

@@ -7,15 +7,15 @@ for.
 """
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .weights import Linear, is_in_blocks, linear_shape
+from .weights import Linear, is_packed, linear_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,11 +28,11 @@ _putting = threading.Lock()  # two threads must not put the same tap twice
 
 
 def linear_head(model: "PreTrainedModel") -> Linear:
-    """The LM head, a linear map from the last hidden state to the logits, its weight dense or in blocks (weights.py
+    """The LM head, a linear map from the last hidden state to the logits, its weight dense or packed (weights.py
     reads both). Raises ValueError where there is none."""
     head = model.get_output_embeddings()
     weight = getattr(head, "weight", None)
-    if not is_in_blocks(head) and not (isinstance(weight, Tensor) and weight.ndim == 2):
+    if not is_packed(head) and not (isinstance(weight, Tensor) and weight.ndim == 2):
         raise ValueError(
             f"{type(model).__name__} has no linear LM head to take the last hidden state from; use a draft model or "
             "'ngram' as drafter"
@@ -87,9 +87,17 @@ def put_idle_head(model: "PreTrainedModel") -> bool:
     return True
 
 
+def put_module_tap(model: "PreTrainedModel", path: str) -> None:
+    """Let `listening` record all that the module of `path` returns, under this path."""
+    module = model.get_submodule(path)
+    with _putting:
+        if not any(map(is_tap, module._forward_hooks.values())):
+            module.register_forward_hook(partial(_tell_all, path))
+
+
 def is_tap(hook: object) -> bool:
     """Whether a module's hook is one of these taps, which do not change what the module computes."""
-    return hook is _tell_input or (isinstance(hook, partial) and hook.func is _tell_output)
+    return hook is _tell_input or (isinstance(hook, partial) and hook.func in (_tell_output, _tell_all))
 
 
 def _tell_input(head: nn.Module, inputs: tuple) -> tuple | None:
@@ -107,8 +115,14 @@ def _tell_output(layer: int, module: nn.Module, inputs: tuple, output: Tensor | 
         heard[layer] = output[0] if isinstance(output, tuple) else output
 
 
+def _tell_all(path: str, module: nn.Module, inputs: tuple, output: Any) -> None:
+    heard = getattr(_active, "heard", None)
+    if heard is not None:
+        heard[path] = output
+
+
 @contextmanager
-def listening(columns: int | None = None) -> Iterator[dict[Tap, Tensor]]:
+def listening(columns: int | None = None) -> Iterator[dict[Tap | str, Any]]:
     """Within, the states at the taps of models run by this thread are recorded in the dict that is yielded, (B, n, H)
     each. A tapped LM head computes logits of the last `columns` only, 0 for none; None: of all it is given."""
     _active.heard, _active.columns = {}, columns
@@ -118,7 +132,7 @@ def listening(columns: int | None = None) -> Iterator[dict[Tap, Tensor]]:
         _active.heard = None
 
 
-def joined(heard: dict[Tap, Tensor], taps: tuple[Tap, ...]) -> Tensor:
+def joined(heard: Mapping[Any, Any], taps: tuple[Tap, ...]) -> Tensor:
     """Concatenate the states of `taps` to features (B, n, F). Raises ValueError where one was not recorded."""
     for tap in taps:
         if tap not in heard:

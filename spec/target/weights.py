@@ -1,5 +1,5 @@
-"""The weights of a target's linear layers, dense or in blocks: what `weights=` asks for, and views for those who read
-them. Knows nothing of files."""
+"""The weights of a target's linear layers, dense, in panels or in blocks, and of its embeddings: what `weights=` asks
+for, and views for those who read them. Knows nothing of files."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.block_linear import BlockLinear
+from ..kernels.panel_linear import PanelLinear
+from ..stream.rows import row_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Linear = nn.Linear | BlockLinear  # and embeddings, whose weight is as dense
+Linear = nn.Linear | PanelLinear | BlockLinear  # and embeddings, whose weight is as dense
 CHOICES = ("16", "q4", "q8", "q4-int8", "q8-int8")
 
 
@@ -41,9 +43,14 @@ def is_in_blocks(layer: object) -> bool:
     return isinstance(layer, BlockLinear)
 
 
+def is_packed(layer: object) -> bool:
+    """Whether a linear layer has no `weight`, because it is in panels or in blocks."""
+    return isinstance(layer, (BlockLinear, PanelLinear))
+
+
 def linear_shape(layer: Linear) -> tuple[int, int]:
-    """(outputs, inputs) of a linear layer, dense or in blocks."""
-    if isinstance(layer, BlockLinear):
+    """(outputs, inputs) of a linear layer."""
+    if isinstance(layer, (BlockLinear, PanelLinear)):
         return layer.out_features, layer.in_features
     outputs, inputs = layer.weight.shape
     return outputs, inputs
@@ -51,6 +58,8 @@ def linear_shape(layer: Linear) -> tuple[int, int]:
 
 def dense_weight(layer: Linear, dtype: torch.dtype | None = None) -> Tensor:  # (N, K)
     """The weight of a linear layer, detached; one in blocks is dequantised, to float32 or `dtype`."""
+    if isinstance(layer, PanelLinear):
+        return layer.dense()
     if not isinstance(layer, BlockLinear):
         return layer.weight.detach()
     weight = layer.dequantised()
@@ -58,7 +67,9 @@ def dense_weight(layer: Linear, dtype: torch.dtype | None = None) -> Tensor:  # 
 
 
 def dense_rows(layer: Linear, rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:  # (n,) -> (n, K)
-    """Some rows of `dense_weight`, without dequantising the others."""
+    """Some rows of `dense_weight`, without making the others."""
+    if isinstance(layer, PanelLinear):
+        return layer.dense(rows)
     if not isinstance(layer, BlockLinear):
         return layer.weight.detach()[rows]
     weight = layer.dequantised(rows)
@@ -66,26 +77,41 @@ def dense_rows(layer: Linear, rows: Tensor, dtype: torch.dtype | None = None) ->
 
 
 def dense_parameters(layer: Linear) -> dict[str, Tensor]:
-    """The parameters of a linear layer or of embeddings, detached; a weight in blocks is dequantised to float32."""
+    """The parameters of a linear layer or of embeddings, detached. A weight in blocks is dequantised to float32, one on
+    the disk is read."""
     found = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
-    return {"weight": dense_weight(layer), **found} if isinstance(layer, BlockLinear) else found
+    if (file := row_file(layer)) is not None:
+        found["weight"] = file.rows(torch.arange(len(found["weight"]), device=found["weight"].device))
+    return {"weight": dense_weight(layer), **found} if is_packed(layer) else found
+
+
+def embedding_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
+    """The weight of the embeddings, detached; where that is on the disk, all of it is read."""
+    return dense_parameters(model.get_input_embeddings())["weight"]
+
+
+def embedding_rows(model: "PreTrainedModel", rows: Tensor) -> Tensor:  # (n,) -> (n, H)
+    """Some rows of `embedding_weight`."""
+    embeddings = model.get_input_embeddings()
+    file = row_file(embeddings)
+    return embeddings.weight.detach()[rows] if file is None else file.rows(rows)
 
 
 def head_weight(model: "PreTrainedModel") -> Tensor:  # (V, H)
     """The weight of the LM head in the model's dtype: where tied, that of the embeddings, on their memory."""
-    return dense_weight(_dense_head(model), model.dtype)
+    head = model.get_output_embeddings()
+    return embedding_weight(model) if _head_is_embeddings(model) else dense_weight(head, model.dtype)
 
 
 def head_rows(model: "PreTrainedModel", rows: Tensor) -> Tensor:  # (n,) -> (n, H)
     """Some rows of `head_weight`."""
-    return dense_rows(_dense_head(model), rows, model.dtype)
-
-
-def _dense_head(model: "PreTrainedModel") -> Linear:
-    """The LM head, or the embeddings where these hold the same numbers, and dense."""
     head = model.get_output_embeddings()
-    tied = isinstance(head, BlockLinear) and model.config.get_text_config().tie_word_embeddings
-    return model.get_input_embeddings() if tied else head
+    return embedding_rows(model, rows) if _head_is_embeddings(model) else dense_rows(head, rows, model.dtype)
+
+
+def _head_is_embeddings(model: "PreTrainedModel") -> bool:
+    """Whether the numbers of an LM head in blocks are those of the embeddings, which are dense."""
+    return is_in_blocks(model.get_output_embeddings()) and model.config.get_text_config().tie_word_embeddings
 
 
 def block_layers(model: nn.Module) -> dict[str, BlockLinear]:
@@ -108,25 +134,32 @@ def weights_form(model: nn.Module) -> str:
     return ", ".join(f"{count} {form}" for form, count in sorted(forms.items()))
 
 
+def packed_layers(model: nn.Module) -> list[BlockLinear | PanelLinear]:
+    """The linear layers in panels or in blocks."""
+    return [layer for layer in model.modules() if isinstance(layer, (BlockLinear, PanelLinear))]
+
+
 def stored_bytes(model: nn.Module) -> int:
-    """Bytes of the weights: of parameters as they are, of blocks as they are packed."""
+    """Bytes of the weights: of parameters as they are, of panels and blocks as they are packed; those that are streamed
+    count too."""
     total = sum(parameter.nbytes for parameter in model.parameters())
-    return total + sum(buffer.nbytes for layer in block_layers(model).values() for buffer in layer.buffers())
+    return total + sum(buffer.nbytes for layer in packed_layers(model) for buffer in layer.buffers())
 
 
 def parameter_count(model: nn.Module) -> int:
-    """The number of a model's parameters, those in blocks too."""
+    """The number of a model's parameters, those in panels and blocks too."""
     dense = sum(parameter.numel() for parameter in model.parameters())
-    return dense + sum(layer.out_features * layer.in_features for layer in block_layers(model).values())
+    return dense + sum(layer.out_features * layer.in_features for layer in packed_layers(model))
 
 
 def refuse_saving(model: "PreTrainedModel") -> None:
-    """`save_pretrained` of this model raises ValueError: it would leave out the layers in blocks."""
+    """`save_pretrained` of this model raises ValueError: it would leave out the layers in blocks, and those that are
+    streamed."""
     model.save_pretrained = _no_saving
 
 
 def _no_saving(*args: object, **options: object) -> NoReturn:
     raise ValueError(
-        "a model with weights in blocks cannot be saved by save_pretrained, which would leave them out; keep the file "
-        "that it was loaded from, or save the model loaded with weights='16'"
+        "a model with weights in blocks, or one that is streamed, cannot be saved by save_pretrained, which would "
+        "leave them out; keep what it was loaded from, or save the model loaded with weights='16' and without stream="
     )

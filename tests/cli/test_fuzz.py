@@ -35,7 +35,7 @@ RIGHT = {  # values that make sense, by the name of the option
     "temperatures": ["0", "0,0.5"], "source": ["self"], "server": ["localhost"], "overrides": ["target.dtype=none"],
     "shape": ["smollm2-135m"], "executors": ["all", "eager"], "split": ["train"], "prompt": ["AB"], "chat": ["AB"],
     "folder": ["heads"], "hub_id": ["someone/drafter"], "columns": ["prompt=prompt"], "to": ["tgi", "vllm"],
-    "max_new_tokens": ["1", "2", "3"], "file": ["notes.txt", "bytes"],
+    "max_new_tokens": ["1", "2", "3"], "file": ["notes.txt", "bytes"], "stream": ["disk"], "resident": ["100kB", "1GB"],
 }  # fmt: skip
 WRONG = {
     "verify": ["luck", ""], "tree": ["tall", "auto", "9999x9999", "p.jsonl", "nowhere.json", ""],
@@ -47,7 +47,8 @@ WRONG = {
     "overrides": ["objective.kind=none", "run.folder", "optimisation.batch=-1", "=", "data.folder=empty", "a.b.c=["],
     "shape": ["gpt-9"], "executors": ["eager,fast", ""], "prompt": [""], "chat": [""], "folder": ["target", "nowhere"],
     "hub_id": ["no one"], "columns": ["prompt", "=", "luck=prompt", "prompt=nothing", ""], "to": ["ollama", ""],
-    "max_new_tokens": ["0", "-1", "x", "1.5", "", "99", "9" * 15],
+    "max_new_tokens": ["0", "-1", "x", "1.5", "", "99", "9" * 15], "stream": ["tape", "host", ""],
+    "resident": ["much", "1kB", "-1GB", ""],
 }  # fmt: skip
 ANYTHING = [
     "p.jsonl", "other.jsonl", "answers.jsonl", "notes.txt", "run.jsonl", "second.jsonl", "plan.json", "mine.yaml",
@@ -89,7 +90,7 @@ def desk(tmp_path_factory, tokenizer):
     runs.write(path / "run.jsonl", lines=runs.records(prompts=2))
     runs.write(path / "second.jsonl", lines=runs.records(prompts=2, seed=1))
     (path / "notes.txt").write_text("AB\nCD\n")
-    plan = {"parents": [-1, 0], "tokens_per_step": 1.5, "speedup": 1.2, "seconds_per_step": 1, "plain_seconds": 1}
+    plan = {"tree": [-1, 0], "tokens_per_step": 1.5, "speedup": 1.2, "seconds_per_step": 1, "plain_seconds": 1}
     (path / "plan.json").write_text(json.dumps(plan))
     (path / "mine.yaml").write_text("objective: {kind: medusa}\ndata: {folder: rows}\nrun: {folder: trained}\n")
     (path / "empty").write_bytes(b"")

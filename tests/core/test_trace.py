@@ -36,6 +36,7 @@ def test_summary_equals_the_figures_worked_out_by_hand():
         "survival": [3 / 4, 2 / 4],
         "conditional": [3 / 4, 1.0],
         "seconds": {"draft": 0.75, "verify": 3.0},
+        **dict.fromkeys(("weights_bytes", "weights_seconds", "weights_bandwidth", "weights_hidden")),
     }
 
 

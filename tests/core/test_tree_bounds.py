@@ -41,7 +41,7 @@ def test_shapes_made_directly_have_the_same_bounds(tmp_path):
     ):
         sentence(make, "; draft a s")
     plan = dict(tokens_per_step=1.0, speedup=1.0, seconds_per_step=1.0, plain_seconds=1.0)
-    (tmp_path / "plan.json").write_text(json.dumps({"parents": [-1, *[0] * 9000], **plan}))
+    (tmp_path / "plan.json").write_text(json.dumps({"tree": [-1, *[0] * 9000], **plan}))
     from paceline.spec.plan.store import read_shape
 
     sentence(lambda: read_shape(str(tmp_path / "plan.json"), None), f"more than {MOST_NODES} nodes")

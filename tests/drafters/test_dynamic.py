@@ -3,28 +3,32 @@
 import paceline
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.dynamic_tree import DynamicTree, best_tokens
+from paceline.drafters.eagle.drafter import EagleDrafter
 from paceline.spec.engines import runs
+from paceline.spec.proposal import DraftRequest, DraftSampling
+from paceline.spec.state import DecodeState
 from paceline.spec.tree import DynamicShape, TreeShape
+from torch import Tensor
 
-from support.models import noisy_copy, tiny_llama
+from support.models import eagle_copy, noisy_copy, tiny_llama
 from support.tape import tape_executor
 
 
 @torch.no_grad()
 def grown(model, text, shape, temperature=1.0):
     """The paths (tuples of tokens) of the best-first tree, by cache-less forwards of every path."""
-    pool, frontier = {}, {(): 0.0}
-    for _ in range(shape.max_depth):
-        level = {}
-        for path, score in frontier.items():
+    pool = {(): 0.0}
+    for depth in range(shape.max_depth):
+        for path in [path for path in pool if len(path) == depth][: shape.width]:
             logits = model(input_ids=torch.tensor([[*text, *path]]), use_cache=False).logits[0, -1].float()
             best = (logits / temperature).log_softmax(-1).topk(shape.width)
-            for token, value in zip(best.indices.tolist(), best.values.tolist()):
-                level[(*path, token)] = score + value - 1e-3
-        pool |= level
-        frontier = dict(sorted(level.items(), key=lambda item: -item[1])[: shape.width])
-    return set(sorted(pool, key=pool.get, reverse=True)[: shape.nodes - 1])
+            pool |= {(*path, token): pool[path] + value for value, token in zip(*map(Tensor.tolist, best))}
+        pool = dict(sorted(pool.items(), key=lambda item: -item[1])[: shape.nodes])
+    return pool.keys() - {()}
 
 
 def paths_of(event):
@@ -50,6 +54,102 @@ def test_trees_and_text(target, draft, ragged, spec, way):
             assert paths_of(event) == grown(draft.model, text, shape, way.get("temperature", 1.0))
             text += event.committed
     assert len({tuple(event.parents) for event in out.trace.events}) > 1 or spec in ("dynamic:2x1x1", "dynamic:5x4x1")
+
+
+@pytest.mark.parametrize("spec", ["dynamic:512x16x32", "dynamic:256x32x12", "dynamic:128x4x24"])
+def test_very_large_trees(target, draft, spec):
+    shape, prompt = TreeShape.parse(spec), torch.arange(5, 17)[None]
+    options = dict(do_sample=False, max_new_tokens=6, return_dict_in_generate=True)
+    truth = paceline.generate(target, prompt, **options).sequences
+    out = paceline.generate(target, prompt, drafter=draft, tree=spec, **options)
+    eagle = paceline.generate(target, prompt, drafter=EagleDrafter(eagle_copy(target)), tree=spec, **options)
+    assert torch.equal(out.sequences, truth) and torch.equal(eagle.sequences, truth)
+    event = out.trace.events[0]
+    assert len(paths_of(event)) == shape.nodes - 1 == len(paths_of(eagle.trace.events[0]))
+    assert paths_of(event) == grown(draft.model, prompt[0].tolist(), shape)
+
+
+def proposal_of(logits_of, shape, static=True, rows=2):
+    """What is grown from `logits_of` (V, V), by the token before, and how many nodes each forward had."""
+    vocab, forwards = len(logits_of), []
+
+    class Table:
+        def root_logits(self, state, base):
+            return logits_of[state.tokens.gather(1, base[:, None])]
+
+        def node_logits(self, tokens, base, tree, nodes):
+            forwards.append(len(nodes))
+            above = tree.parents[:, nodes]
+            assert (above < nodes).all() and torch.equal(tree.depths[:, nodes], tree.depths.gather(1, above) + 1)
+            seen = tree.ancestors[:, nodes].sum(-1)
+            assert torch.equal(seen, tree.depths[:, nodes] + 1), "itself and its ancestors"
+            return logits_of[tokens]
+
+    cpu = torch.device("cpu")
+    request = DraftRequest(rows, 64, vocab, cpu, shape, DraftSampling(), static=static)
+    state = DecodeState.empty(rows, 64, 1, cpu)
+    state.tokens[:, 0], state.done[:] = torch.arange(rows), False
+    return DynamicTree(request).grow(state, Table()), forwards
+
+
+def chains(proposal, row=0, nodes=None):
+    """The tokens on the way to each node of a row, in the order of the nodes."""
+    tree, paths = proposal.tree, []
+    for node in range(1, nodes or tree.size):
+        steps = tree.paths[row, node, 1 : tree.depths[row, node] + 1]
+        paths.append(tuple(proposal.tokens[row, steps].tolist()))
+    return paths
+
+
+@given(st.integers(0, 10_000), st.sampled_from(["dynamic:30x6x4", "dynamic:9x5x3", "dynamic:4x6x4", "dynamic:24x4x5"]))
+@settings(max_examples=30)
+def test_a_smaller_tree_is_the_beginning_of_a_larger_one(seed, spec):
+    """So that a trace of one shows what all smaller ones would have drafted. And growth that may ask the host forwards
+    fewer nodes, for the same tree."""
+    torch.manual_seed(seed)
+    shape, logits = TreeShape.parse(spec), 3 * torch.randn(17, 17)
+    large, forwards = proposal_of(logits, shape)
+    early, fewer = proposal_of(logits, shape, static=False)
+    assert torch.equal(early.tokens, large.tokens) and torch.equal(early.tree.parents, large.tree.parents)
+    assert forwards == [shape.batch] * (shape.max_depth - 1)
+    assert len(fewer) <= len(forwards) and all(0 < count <= shape.batch for count in fewer)
+    for nodes in {2, len(shape) // 2, len(shape) - 1}:
+        small, _ = proposal_of(logits, DynamicShape(nodes, shape.max_depth, shape.width))
+        assert chains(small, 1) == chains(large, 1, nodes)
+    whole = chains(large)
+    for depth in range(2, shape.max_depth):
+        if 1 + shape.width + shape.width**2 * (depth - 1) >= len(shape):
+            small, _ = proposal_of(logits, DynamicShape(len(shape), depth, shape.width))
+            assert [path for path in whole if len(path) <= depth] == chains(small)[
+                : sum(len(p) <= depth for p in whole)
+            ]
+
+
+def test_growth_ends_early_where_the_draft_is_sure():
+    logits = torch.eye(9).roll(1, dims=1) * 30  # one token follows each, nearly for certain
+    _, forwards = proposal_of(logits, TreeShape.parse("dynamic:4x8x3"), static=False)
+    assert forwards == [3, 1, 1], "of three nodes two make way for a chain, whose children are no better"
+
+
+@pytest.mark.parametrize("value", [0.0, -torch.inf, torch.nan, -1e9])
+def test_no_logits_can_orphan_a_child(value):
+    """Of tokens that are all alike, impossible, no numbers, or so unlikely that no edge changes a path's score."""
+    for logits in (torch.full((17, 17), value), torch.full((17, 17), value).fill_diagonal_(0)):
+        proposal, _ = proposal_of(logits, TreeShape.parse("dynamic:40x5x4"))
+        for row in range(2):
+            parents = proposal.tree.parents[row].tolist()
+            assert parents[0] == -1 and all(0 <= parent < node for node, parent in enumerate(parents[1:], 1))
+            assert len(set(chains(proposal, row))) == 39, "all different"
+
+
+@given(st.integers(0, 10_000), st.integers(1, 400), st.integers(1, 40))
+@settings(max_examples=60)
+def test_best_tokens(seed, vocab, count):
+    torch.manual_seed(seed)
+    scores = torch.randint(0, 30, (2, 3, vocab)).float()  # with many ties
+    values, tokens = best_tokens(scores, min(count, vocab))
+    assert torch.equal(values, scores.topk(min(count, vocab)).values)
+    assert torch.equal(values, scores.gather(-1, tokens)) and (tokens.sort(-1).values.diff(dim=-1) > 0).all()
 
 
 def test_ties_cannot_orphan_a_child(target, ragged):

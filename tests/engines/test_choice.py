@@ -68,7 +68,13 @@ def test_a_model_that_changes_gets_new_engines(prompts, monkeypatch):
 
 
 def test_the_executor_is_chosen_by_what_can_run(monkeypatch, tmp_path):
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    class On:
+        """A model of which the device is all that matters."""
+
+        def __init__(self, device):
+            self.device = torch.device(device)
+
+    cpu, gpu = On("cpu"), On("cuda")
     choose = executors.choose
     assert choose("auto", cpu, 64, True, False) == "eager"
     assert choose("auto", cpu, 64, True, True) == "compiled"
@@ -79,14 +85,14 @@ def test_the_executor_is_chosen_by_what_can_run(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     for name in ("auto", "cuda_graph"):  # the captured eager step until a check has shown the other to be better
         assert choose(name, gpu, 64, True, False) == "cuda_graph_eager"
-    capture_choice.keep_verdict(gpu, compiled_is_better=True)
+    capture_choice.keep_verdict(gpu.device, compiled_is_better=True)
     for name in ("auto", "cuda_graph"):
         assert choose(name, gpu, 64, True, False) == "cuda_graph_compiled"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another card")
     assert choose("auto", gpu, 64, True, False) == "cuda_graph_eager"
-    capture_choice.verdict_path(gpu).write_text("[")
+    capture_choice.verdict_path(gpu.device).write_text("[")
     assert choose("auto", gpu, 64, True, False) == "cuda_graph_eager", "what cannot be read is no verdict"
-    capture_choice.keep_verdict(gpu, compiled_is_better=False)
+    capture_choice.keep_verdict(gpu.device, compiled_is_better=False)
     for name in ("cuda_graph_eager", "cuda_graph_compiled"):
         assert choose(name, gpu, 64, True, False) == name
     assert choose("auto", gpu, 64, False, False) == "eager"

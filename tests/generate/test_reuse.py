@@ -47,8 +47,8 @@ def read(monkeypatch):
 class Streamed:
     """A target that runs and whose rows cannot be kept."""
 
-    def __init__(self, *arguments):
-        self.slots = SlotModel(*arguments)
+    def __init__(self, *arguments, **options):
+        self.slots = SlotModel(*arguments, **options)
 
     def __getattr__(self, name):
         if name == "save_row":

@@ -148,8 +148,8 @@ def test_the_choice_is_the_best_of_all_trees():
 
 
 def test_a_useless_drafter_is_not_used():
-    assert choose_tree([[0.01, 0.0]], {1: 1.0, 8: 1.5}, {0: 0.0, 2: 0.2}).parents == (-1,)
-    assert choose_tree([], {1: 1.0, 8: 1.5}, {0: 0.0, 2: 0.2}).parents == (-1,)
+    assert choose_tree([[0.01, 0.0]], {1: 1.0, 8: 1.5}, {0: 0.0, 2: 0.2}).shape.parents == (-1,)
+    assert choose_tree([], {1: 1.0, 8: 1.5}, {0: 0.0, 2: 0.2}).shape.parents == (-1,)
 
 
 def test_plans_are_files_that_tree_takes(target, ragged, tmp_path):
@@ -164,7 +164,7 @@ def test_plans_are_files_that_tree_takes(target, ragged, tmp_path):
         max_new_tokens=3,
         return_dict_in_generate=True,
     )
-    assert tuple(out.trace.events[0].parents) == plan.parents
+    assert tuple(out.trace.events[0].parents) == plan.shape.parents
     (tmp_path / "bad.json").write_text("{}")
     for name in ("bad.json", "missing.json"):
         with pytest.raises(ValueError, match="make one with paceline plan"):

@@ -35,7 +35,7 @@ def compare_with_transformers(
     batch = decoding["batch"]
     each = sampling.max_new_tokens * len(ids) // ROUNDS
     # Settled once, so that a short warm-up runs what the long runs will.
-    decoding = {**decoding, "executor": choose(decoding["executor"], model.device, each, True, False)}
+    decoding = {**decoding, "executor": choose(decoding["executor"], model, each, True, False)}
     run = {
         "transformers": lambda part, t: _transformers(model, tokenizer, part, batch, t, sampling),
         "paceline": lambda part, t: _ours(model, part, t, sampling, decoding),

@@ -17,7 +17,7 @@ from ...drafters.eagle.network import EagleNetwork
 from ...drafters.eagle.settings import FAMILIES, EagleSettings
 from ...drafters.folder import origin_of
 from ...spec.target.taps import HEAD
-from ...spec.target.weights import dense_rows, linear_shape
+from ...spec.target.weights import dense_rows, embedding_weight, linear_shape
 from .eagle_fit import begin_as_target
 from .known_tokens import frequent_tokens
 from .start import start_folder
@@ -66,7 +66,7 @@ def _new(settings, target, rows: Iterable[dict]) -> EagleNetwork:
         else:
             nn.init.normal_(network.lm_head.weight, std=network.config.initializer_range)
     if network.settings.own_embeddings:
-        rows_of_target = target.get_input_embeddings().weight.detach()
+        rows_of_target = embedding_weight(target)
         if rows_of_target.shape == network.embeddings.shape:
             network.embeddings.data.copy_(rows_of_target)
         else:

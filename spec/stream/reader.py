@@ -1,0 +1,156 @@
+"""Reading files into memory past the page cache: direct reads, several at a time, of pieces of some megabytes.
+
+Direct reads (O_DIRECT) need offsets, sizes and memory that are multiples of 4096 bytes; `pages` gives such memory, and
+files are written in such sizes. Where a file system refuses direct reads, usual ones take their place, with a sentence.
+What was read is compared with the checksums of the pieces once in a run. Knows nothing of what files hold.
+"""
+
+import errno
+import mmap
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .record import StreamError
+
+PAGE = 4096
+PIECE = 8 << 20  # bytes that are read at a time
+THREADS = 4
+
+
+def pages(size: int) -> Tensor:  # (size,) uint8
+    """Memory for `size` bytes that begins at a page and that nothing has touched yet, on large pages where the system
+    has them."""
+    memory = mmap.mmap(-1, max(padded(size), PAGE))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[:size]  # which keeps the memory
+
+
+def padded(size: int) -> int:
+    """`size`, rounded up to whole pages."""
+    return -(-size // PAGE) * PAGE
+
+
+def checksum(piece: memoryview | bytearray) -> int:
+    return zlib.crc32(piece)
+
+
+class Reader:
+    """Reads whole files into memory. `direct` says whether it goes past the page cache."""
+
+    def __init__(self) -> None:
+        self.direct = hasattr(os, "O_DIRECT")
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="paceline-read")
+        self._files: dict[Path, _File] = {}
+
+    def read(self, path: Path, sums: Sequence[int], into: Tensor) -> None:
+        """Fill `into` (bytes of the file,) uint8, memory of `pages`, with a file whose pieces have the checksums
+        `sums`. Raises StreamError where that cannot be done, or the file is not what it was."""
+        file = self._files.get(path) or self._opened(path, len(into))
+        view = memoryview(into.numpy())  # type: ignore[arg-type]
+        starts = range(0, len(into), PIECE)
+        pieces = ((view[start : start + PIECE], start, total) for start, total in zip(starts, sums, strict=True))
+        jobs = [self._pool.submit(self._read_piece, file, *piece) for piece in pieces]
+        errors = [error for job in jobs if (error := job.exception()) is not None]  # all have ended, whatever happened
+        file.check()
+        if errors:
+            raise errors[0]
+        file.compared = True
+
+    def _opened(self, path: Path, size: int) -> "_File":
+        file = self._files[path] = _File(path, size, self.direct)
+        if self.direct and not file.direct:
+            self._say_not_direct(path)
+        return file
+
+    def _say_not_direct(self, path: Path) -> None:
+        if self.direct:
+            self.direct = False
+            print(
+                f"{path.parent} is on a file system without direct reads: what is read stays in the page cache as well",
+                file=sys.stderr,
+            )
+
+    def _read_piece(self, file: "_File", view: memoryview, start: int, total: int) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(file.descriptor, [view[done:]], start + done)
+            except OSError as error:
+                if error.errno == errno.EINVAL and file.direct:
+                    file.reopen()
+                    self._say_not_direct(file.path)
+                    continue
+                raise StreamError(
+                    f"{file.path} cannot be read ({error.strerror or error}); check the disk, and delete "
+                    f"{file.path.parent} to have it made anew"
+                ) from error
+            if not count:
+                raise file.changed()
+            done += count
+        if not file.compared and checksum(view) != total:
+            raise StreamError(f"{file.path} does not hold what was written to it; {REMEDY.format(file.path.parent)}")
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        for file in self._files.values():
+            file.close()
+        self._files.clear()
+
+
+REMEDY = "delete {}, and it is made anew"
+
+
+class _File:
+    """An open file of a known size."""
+
+    def __init__(self, path: Path, size: int, direct: bool):
+        self.path, self.size, self.direct, self.compared = path, size, direct, False
+        self.descriptor, self._left = -1, []  # type: int, list[int]
+        self._open()
+        self.time = os.fstat(self.descriptor).st_mtime_ns
+        self.check()
+
+    def _open(self) -> None:
+        try:
+            if self.direct:
+                try:
+                    self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECT)
+                    return
+                except OSError as error:
+                    if error.errno != errno.EINVAL:
+                        raise
+                    self.direct = False
+            self.descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise StreamError(
+                f"{self.path} cannot be opened ({error.strerror or error}); {REMEDY.format(self.path.parent)}"
+            ) from error
+
+    def reopen(self) -> None:
+        """From now on read as usual. What others may still be reading from is closed at the end."""
+        self._left.append(self.descriptor)
+        self.direct = False
+        self._open()
+
+    def check(self) -> None:
+        """Raise StreamError where the file has changed since it was opened, or is not as long as was written."""
+        about = os.fstat(self.descriptor)
+        if about.st_size != self.size or about.st_mtime_ns != self.time:
+            raise self.changed()
+
+    def changed(self) -> StreamError:
+        size = os.fstat(self.descriptor).st_size
+        how = f"has {size} bytes of {self.size}" if size != self.size else "was changed while it was in use"
+        return StreamError(f"{self.path} {how}; {REMEDY.format(self.path.parent)}")
+
+    def close(self) -> None:
+        for descriptor in (self.descriptor, *self._left):
+            os.close(descriptor)
