@@ -62,10 +62,12 @@ class DynamicTree:
 
     def _children(self, logits: Tensor, scores: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
         """The most probable children of each node and their path scores: (B, n, V'), (B, n) -> (B, n, width) each."""
-        log_probs = (logits / state.temperature[:, None, None]).log_softmax(-1)
-        values, tokens = best_tokens(log_probs, self.shape.width)
-        values = values.clamp(max=0).nan_to_num(nan=LEAST, neginf=LEAST)
-        return tokens if self.vocabulary is None else self.vocabulary[tokens], scores[..., None] + values
+        scaled = logits / state.temperature[:, None, None]
+        values, tokens = best_tokens(scaled, self.shape.width)
+        best = values[..., :1]
+        total = scaled.sub_(best).exp_().sum(-1, keepdim=True)  # in place: fresh memory costs more than the arithmetic
+        log_probs = (values - best - total.log()).nan_to_num(nan=LEAST, neginf=LEAST)
+        return tokens if self.vocabulary is None else self.vocabulary[tokens], scores[..., None] + log_probs
 
     def slots_of(self, path: Tensor) -> Tensor:
         """Where the nodes of `path` (B, D+1) were forwarded, counted from the root's slot; 0 for leaves, which were
