@@ -47,7 +47,8 @@ def load_streamed(
     made = _Assembly(model, folder, said, asked.device)
     try:
         made.put_resident()
-        streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
+        budget = int(SHARE * free_bytes(asked.device)) if budget is None else budget
+        streamer = made.streamed(budget, kind, buffers)
     except BaseException:
         made.reader.close()
         raise
@@ -127,7 +128,9 @@ class _Assembly:
             embeddings = self.model.get_submodule(table)
             assert isinstance(embeddings, nn.Embedding)
             self._assign(name, nothing(stored, self.device))
-            look_up(embeddings, RowFile(self.folder.file(EMBEDDINGS), stored))
+            path, record = self.folder.file(EMBEDDINGS), self.records[EMBEDDINGS]
+            look_up(embeddings, RowFile(path, record.size, stored))
+            self.reader.verify(path, record.size, record.sums)
 
     def _read(self, name: str) -> Tensor:
         """The content of a file, in memory of the device."""
@@ -172,21 +175,15 @@ class _Assembly:
         chosen = [names[number] for number in placed.streamed]
         largest = max((self.records[name].size for name in chosen), default=0)
         memory = [self._memory(largest) for _ in range(placed.buffers)]
-        feeder = self._feeder(chosen, memory, kind) if chosen else None
+        tables = [[self._parts(self.records[name].of(buffer)) for name in chosen] for buffer in memory]
+        blank = [self._parts(blanks[number]) for number in placed.streamed]
+        fetched, direct = sum(self.records[name].size for name in chosen), self.reader.direct
+        about = StreamAbout(kind, len(names), len(placed.resident), fetched, placed.bytes, placed.buffers, direct)
+        feeder = self._feeder(chosen, memory, kind) if chosen else None  # last: it begins to fetch
         if not chosen:
             self.reader.close()
-        fetched = sum(self.records[name].size for name in chosen)
-        return Streamer(
-            [layers[number] for number in placed.streamed],
-            layers[0],
-            [[self._parts(self.records[name].of(buffer)) for name in chosen] for buffer in memory],
-            [self._parts(blanks[number]) for number in placed.streamed],
-            feeder,
-            StreamAbout(
-                kind, len(names), len(placed.resident), fetched, placed.bytes, placed.buffers, self.reader.direct
-            ),
-            self.folder,
-        )
+        hooked = [layers[number] for number in placed.streamed]
+        return Streamer(hooked, layers[0], tables, blank, feeder, about, self.folder)
 
     def _parts(self, tensors: dict[str, Tensor]) -> dict[nn.Module, Parts]:
         """With what each module of a layer computes where the layer's tensors are these."""
