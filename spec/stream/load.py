@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.rotation import Rotation
-from ..target.weights import refuse_saving
+from ..target.weights import refuse_casts, refuse_saving
 from .budget import BUFFERS, bytes_of, free_bytes, place
 from .disk import LayerFiles, Prefetcher
 from .forms import Device, Parts, layer_of, nothing, put
@@ -31,17 +31,16 @@ SHARE = 0.5  # of the free memory that weights may take, where nothing is asked 
 
 
 def load_streamed(
-    asked: Asked, kind: str, resident: str | int | float | None, name: str, buffers: int = BUFFERS
+    asked: Asked, kind: Kind, resident: str | int | float | None, name: str, buffers: int = BUFFERS
 ) -> tuple["PreTrainedModel", Origin]:
     """The model, in evaluation mode, its weights streamed from `kind`, with `resident` bytes of them in memory at most;
     and what it was made from. Says on stderr what is repacked, and what is where.
 
     Raises ValueError for what cannot be streamed, and StreamError where files cannot be written or read."""
-    kind = checked_kind(kind, asked.device)
     budget = None if resident is None else bytes_of(resident)
     origin = origin_of(asked)
     device = Device(asked.device, origin.dtype)
-    folder = folder_of(origin, device, asked.weights.name)
+    folder = folder_of(origin, device)
     said = repacked(origin, folder, device, name)
     model, before = origin.skeleton(), psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
@@ -54,6 +53,7 @@ def load_streamed(
         raise
     set_streamer(model.eval(), streamer)
     refuse_saving(model)
+    refuse_casts(model)
     print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
     return model, origin
 
@@ -70,8 +70,12 @@ def _announced(about: StreamAbout, small: int, before: int) -> str:
         f"{streamed} layers of {about.layers}, {about.bytes_per_forward / 1e9:.2f} GB, are fetched from {about.kind}"
     )
     what = f"{fetched} for each forward" if streamed else "all layers stay in memory"
-    whole = f"with them this process takes about {(before + about.resident_bytes) / 1e9:.2f} GB"
-    return f"{what}; in memory are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {whole}"
+    if about.kind == "host":
+        where, beside = "the GPU's memory", f"the host keeps {about.bytes_per_forward / 1e9:.2f} GB in its place"
+    else:
+        taken = (before + about.resident_bytes) / 1e9
+        where, beside = "memory", f"with them this process takes about {taken:.2f} GB"
+    return f"{what}; in {where} are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {beside}"
 
 
 def checked_kind(kind: str, device: torch.device) -> Kind:

@@ -127,9 +127,8 @@ class Immediate:
 
 def test_weights_that_wait_in_the_hosts_memory(pair, monkeypatch):
     path, here, drafter = pair
-    monkeypatch.setattr(load, "checked_kind", lambda kind, device: "host")
     monkeypatch.setattr(load, "CudaCopies", Immediate)
-    away = streamed(path, 5)
+    away = streamed(path, 5, kind="host")
     assert_same(here, away, torch.arange(3, 20)[None], drafter=drafter, **SEEDED)
     about, record = streamer_of(away).about, streamer_of(away).record
     assert about.kind == "host" and record.bytes_read >= (record.forwards - 1) * about.bytes_per_forward
