@@ -180,14 +180,14 @@ class _Assembly:
         largest = max((self.records[name].size for name in chosen), default=0)
         memory = [self._memory(largest) for _ in range(placed.buffers)]
         tables = [[self._parts(self.records[name].of(buffer)) for name in chosen] for buffer in memory]
-        blank = [self._parts(blanks[number]) for number in placed.streamed]
+        between = [self._parts(blanks[number]) for number in placed.streamed]
         fetched, direct = sum(self.records[name].size for name in chosen), self.reader.direct
         about = StreamAbout(kind, len(names), len(placed.resident), fetched, placed.bytes, placed.buffers, direct)
         feeder = self._feeder(chosen, memory, kind) if chosen else None  # last: it begins to fetch
         if not chosen:
             self.reader.close()
         hooked = [layers[number] for number in placed.streamed]
-        return Streamer(hooked, layers[0], tables, blank, feeder, about, self.folder)
+        return Streamer(hooked, layers[0], tables, between, feeder, about, self.folder)
 
     def _parts(self, tensors: dict[str, Tensor]) -> dict[nn.Module, Parts]:
         """With what each module of a layer computes where the layer's tensors are these."""

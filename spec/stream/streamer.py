@@ -1,6 +1,6 @@
 """Streamed models: hooks that give each layer its weights before it runs. Knows nothing of files and of decoding.
 
-Between its runs a layer computes with `nothing` (NaN), so that whoever reads weights that are not there notices.
+Between its runs a layer has `nothing`, whose numbers are NaN, so that whoever reads weights that are not there notices.
 """
 
 import threading

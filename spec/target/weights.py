@@ -162,7 +162,7 @@ def refuse_casts(model: "PreTrainedModel") -> None:
     """No module of this model can be cast or moved (`to`, `float`, `half`, `cuda`): ValueError. Most of its weights are
     not there, and those that come are what was written of them."""
     for module in model.modules():
-        module._apply = _no_casts  # type: ignore[method-assign]
+        module._apply = _no_casts
 
 
 def _no_casts(*args: object, **options: object) -> NoReturn:

@@ -125,11 +125,13 @@ class Immediate:
         pass
 
 
-def test_weights_that_wait_in_the_hosts_memory(pair, monkeypatch):
+def test_weights_that_wait_in_the_hosts_memory(pair, monkeypatch, capsys):
     path, here, drafter = pair
     monkeypatch.setattr(load, "CudaCopies", Immediate)
     away = streamed(path, 5, kind="host")
     assert_same(here, away, torch.arange(3, 20)[None], drafter=drafter, **SEEDED)
+    said = capsys.readouterr().err
+    assert "in the GPU's memory are" in said and "the host keeps" in said and "this process takes" not in said
     about, record = streamer_of(away).about, streamer_of(away).record
     assert about.kind == "host" and record.bytes_read >= (record.forwards - 1) * about.bytes_per_forward
 
