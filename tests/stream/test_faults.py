@@ -102,7 +102,7 @@ def test_embeddings_fail_in_the_middle(path, monkeypatch):
         return plain(descriptor, *rest)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    model = streamed(path, 1)
+    model = streamed(path, 3)
     with pytest.raises(StreamError, match="Input/output error") as caught:
         paceline.generate(model, PROMPT, on_step=At(4, lambda: failing.append(1)), **GREEDY)
     assert caught.value.output.sequences.shape[1] >= PROMPT.shape[1] + 4
@@ -111,7 +111,7 @@ def test_embeddings_fail_in_the_middle(path, monkeypatch):
 @pytest.mark.parametrize("token", [61, 62, -1])
 def test_tokens_that_there_are_not(token, path):
     ids = torch.tensor([[5, token]])
-    for model in (resident(path), streamed(path, 1)):
+    for model in (resident(path), streamed(path, 3)):
         with pytest.raises(IndexError, match="index out of range"):
             model(ids)
 
