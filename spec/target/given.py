@@ -106,7 +106,7 @@ def read_given(
         inputs["logits_to_keep"] = 0  # its states at all columns are heard; logits are computed for the last alone
     config.prefill_chunk_size = None
     put_taps(model, taps)
-    with listening(columns=1) as heard:
+    with listening(columns=slice(-1, None)) as heard:
         outputs = model._prefill(ids, config, inputs)
     cache = inputs[name]
     mask = inputs.get("attention_mask")

@@ -24,7 +24,7 @@ Heard = dict[Tap | str, Any]  # what the taps of a forward told
 class LastPart:
     """What `model` does with what its decoder returned. The decoder is the outermost module around all layers whose
     forward is called; which one that is a first forward shows. `agrees` says whether the logits are the model's own;
-    None where no forward has shown it yet."""
+    None before that forward."""
 
     def __init__(self, model: "PreTrainedModel"):
         self.agrees: bool | None = None
@@ -33,19 +33,17 @@ class LastPart:
         for path in self._around:
             put_module_tap(model, path)
 
-    def check(self, heard: Heard, tokens: Tensor, logits: Tensor) -> bool:
-        """Whether it gives the model's own `logits` (B, n, V) at the last positions of a forward of `tokens` (B, N),
-        bit for bit, asked for in another order. Positions that are all alike tell nothing."""
-        if torch.equal(logits, logits.flip(1)):
-            return False
+    def check(self, heard: Heard, tokens: Tensor, nodes: Tensor, logits: Tensor) -> bool:
+        """Whether it gives the model's own `logits` (B, n, V) at `nodes` (n,) of a forward of `tokens` (B, N), bit for
+        bit, asked for in another order. Where they are all alike that shows nothing, and counts as no."""
         called = [path for path in self._around if path in heard]
-        self.agrees = bool(called) and "forward" not in vars(self._model)  # a replaced one runs the whole model
+        alike = torch.equal(logits, logits.flip(1))
+        self.agrees = bool(called) and not alike and "forward" not in vars(self._model)  # a replaced one runs all of it
         if self.agrees:
             self._decoder, self._stand_in = called[0], _Given()
             self._rest = _with(self._model, called[0].split("."), self._stand_in)
-            last = torch.arange(tokens.shape[1], device=tokens.device)[-logits.shape[1] :].flip(0)
             try:
-                again = self.logits(heard, tokens, last.expand(len(tokens), -1)).flip(1)
+                again = self.logits(heard, tokens, nodes.flip(0).expand(len(tokens), -1)).flip(1)
                 self.agrees = torch.equal(again.nan_to_num(), logits.nan_to_num())
             except (TypeError, ValueError, RuntimeError, KeyError, IndexError, AttributeError):
                 self.agrees = False  # it looks at more than the states

@@ -24,7 +24,7 @@ from .given import GivenPrompt
 from .last_part import LastPart
 from .masks import SlotView, showing
 from .protocol import Seen, Span, TargetTraits, Unscored
-from .taps import Tap, feature_sizes, joined, listening, put_idle_head, put_taps
+from .taps import NONE, Tap, feature_sizes, joined, listening, put_idle_head, put_taps
 
 
 def cache_argument(model: PreTrainedModel) -> str:
@@ -111,11 +111,12 @@ class SlotModel:
     def _unscored(self, tokens: Tensor, base: Tensor, tree: Ancestry) -> Seen | Unscored:
         assert self.last_part is not None, "it is made for that"
         index, tokens = torch.arange(tree.size, device=base.device), tokens.clamp(0, self.last_token)
-        # The first time the logits of the last two nodes are computed, too, and must come out the same.
-        columns = 2 if self.last_part.agrees is None else 0
+        # The first time the logits of the first and the last node are computed, too, and must come out the same.
+        trial = self.last_part.agrees is None
+        columns = slice(None, None, max(tree.size - 1, 1)) if trial else NONE
         logits, heard = self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), columns=columns)
-        if columns and not self.last_part.check(heard, tokens, logits):
-            self.last_part = None if self.last_part.agrees is False else self.last_part
+        if trial and not self.last_part.check(heard, tokens, index[columns], logits):
+            self.last_part = None
             return self.forward_nodes(tokens, base, tree)
         return Unscored(partial(self.last_part.logits, heard, tokens), self._features(heard))
 
@@ -140,10 +141,10 @@ class SlotModel:
         view: SlotView,
         features: Tensor | None = None,
         keep: int = 0,
-        columns: int | None = None,
+        columns: slice | None = None,
     ) -> tuple[Tensor, dict[Tap | str, Any]]:
         """Forward `tokens` (B, n) written at `slots` (B, n): the logits and what was heard. `keep` is `logits_to_keep`;
-        the LM head computes no more than the last `columns`."""
+        the LM head computes no more than the `columns`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
         ids = tokens.clamp(0, self.last_token)
@@ -190,7 +191,7 @@ class SlotModel:
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
         whole = not logits and bool(self.traits.taps)
         where = torch.where(padding, self.capacity - 1, slots)
-        keep, columns = 0 if whole else 1, 0 if self.can_idle and not logits else None
+        keep, columns = 0 if whole else 1, NONE if self.can_idle and not logits else None
         scores, heard = self._run(tokens, where, view, features, keep, columns)
         return Seen(scores, self._features(heard, keep))
 

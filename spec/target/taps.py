@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 HEAD: Literal["head"] = "head"
+NONE = slice(0)  # columns
 Tap = int | Literal["head"]  # the output of the decoder layer of that number, from 0; or the LM head's input
 
 _active = threading.local()
@@ -105,8 +106,7 @@ def _tell_input(head: nn.Module, inputs: tuple) -> tuple | None:
     if heard is None:
         return None
     heard[HEAD] = inputs[0]
-    columns, width = _active.columns, inputs[0].shape[1]
-    return None if columns is None else (inputs[0][:, max(width - columns, 0) :],)
+    return None if _active.columns is None else (inputs[0][:, _active.columns],)
 
 
 def _tell_output(layer: int, module: nn.Module, inputs: tuple, output: Tensor | tuple) -> None:
@@ -122,9 +122,9 @@ def _tell_all(path: str, module: nn.Module, inputs: tuple, output: Any) -> None:
 
 
 @contextmanager
-def listening(columns: int | None = None) -> Iterator[dict[Tap | str, Any]]:
+def listening(columns: slice | None = None) -> Iterator[dict[Tap | str, Any]]:
     """Within, the states at the taps of models run by this thread are recorded in the dict that is yielded, (B, n, H)
-    each. A tapped LM head computes logits of the last `columns` only, 0 for none; None: of all it is given."""
+    each. A tapped LM head computes logits of the `columns` only; None: of all it is given."""
     _active.heard, _active.columns = {}, columns
     try:
         yield _active.heard
@@ -149,7 +149,7 @@ def hidden_states(
     Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
     ids that restart."""
     put_taps(model, (*taps, HEAD))
-    with listening(columns=0) as heard:
+    with listening(NONE) as heard:
         model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
     joined(heard, taps)  # raises where one is missing
     return {tap: heard[tap] for tap in taps}

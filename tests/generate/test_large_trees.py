@@ -178,3 +178,34 @@ def test_memory_does_not_grow_with_nodes_times_vocabulary(monkeypatch):
             assert largest.bytes >= 4 * nodes * vocab
         else:
             assert largest.bytes <= 4 * 33 * vocab, "of 16 drafted nodes, in 64 bits"
+
+
+def forwards_of(model):
+    """A list that grows with each forward of `model`, which is known by now."""
+    paceline.generate(model, torch.tensor([[5, 6, 7]]), max_new_tokens=1, do_sample=False)
+    forwards = []
+    model.model.layers[0].register_forward_pre_hook(lambda *ignored: forwards.append(1))
+    return forwards
+
+
+@pytest.mark.parametrize("drafter, tree", [(None, None), ("ngram", "chain:1"), ("ngram", "3")])
+def test_a_step_forwards_the_target_once(drafter, tree, walked):
+    """Also without drafts, where there is no other node to try it by, and where guesses are all alike."""
+    model, ids = tiny_llama(), torch.tensor([[5, 9, 6, 7], [7, 8, 5, 3]])  # in which nothing is repeated
+    forwards = forwards_of(model)
+    out = paceline.generate(
+        model, ids, drafter=drafter, tree=tree, max_new_tokens=8, do_sample=False, executor="eager",
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    assert bool(walked) == (drafter is not None)
+    assert len(forwards) == 1 + len({event.step for event in out.trace.events}), "the prompt is the other one"
+
+
+def test_guesses_that_show_nothing_are_computed_at_once_from_then_on(walked):
+    """A model whose logits are always the same tells nothing, and is asked once."""
+    model, ids = tiny_llama(), torch.tensor([[5, 6, 7]])
+    torch.nn.init.zeros_(model.lm_head.weight)
+    forwards = forwards_of(model)
+    options = dict(drafter="ngram", tree="chain:2", max_new_tokens=8, do_sample=False, return_dict_in_generate=True)
+    out = paceline.generate(model, ids, executor="eager", **options)
+    assert len(forwards) == 2 + len(out.trace.events) and not walked

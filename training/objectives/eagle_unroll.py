@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ...spec.target.taps import HEAD, joined, listening, put_taps
+from ...spec.target.taps import HEAD, NONE, joined, listening, put_taps
 from .objective import Batch, TargetView, labelled
 
 _ATTENTION = "paceline_unroll"  # of `Columns`, in transformers' registry
@@ -118,7 +118,7 @@ def unroll(network, text: Text, columns: Tensor, steps: int) -> Iterator[tuple[T
     put_taps(network, (HEAD, network.feedback))
     with _attending_by_document(network.config):
         for step in range(steps):
-            with listening(columns=0) as heard:
+            with listening(columns=NONE) as heard:
                 network(tokens[None], features[None], positions[None], attention_mask=seen, cache=seen)
             states, features = (heard[tap][0] for tap in (HEAD, network.feedback))
             if step == 0:
