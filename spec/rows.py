@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 class Stopwatch:
     """Measures the seconds of each phase of a step; on CUDA with events, so that timing never waits for the device.
-    What `streamer`, if there is one, lets a phase wait for weights is a phase of its own."""
+    What `streamer`, if there is one, lets a phase wait for weights is a phase of its own. On CUDA its counts are those
+    of what has ended, and so are complete only when the step has: the wait is taken out of "verify", in which the
+    target computes."""
 
     def __init__(self, device: torch.device, streamer: Streamer | None = None):
         self.device, self.streamer = device, streamer
@@ -41,7 +43,7 @@ class Stopwatch:
         self._look()
 
     def _look(self) -> None:
-        if self.streamer is not None:
+        if self.streamer is not None and not (self.records and self.device.type == "cuda"):
             self.records.append(self.streamer.record)
         if self.device.type != "cuda":
             self.times.append(time.perf_counter())
@@ -55,8 +57,8 @@ class Stopwatch:
 
     def seconds(self) -> dict[str, float]:
         """Seconds by phase; to be called after the step's results have been read."""
+        self._settle()
         if self.events:
-            self.events[-1].synchronize()
             pairs = itertools.pairwise(self.events)
             spent = [before.elapsed_time(after) / 1000 for before, after in pairs]
         else:
@@ -64,14 +66,23 @@ class Stopwatch:
         seconds = dict(zip(self.phases, spent))
         if self.records:
             waited = [(after - before).waited_seconds for before, after in itertools.pairwise(self.records)]
-            seconds = {phase: max(0.0, whole - wait) for (phase, whole), wait in zip(seconds.items(), waited)}
+            waits = dict(zip(["verify"] if self.events else self.phases, waited))
+            seconds = {phase: max(0.0, whole - waits.get(phase, 0.0)) for phase, whole in seconds.items()}
             seconds[WAIT] = sum(waited)
         return seconds
+
+    def _settle(self) -> None:
+        """Wait until the device has done the step, and count what it fetched."""
+        if self.events:
+            self.events[-1].synchronize()
+            if self.streamer is not None and len(self.records) == 1:
+                self.records.append(self.streamer.record)
 
     def fetched(self) -> Fetched | None:
         """What was fetched meanwhile; None where weights are not streamed."""
         if not self.records:
             return None
+        self._settle()
         between = self.records[-1] - self.records[0]
         return Fetched(between.bytes_read, between.read_seconds)
 

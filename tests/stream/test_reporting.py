@@ -1,6 +1,7 @@
 """What a streamed target costs, from the step to the page: waits, bytes, and how much of them was hidden."""
 
 import json
+from dataclasses import replace
 
 import paceline
 import pytest
@@ -38,6 +39,40 @@ def test_waits_are_taken_out_of_the_phase_in_which_they_fell():
     assert watch.seconds() == {"draft": 0.125, "verify": 0.75, "commit": 0.125, "wait": 0.25}
     assert watch.fetched() == Fetched(125, 1.25)
     assert Stopwatch(torch.device("cpu")).fetched() is None
+
+
+class QueuedEvent:
+    """An event of a device that does what it is given when somebody waits for it: two seconds between any two, of which
+    half a one in each step is a wait, and one and a half copy a gigabyte."""
+
+    made, told = [], Told()
+
+    def __init__(self, enable_timing):
+        self.number = len(self.made)
+        self.made.append(self)
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        steps = self.number // 4 + 1
+        self.told.record = StreamRecord(steps, 0.5 * steps, 1.5 * steps, self.told.record.bytes_read)
+
+    def elapsed_time(self, other):
+        return 2000.0 * (other.number - self.number)
+
+
+def test_a_device_that_works_behind_the_host_counts_for_the_step_that_it_was_given(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", QueuedEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    told = QueuedEvent.told
+    for _ in range(3):
+        watch = Stopwatch(torch.device("cuda"), told)
+        told.record = replace(told.record, bytes_read=told.record.bytes_read + 10**9)  # is queued
+        for phase in ("draft", "verify", "commit"):
+            watch.mark(phase)
+        assert watch.seconds() == {"draft": 2.0, "verify": 1.5, "commit": 2.0, "wait": 0.5} == watch.seconds()
+        assert watch.fetched() == Fetched(10**9, 1.5)
 
 
 def test_what_is_hidden_is_counted_by_hand():
