@@ -29,7 +29,7 @@ class DynamicTree:
 
     def __init__(self, request: DraftRequest, vocabulary: Tensor | None = None):
         assert isinstance(request.shape, DynamicShape), "StaticTree fills the others"
-        self.shape, self.static, self.vocabulary = request.shape, request.static, vocabulary
+        self.shape, self.may_wait, self.vocabulary = request.shape, request.may_wait, vocabulary
         most = 1 + self.shape.batch * (self.shape.max_depth - 1)
         self.forwarded = Ancestry.of_roots(request.batch, most, request.device)  # numbered by their slots
         self.slot_of_node = torch.zeros(request.batch, len(self.shape), dtype=torch.int64, device=request.device)
@@ -42,7 +42,7 @@ class DynamicTree:
         pool = _Pool.empty(len(base), len(shape) - 1, base.device)
         pool = pool.joined(root, *self._children(session.root_logits(state, base), root.float(), state))
         for first in range(1, self.forwarded.size, shape.batch):
-            count = shape.batch if self.static else self._useful(pool, state)
+            count = self._useful(pool, state) if self.may_wait else shape.batch
             if count == 0:
                 break
             chosen, scores = pool.best_new(count)  # (B, W)

@@ -99,7 +99,7 @@ class DraftRequest:
     sampling: DraftSampling
     target: "PreTrainedModel | None" = None  # its states, LM head or embeddings may be read
     share: Share | None = None  # None: no other drafter fills a part of the tree
-    static: bool = True  # a proposal never waits for the host, as the target's forward does otherwise
+    may_wait: bool = False  # a step waits for the host anyway, so that a proposal may, too
 
     @property
     def whole_depth(self) -> int:

@@ -104,7 +104,7 @@ def step(engine: Engine, mark: Callable[[str], None]) -> StepResult:
     mark("draft")
     seen = engine.target.forward(proposal, base)
     if isinstance(seen, Unscored):
-        verdict, kept = _walked(engine, seen, proposal, base)
+        verdict, kept = walked(engine, seen, proposal, base)
     else:
         verdict, kept = _judged(engine, seen.logits, proposal, base)
     mark("verify")
@@ -147,7 +147,7 @@ def _judged(engine: Engine, logits: Tensor, proposal: Proposal, base: Tensor) ->
     return verdict, (logits[rows, verdict.path], scores[rows, verdict.path])
 
 
-def _walked(engine: Engine, seen: Unscored, proposal: Proposal, base: Tensor) -> tuple[Verdict, Kept]:
+def walked(engine: Engine, seen: Unscored, proposal: Proposal, base: Tensor) -> tuple[Verdict, Kept]:
     """The verdict on a tree whose logits are computed along the accepted path."""
     state, sampler, kept = engine.state, engine.sampler, []
 

@@ -27,7 +27,7 @@ from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..provenance import target_fingerprint
 from ..rows import Stopwatch
 from ..stream.streamer import streamer_of
-from ..tree import TreeShape
+from ..tree import DynamicShape, TreeShape
 from ..verify import draft_sampling
 from .commands import check_drawing, load
 from .plan_tables import show_draft, show_plan, show_target, show_weights
@@ -64,6 +64,7 @@ def plan(args: Namespace) -> None:
         rates = [measured_acceptance(args, model).rates()]
         measured = measure(model, [drafter], executor, drawing)
         planned = choose_tree(rates[0], measured.target, measured.drafts[0])
+        _announce(model, measured)
         show_plan([part.name for part in parts], rates, measured, planned, ())
     else:
         planned = _plan_by_replay(args, model, tokenizer, prompts, drafter, executor, drawing)
@@ -71,7 +72,7 @@ def plan(args: Namespace) -> None:
     runner = step_times.open_idle(model, executor, drafting, planned.shape, sampling=drawing)
     seconds = step_times.alone(model, runner, **({} if streamer_of(model) is None else step_times.SLOW))
     fixed = isinstance(planned.shape, TreeShape)
-    how = "measured" if fixed else f"measured where all {planned.shape.max_depth} levels are drafted"
+    how = "measured" if fixed else f"measured where all {planned.shape.max_depth} levels are drafted, none right"
     print(f"a step of it: {planned.seconds_per_step * 1e3:.1f} ms predicted, {seconds * 1e3:.1f} ms {how}")
     with folders_above(path):
         planned.save(path)
@@ -110,10 +111,15 @@ def _plan_by_replay(
     show_plan([part.name for part in parts], found.rates, measured, found.plan, found.by_nodes)
     if len(parts) > 1:
         alone = zip(parts, found.alone)
-        print("; ".join(f"{part.name} alone: {part_plan.speedup:.2f} times" for part, part_plan in alone))
+        print("; ".join(f"{part.name} alone: {_in_words(each)}" for part, each in alone))
     if others:
         show_weights(drafter, (found, measured), (calibrated(model, others, of_others, *how, found.texts), of_others))
     return found.plan
+
+
+def _in_words(planned: Plan) -> str:
+    tree = f" with {planned.shape.text}" if isinstance(planned.shape, DynamicShape) else ""
+    return f"{planned.speedup:.2f} times{tree}"
 
 
 def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance:

@@ -164,8 +164,12 @@ def _kept_run(model: PreTrainedModel, drafter: Drafter, engine: Engine, spec: Ru
 
 def many_scores(model: PreTrainedModel, batch: int, nodes: int, rule: str, sampling: bool) -> bool:
     """Whether the scores of `batch` trees of so many nodes are too many to exist together, and need not."""
-    many = 4 * batch * nodes * model.config.get_text_config().vocab_size > MOST_SCORES
-    return nodes > 1 and many and walks(rule, sampling)
+    return walks(rule, sampling) and nodes > most_scored(model, batch)
+
+
+def most_scored(model: PreTrainedModel, batch: int = 1) -> int:
+    """The most nodes of each of `batch` trees whose scores exist together; one at least."""
+    return max(1, MOST_SCORES // (4 * batch * model.config.get_text_config().vocab_size))
 
 
 def make_engine(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:
@@ -196,7 +200,9 @@ def open_engine(
         )
     traits = target.traits
     sizes = traits.batch, traits.capacity
-    request = DraftRequest(*sizes, traits.vocab_size, traits.device, shape, drawing, target.model, static=traits.static)
+    request = DraftRequest(
+        *sizes, traits.vocab_size, traits.device, shape, drawing, target.model, may_wait=not traits.static
+    )
     return Engine(
         state=DecodeState.empty(*sizes, eos, traits.device),
         target=target,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..console import Bar
+from ..engines.runs import many_scores
 from ..proposal import Drafter
 from ..stream.streamer import streamer_of
 from ..tree import TreeShape
@@ -106,16 +107,25 @@ def calibrated(
     texts: Sequence[KnownText] = (),
 ) -> Calibrated:
     """The plans for drafters `parts`, from the replay of each on `prompts`."""
+    grown, by_nodes = None, []
     if by_text(model, rule, temperature):
         texts = texts or texts_of(model, parts[0], prompts, temperature, new_tokens)
-        if len(parts) == 1 and parts[0].traits.fills_dynamic:
+        if parts[0].traits.fills_dynamic:
             grown = grow_along(model, parts[0], texts, rule, temperature)
-            by_nodes = plans(grown, measured.target, measured.grown[0])
-            best = max([Plan.none(measured.target[1]), *by_nodes], key=lambda plan: plan.speedup)
-            return Calibrated([grown], [best], best, by_nodes, texts)
+
+            def walking(nodes: int) -> float:
+                return measured.walking if many_scores(model, 1, nodes, rule, temperature > 0) else 0.0
+
+            by_nodes = plans(grown, measured.target, measured.grown[0], walking)
+    none = Plan.none(measured.target[1])
+    best = max([none, *by_nodes], key=lambda plan: plan.speedup)
+    if grown is not None and len(parts) == 1:
+        return Calibrated([grown], [best], best, by_nodes, texts)
     replays = [calibrate(model, part, prompts, rule, temperature, new_tokens, texts) for part in parts]
     alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
-    best = alone[0]
+    if grown is not None:  # alone the first would grow its trees, which beside another it does not
+        alone[0] = best
+    planned = alone[0]
     if len(parts) > 1:
-        best = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
-    return Calibrated(replays, alone, best, texts=texts)
+        planned = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
+    return Calibrated(replays, alone, planned, texts=texts)

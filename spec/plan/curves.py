@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from ..engines.executors import Executor
+from ..engines.runs import most_scored
 from ..proposal import Drafter, DraftSampling, NoDrafter, parts_of
 from ..stream.streamer import streamer_of
-from ..tree import DynamicShape, TreeShape
+from ..tree import TreeShape
 from .step_times import Blank, alone, open_idle
 from .streamed import draft_curves, target_curve
 from .trees import interpolate, rising
@@ -37,25 +38,25 @@ Curve = dict[int, float]
 class Curves:
     """`target[n]`: seconds of a step with n nodes, without drafting. `drafts[i][d]`: of drafter i drafting d levels.
     For a streamed target also `grown[i][w][d]`: of its growing a dynamic tree of d levels and width w (or, with width
-    1, drafting a chain); `measured` says when its steps were timed."""
+    1, drafting a chain), and `walking`, the seconds of each accepted token of a tree whose scores are not computed at
+    once; `measured` says when its steps were timed."""
 
     target: Curve
     drafts: tuple[Curve, ...]
     grown: tuple[dict[int, Curve], ...] = ()
     measured: str = ""
+    walking: float = 0.0
 
     def of(self, first: int, end: int) -> "Curves":
         """Those of the drafters from number `first` to before `end`."""
         return replace(self, drafts=self.drafts[first:end], grown=self.grown[first:end])
 
-    def step(self, shape: TreeShape | DynamicShape) -> float:
+    def step(self, shape: TreeShape) -> float:
         """Foretold seconds of a step with the tree `shape`."""
         return interpolate(self.target, len(shape)) + sum(self.drafting(shape))
 
-    def drafting(self, shape: TreeShape | DynamicShape) -> list[float]:
-        """Foretold seconds of each drafter in a step with `shape`; a dynamic one has a width that was timed."""
-        if isinstance(shape, DynamicShape):
-            return [interpolate(curves[shape.width], shape.max_depth) for curves in self.grown]
+    def drafting(self, shape: TreeShape) -> list[float]:
+        """Foretold seconds of each drafter in a step with `shape`."""
         return [interpolate(curve, depth) for curve, depth in zip(self.drafts, self.depths(shape))]
 
     def depths(self, shape: TreeShape) -> list[int]:
@@ -102,9 +103,13 @@ def measure(
 
 def _streamed(model: PreTrainedModel, drafters: Sequence[Drafter], sampling: DraftSampling, anew: bool) -> Curves:
     """The curves of a streamed target, whose steps are eager."""
-    target, measured = target_curve(model, anew)
+    target, walking, measured = target_curve(model, anew)
+    if sampling.coupling == "own":  # the rules that need the scores of all nodes, which are not to take much memory
+        most = min(most_scored(model), max(target))
+        fewer = {nodes: seconds for nodes, seconds in target.items() if nodes < most}
+        target = {**fewer, most: interpolate(target, most)}
     grown = tuple(draft_curves(model, part, sampling) for drafter in drafters for part in parts_of(drafter))
-    return Curves(target, tuple(curves[min(curves)] for curves in grown), grown, measured)
+    return Curves(target, tuple(curves[1] for curves in grown), grown, measured, walking)
 
 
 def _compiled(model: PreTrainedModel, drafters: Sequence[Drafter], eager: Curves, opened: Opened) -> Curves:

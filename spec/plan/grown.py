@@ -6,7 +6,7 @@ narrower tree expands follows from the order too, but for a few that the widest 
 not drafted. Tokens per step are those of decoding: a step begins where the last one ended. Knows no models, no clocks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,7 +17,7 @@ from .replay import step_positions
 from .trees import Plan, interpolate
 
 WIDEST = DynamicShape(512, 16, 16)
-WIDTHS = (4, 8, 16)
+WIDTHS = (1, 2, 4, 8, 16)
 BUDGETS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)  # nodes, root included
 NEVER = torch.iinfo(torch.int64).max
 
@@ -69,11 +69,14 @@ class GrownReplay:
             forwards += sum(1 + levels[position] for position in begun)
         return tokens, steps, forwards
 
-    def plan(self, shape: DynamicShape, checking: float, drafting: Mapping[int, float], plain: float) -> Plan:
-        """The plan for `shape`, with which a step takes `checking` seconds without drafting; `drafting[d]` are the
-        seconds of d forwards of the drafter."""
+    def plan(
+        self, shape: DynamicShape, checking: float, drafting: Mapping[int, float], plain: float, walking: float = 0.0
+    ) -> Plan:
+        """The plan for `shape`, with which a step takes `checking` seconds without drafting, and `walking` more for
+        each token that it accepts; `drafting[d]` are the seconds of d forwards of the drafter."""
         tokens, steps, forwards = self.steps(shape)
-        return Plan.of(shape, tokens / steps, checking + interpolate(drafting, forwards / steps), plain)
+        seconds = checking + (tokens / steps - 1) * walking + interpolate(drafting, forwards / steps)
+        return Plan.of(shape, tokens / steps, seconds, plain)
 
     @property
     def first_guess(self) -> float:
@@ -82,17 +85,20 @@ class GrownReplay:
 
 
 def plans(
-    replay: GrownReplay, target_seconds: Mapping[int, float], draft_seconds: Mapping[int, Mapping[int, float]]
+    replay: GrownReplay,
+    target_seconds: Mapping[int, float],
+    draft_seconds: Mapping[int, Mapping[int, float]],
+    walking: Callable[[int], float] = lambda nodes: 0.0,
 ) -> list[Plan]:
     """The best tree of each number of nodes in `BUDGETS`; `draft_seconds[width][depth]` are the seconds of growing a
-    tree, the others as for `choose_tree`."""
+    tree, `walking(nodes)` those of each accepted token in one of so many nodes, the others as for `choose_tree`."""
     plain, best = target_seconds[1], []
     for nodes in BUDGETS:
         if nodes <= max(target_seconds):
             checking, candidates = interpolate(target_seconds, nodes), []
             for width, costs in draft_seconds.items():
                 for shape in filter(None, (shape_of(nodes, depth, width) for depth in range(1, max(costs) + 1))):
-                    candidates.append(replay.plan(shape, checking, costs, plain))
+                    candidates.append(replay.plan(shape, checking, costs, plain, walking(nodes)))
             best.append(max(candidates, key=lambda plan: plan.speedup))
     return best
 

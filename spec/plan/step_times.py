@@ -22,8 +22,9 @@ from ..engines.runs import many_scores, open_engine
 from ..proposal import Drafter, DraftRequest, DraftSampling, EmptySession, NoDrafter, Proposal
 from ..sampling import Sampler
 from ..state import DecodeState
-from ..step import Engine, unpack_report
+from ..step import Engine, unpack_report, walked
 from ..stream.streamer import streamer_of
+from ..target.protocol import Unscored
 from ..target.slots import SlotModel
 from ..trace import Trace
 from ..tree import DynamicShape, TokenTree, TreeShape
@@ -76,7 +77,7 @@ def in_turns(
 
 def alone(model: PreTrainedModel, runner: Executor, repeats: int = 9, warm_up: int = 2, limit: float = 1.5) -> float:
     """Median seconds of a step of `runner`, in a block of `warm_up` steps that do not count and up to `repeats`; of
-    those, none but the first three begins after `limit` seconds."""
+    those, none but the first `LEAST` begins after `limit` seconds."""
     seconds: list[float] = []
     with torch.no_grad():
         for _ in range(warm_up):
@@ -97,10 +98,11 @@ def open_idle(
     shape: TreeShape | DynamicShape,
     capacity: int = IDLE_CAPACITY,
     sampling: DraftSampling | None = None,
-    work: Literal["step", "forward", "draft"] = "step",
+    work: Literal["step", "forward", "draft", "walk"] = "step",
     batch: int = 1,
 ) -> Executor:
-    """An executor of an idle engine of `batch` rows, for whole steps, the target forward alone, or drafting alone."""
+    """An executor of an idle engine of `batch` rows, for whole steps, the target forward alone, drafting alone, or the
+    verdict on one node of a tree whose scores are not computed at once."""
     capacity = max(capacity, 2 * (shape.slots + 1))
     prompt, sampling = torch.ones(batch, 1, dtype=torch.long, device=model.device), sampling or DraftSampling()
     sampler = Sampler([], sampling.coupling != "none", prompt, prompt[:, 0] * 0)
@@ -110,7 +112,7 @@ def open_idle(
         target = SlotModel(model, batch, capacity, drafter.traits.taps, unscored=unscored)
         engine = open_engine(target, drafter, shape, sampler, sampling, rule, eos=1)
         engine.state.lengths.fill_(capacity // 2)  # attention takes longer with more text
-        part = {"step": None, "forward": _forward_alone, "draft": _draft_alone}[work]
+        part = {"step": None, "forward": _forward_alone, "draft": _draft_alone, "walk": _walk_alone}[work]
         return EXECUTORS[executor](engine, part(engine) if part is not None else None)
 
 
@@ -123,6 +125,16 @@ def _forward_alone(engine: Engine) -> Step:
 def _draft_alone(engine: Engine) -> Step:
     """The drafting of a step alone."""
     return lambda engine, mark: engine.session.propose(engine.state)
+
+
+def _walk_alone(engine: Engine) -> Step:
+    """The verdict on one node; nothing where scores are computed at once."""
+    base, proposal = engine.state.lengths - 1, engine.session.propose(engine.state)
+    engine.target.forward(proposal, base)  # which finds out
+    seen = engine.target.forward(proposal, base)
+    if not isinstance(seen, Unscored):
+        return lambda engine, mark: None
+    return lambda engine, mark: walked(engine, seen, proposal, base)
 
 
 def step_and_forward_cost(

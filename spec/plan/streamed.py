@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..console import Bar
+from ..engines.runs import many_scores
 from ..files import folders_above, write_json
 from ..proposal import Drafter, DraftSampling, NoDrafter
 from ..stream.record import StreamAbout
@@ -30,9 +31,10 @@ CAPACITY = 1152  # slots of an engine that is timed; half of them hold text, and
 GROWN = 256  # nodes of the trees that are grown to time drafting
 
 
-def target_curve(model: "PreTrainedModel", anew: bool) -> tuple[Curve, str]:
-    """Seconds of a step by nodes, without drafting, and when they were measured: now, and kept, where that has not been
-    done before, or `anew`."""
+def target_curve(model: "PreTrainedModel", anew: bool) -> tuple[Curve, float, str]:
+    """Seconds of a step by nodes, without drafting; those of each accepted token, where scores are computed along the
+    accepted path only, of which a step that is timed has the root alone; and when they were measured: now, and kept,
+    where that has not been done before, or `anew`."""
     path = curve_path(model)
     if not anew and (kept := _read(path)) is not None:
         return kept
@@ -41,17 +43,21 @@ def target_curve(model: "PreTrainedModel", anew: bool) -> tuple[Curve, str]:
         for nodes in bar:
             drafter, shape = (Blank(), bush(nodes)) if nodes > 1 else (NoDrafter(), TreeShape.chain(0))
             seconds[nodes] = alone(model, open_idle(model, "eager", drafter, shape, CAPACITY), **SLOW)
+    walking = 0.0
+    if many_scores(model, 1, max(SIZES), "match", False):
+        walking = alone(model, open_idle(model, "eager", Blank(), bush(max(SIZES)), CAPACITY, work="walk"), **SLOW)
     curve, now = rising(seconds), datetime.now(UTC).isoformat(timespec="minutes")
+    by_nodes = {str(nodes): spent for nodes, spent in curve.items()}
     with folders_above(path):
-        write_json(path, {"seconds": {str(nodes): spent for nodes, spent in curve.items()}, "measured": now})
-    return curve, now
+        write_json(path, {"seconds": by_nodes, "walking": walking, "measured": now})
+    return curve, walking, now
 
 
-def _read(path: Path) -> tuple[Curve, str] | None:
+def _read(path: Path) -> tuple[Curve, float, str] | None:
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         curve = {int(nodes): float(spent) for nodes, spent in kept["seconds"].items()}
-        return (curve, str(kept["measured"])) if tuple(curve) == SIZES else None
+        return (curve, float(kept["walking"]), str(kept["measured"])) if tuple(curve) == SIZES else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -73,7 +73,7 @@ class SlotModel:
         self.can_idle = put_idle_head(model)  # the head has nothing to do while a text is read
         self.last_part = LastPart(model) if unscored and self.can_idle else None
         sizes = batch, capacity, model.device, config.vocab_size
-        static = streamer_of(model) is None
+        static = streamer_of(model) is None and self.last_part is None
         self.traits = TargetTraits(*sizes, taps, sum(feature_sizes(model, taps)), static)
 
     @property

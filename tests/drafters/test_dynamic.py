@@ -69,7 +69,7 @@ def test_very_large_trees(target, draft, spec):
     assert paths_of(event) == grown(draft.model, prompt[0].tolist(), shape)
 
 
-def proposal_of(logits_of, shape, static=True, rows=2):
+def proposal_of(logits_of, shape, may_wait=False, rows=2):
     """What is grown from `logits_of` (V, V), by the token before, and how many nodes each forward had."""
     vocab, forwards = len(logits_of), []
 
@@ -86,7 +86,7 @@ def proposal_of(logits_of, shape, static=True, rows=2):
             return logits_of[tokens]
 
     cpu = torch.device("cpu")
-    request = DraftRequest(rows, 64, vocab, cpu, shape, DraftSampling(), static=static)
+    request = DraftRequest(rows, 64, vocab, cpu, shape, DraftSampling(), may_wait=may_wait)
     state = DecodeState.empty(rows, 64, 1, cpu)
     state.tokens[:, 0], state.done[:] = torch.arange(rows), False
     return DynamicTree(request).grow(state, Table()), forwards
@@ -109,7 +109,7 @@ def test_a_smaller_tree_is_the_beginning_of_a_larger_one(seed, spec):
     torch.manual_seed(seed)
     shape, logits = TreeShape.parse(spec), 3 * torch.randn(17, 17)
     large, forwards = proposal_of(logits, shape)
-    early, fewer = proposal_of(logits, shape, static=False)
+    early, fewer = proposal_of(logits, shape, may_wait=True)
     assert torch.equal(early.tokens, large.tokens) and torch.equal(early.tree.parents, large.tree.parents)
     assert forwards == [shape.batch] * (shape.max_depth - 1)
     assert len(fewer) <= len(forwards) and all(0 < count <= shape.batch for count in fewer)
@@ -127,7 +127,7 @@ def test_a_smaller_tree_is_the_beginning_of_a_larger_one(seed, spec):
 
 def test_growth_ends_early_where_the_draft_is_sure():
     logits = torch.eye(9).roll(1, dims=1) * 30  # one token follows each, nearly for certain
-    _, forwards = proposal_of(logits, TreeShape.parse("dynamic:4x8x3"), static=False)
+    _, forwards = proposal_of(logits, TreeShape.parse("dynamic:4x8x3"), may_wait=True)
     assert forwards == [3, 1, 1], "of three nodes two make way for a chain, whose children are no better"
 
 

@@ -16,7 +16,9 @@ from paceline.spec.plan.step_times import Blank, open_idle
 from paceline.spec.plan.store import plan_path
 from paceline.spec.plan.streamed import LEVELS, SIZES, WIDTHS, bush
 from paceline.spec.plan.trees import Plan, interpolate
+from paceline.spec.target.last_part import LastPart
 from paceline.spec.tree import DynamicShape, TreeShape
+from paceline.spec.verify import draft_sampling
 from stream.pretending import ABOUT, pretending
 
 from support.models import noisy_copy, tiny_llama
@@ -29,7 +31,7 @@ def timed(monkeypatch, tmp_path):
 
     def open_idle(model, executor, drafter, shape, capacity, sampling=None, work="step"):
         seen.append((work, shape))
-        return 0.1 * shape.max_depth if work == "draft" else 1.0 + 0.01 * len(shape)
+        return {"draft": 0.1 * shape.max_depth, "step": 1.0 + 0.01 * len(shape), "walk": 0.25}[work]
 
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     monkeypatch.setattr(streamed, "open_idle", open_idle)
@@ -47,11 +49,11 @@ def test_step_times_are_kept_for_what_they_depend_on(timed, tmp_path):
         grown, fixed = measured.grown
         assert {width: list(curve) for width, curve in grown.items()} == {width: [0, *LEVELS] for width in WIDTHS}
         assert grown[8][16] == pytest.approx(1.6) and list(fixed) == [1] and list(fixed[1]) == [0, 1, 8]
-        assert measured.of(0, 1).step(DynamicShape(64, 16, 4)) == pytest.approx(1.64 + 1.6)
         assert measured.of(1, 2).step(TreeShape.chain(7)) == pytest.approx(1.08 + 0.7)
         del timed[:]
         again = measure(model, drafters, "eager")
         assert again.target == measured.target and again.measured == measured.measured != ""
+        assert again.walking == measured.walking == 0.0, "so few scores are computed at once"
         assert {work for work, _ in timed} == {"draft"}, "steps are not timed again"
         measure(model, [], "eager", anew=True)
         assert [work for work, _ in timed].count("step") == len(SIZES)
@@ -63,6 +65,39 @@ def test_step_times_are_kept_for_what_they_depend_on(timed, tmp_path):
             file.write_text('{"seconds": {"1": 2.0}}')
         measure(model, [], "eager")
         assert len(timed) == 2 * len(SIZES), "a damaged file is none"
+
+
+def test_where_scores_are_computed_along_the_path_its_tokens_have_times_of_their_own(timed, monkeypatch):
+    monkeypatch.setattr(runs, "MOST_SCORES", 4 * 61 * 100)  # bytes of a hundred nodes
+    model = tiny_llama()
+    with pretending(model):
+        assert measure(model, [], "eager").walking == measure(model, [], "eager").walking == 0.25
+        assert [work for work, _ in timed].count("walk") == 1, "kept"
+
+
+@torch.no_grad()
+def test_what_a_further_accepted_token_takes_is_its_logits_and_draw(monkeypatch):
+    counts, plain = [], LastPart.logits
+    monkeypatch.setattr(LastPart, "logits", lambda *inputs: counts.append(inputs[-1].numel()) or plain(*inputs))
+    for most, expected in ((0, [2, 1, 1]), (1 << 40, [])):
+        del counts[:]
+        monkeypatch.setattr(runs, "MOST_SCORES", most)
+        model = tiny_llama()
+        runner = open_idle(model, "eager", Blank(), bush(32), work="walk")
+        model.model.forward = None  # the decoder is not called again
+        for _ in range(2):
+            runner.run(lambda phase: None)
+        assert counts == expected
+
+
+def test_rules_that_need_the_scores_of_all_nodes_get_no_trees_whose_scores_are_large(timed, monkeypatch):
+    monkeypatch.setattr(runs, "MOST_SCORES", 4 * 61 * 100)
+    model = tiny_llama()
+    with pretending(model):
+        drawn = measure(model, [], "eager", draft_sampling("residual", True)).target
+        assert list(drawn) == [1, 8, 32, 64, 100] and drawn[100] == pytest.approx(2.0)
+        for sampling in (draft_sampling("match", True), draft_sampling("residual", False)):
+            assert max(measure(model, [], "eager", sampling).target) == 512
 
 
 def test_a_plan_belongs_to_how_weights_are_streamed():
@@ -166,7 +201,13 @@ def random_replay(positions=40, seed=0):
 def test_the_dynamic_tree_is_the_best_of_all_that_were_replayed():
     replay = random_replay()
     target = {1: 4.0, 64: 4.0, 128: 5.0, 512: 12.0}
-    drafting = {4: {0: 0.0, 16: 0.8}, 8: {0: 0.0, 16: 1.0}, 16: {0: 0.0, 16: 1.6}}
+    drafting = {
+        1: {0: 0.0, 16: 0.6},
+        2: {0: 0.0, 16: 0.7},
+        4: {0: 0.0, 16: 0.8},
+        8: {0: 0.0, 16: 1.0},
+        16: {0: 0.0, 16: 1.6},
+    }
     best = {}
     for nodes, depth, width in itertools.product(BUDGETS, range(1, 17), WIDTHS):
         if (shape := shape_of(nodes, depth, width)) is not None:
@@ -177,6 +218,13 @@ def test_the_dynamic_tree_is_the_best_of_all_that_were_replayed():
     chosen = plans(replay, target, drafting)
     assert [plan.speedup for plan in chosen] == pytest.approx(list(best.values())) and len(chosen) == len(BUDGETS)
     assert [len(plan.shape) for plan in plans(replay, {1: 4.0, 64: 4.0}, drafting)][-1] == 64, "no larger than timed"
+    tokens, steps, forwards = replay.steps(chosen[-1].shape)
+    walked = replay.plan(chosen[-1].shape, 12.0, {0: 0.0, 16: 0.0}, 4.0, walking=0.5)
+    assert walked.seconds_per_step == pytest.approx(12.0 + 0.5 * (tokens / steps - 1)), "the root is in the twelve"
+    dear = plans(replay, target, drafting, lambda nodes: 100.0 if nodes > 64 else 0.0)
+    assert max(dear, key=lambda plan: plan.speedup).shape.nodes <= 64
+    narrow = plans(replay, {1: 1.0, 512: 1.0}, {width: {0: 0.0, 16: 100.0 * (width > 1)} for width in WIDTHS})
+    assert narrow[0].shape.width == 1, "chains are among the choices"
 
 
 def test_plans_of_dynamic_trees_are_files_that_tree_takes(tmp_path):
@@ -195,3 +243,18 @@ def test_a_drafter_of_fixed_trees_is_replayed_on_a_broad_one(one_thread):
         measured = Curves({1: 1.0, 512: 1.0}, ({0: 0.0, 16: 0.0},), ({1: {0: 0.0, 16: 0.0}},))
         found = calibrated(model, (drafter,), measured, [prompt], "match", 0.0, 12)
     assert isinstance(found.plan.shape, TreeShape) and not found.by_nodes and len(found.texts) == 1
+
+
+def test_of_a_pair_the_first_alone_is_planned_with_its_dynamic_trees(one_thread):
+    """Which beside another drafter it does not grow."""
+    model = tiny_llama(seed=3)
+    parts = ModelDrafter(noisy_copy(model, 0.08)), paceline.load_drafter("ngram", model)
+    flat, free = {1: 1.0, 512: 1.0}, {0: 0.0, 16: 0.0}
+    measured = Curves(flat, (free, free), (dict.fromkeys(WIDTHS, free), {1: free}))
+    prompt = {"input_ids": torch.tensor([[5, 6, 5, 6, 5]])}
+    with pretending(model):
+        pair = calibrated(model, parts, measured, [prompt], "match", 0.0, 12)
+        first = calibrated(model, parts[:1], measured, [prompt], "match", 0.0, 12, pair.texts)
+    assert isinstance(pair.plan.shape, TreeShape) and len(pair.rates) == 2
+    assert pair.alone[0] == first.plan and isinstance(first.plan.shape, DynamicShape)
+    assert isinstance(pair.alone[1].shape, TreeShape)
