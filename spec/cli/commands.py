@@ -90,9 +90,10 @@ def generate(args: Namespace) -> None:
             on_step=telling.on_step,
             **sampling,
         )
-    except (KeyboardInterrupt, ValueError, OSError) as error:
+    except BaseException as error:  # whatever it is, the text so far is kept
         if telling.events:
-            telling.end(stopped=str(error) or "Ctrl-C")
+            stopped = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
+            telling.end(stopped=stopped)
         raise
     assert isinstance(out, SpeculativeOutput) and out.trace is not None
     telling.events = out.trace.events

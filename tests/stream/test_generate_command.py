@@ -106,3 +106,14 @@ def test_what_is_there_is_kept_when_it_is_stopped(streamed, capsys, error, code,
             assert said["stopped"] == (str(error) or "Ctrl-C")
         else:
             assert shown.out.endswith("\n") and shown.out.strip() and "tokens per step" in shown.err
+
+
+def test_an_error_that_nobody_foresaw_keeps_the_text_too(streamed, capsys):
+    hook = broken_off(streamed, 3, RuntimeError("out of memory"))
+    try:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            cli.main([*COMMAND, "--json"])
+    finally:
+        hook.remove()
+    said = json.loads(capsys.readouterr().out)
+    assert said["tokens"] and said["stopped"] == "out of memory"
