@@ -12,8 +12,10 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from paceline import PromptCache
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.spec.engines import runs
 from paceline.spec.stream import load
 from paceline.spec.stream.streamer import prompt_chunk, streamer_of
+from paceline.spec.target.last_part import LastPart
 from paceline.spec.tree import DynamicShape
 from stream.streaming import FAMILIES, LAYERS, assert_same, resident, saved, streamed, text
 
@@ -40,6 +42,21 @@ def test_the_text_is_the_resident_ones(family, dtype, prompts, tmp_path):
         assert_same(here, away, prompts, **way)
     spent = streamer_of(away).record - before
     assert spent.bytes_read >= (spent.forwards - 2) * about.bytes_per_forward > 0, "each forward fetches its layers"
+
+
+@pytest.mark.parametrize("family, dtype, tree, way", [
+    ("gemma3_text", "bfloat16", "dynamic:128x16x8", SEEDED),
+    ("mixtral", "float32", "dynamic:512x6x32", dict(do_sample=False)),
+])  # fmt: skip
+def test_large_trees_whose_scores_are_computed_along_the_path(family, dtype, tree, way, prompts, tmp_path, monkeypatch):
+    path = saved(family, tmp_path / "model", dtype)
+    here, away = resident(path, dtype), streamed(path, 4, dtype)
+    truth, counts, logits = paceline.generate(here, prompts, max_new_tokens=10, **way), [], LastPart.logits
+    monkeypatch.setattr(LastPart, "logits", lambda *inputs: counts.append(inputs[-1].numel()) or logits(*inputs))
+    monkeypatch.setattr(runs, "MOST_SCORES", 0)
+    drafter = ModelDrafter(noisy_copy(resident(path), 0.05))
+    out = paceline.generate(away, prompts, drafter=drafter, tree=tree, max_new_tokens=10, **way)
+    assert torch.equal(out, truth) and len(counts) > 1
 
 
 @pytest.fixture(scope="module")
