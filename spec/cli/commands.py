@@ -90,10 +90,9 @@ def generate(args: Namespace) -> None:
             on_step=telling.on_step,
             **sampling,
         )
-    except BaseException as error:  # whatever it is, the text so far is kept
+    except BaseException as error:  # the text so far is kept whatever stopped it
         if telling.events:
-            stopped = "Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or type(error).__name__
-            telling.end(stopped=stopped)
+            telling.end(stopped="Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or repr(error))
         raise
     assert isinstance(out, SpeculativeOutput) and out.trace is not None
     telling.events = out.trace.events

@@ -17,7 +17,7 @@ from .disk import LayerFiles, Prefetcher
 from .forms import Device, Parts, layer_of, nothing, put
 from .host import CudaCopies, HostFeeder
 from .layout import FileRecord, StreamFolder
-from .origin import Asked, Origin, origin_of
+from .origin import Asked, origin_of
 from .reader import Reader, pages
 from .record import Kind, StreamAbout
 from .repack import EMBEDDINGS, RESIDENT, folder_of, repacked
@@ -31,10 +31,16 @@ SHARE = 0.5  # of the free memory that weights may take, where nothing is asked 
 
 
 def load_streamed(
-    asked: Asked, kind: Kind, resident: str | int | float | None, name: str, buffers: int = BUFFERS
-) -> tuple["PreTrainedModel", Origin]:
+    asked: Asked,
+    kind: Kind,
+    resident: str | int | float | None,
+    name: str,
+    with_tokenizer: bool = False,
+    buffers: int = BUFFERS,
+) -> tuple["PreTrainedModel", Any]:
     """The model, in evaluation mode, its weights streamed from `kind`, with `resident` bytes of them in memory at most;
-    and what it was made from. Says on stderr what is repacked, and what is where.
+    and its tokenizer, which is loaded first, as it belongs to the memory that is announced. Says on stderr what is
+    repacked, and what is where.
 
     Raises ValueError for what cannot be streamed, and StreamError where files cannot be written or read."""
     budget = None if resident is None else bytes_of(resident)
@@ -42,7 +48,8 @@ def load_streamed(
     device = Device(asked.device, origin.dtype)
     folder = folder_of(origin, device)
     said = repacked(origin, folder, device, name)
-    model, before = origin.skeleton(), psutil.Process().memory_info().rss
+    model, tokenizer = origin.skeleton(), origin.tokenizer() if with_tokenizer else None
+    before = psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
     try:
         made.put_resident()
@@ -55,7 +62,7 @@ def load_streamed(
     refuse_saving(model)
     refuse_casts(model)
     print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
-    return model, origin
+    return model, tokenizer
 
 
 def _announced(about: StreamAbout, small: int, before: int) -> str:

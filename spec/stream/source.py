@@ -18,7 +18,7 @@ from ..kernels.rotation import Rotation
 from ..quantise.folder import WEIGHTS, FileTensors, block_layer, checked_layers
 from ..target.gguf_file import GgufFile
 from ..target.gguf_model import BlockReader
-from ..target.load import why_not_loaded
+from ..target.sources import why_not_loaded
 from ..target.taps import layer_stacks
 from ..target.weights import Weights
 

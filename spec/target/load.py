@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
     from .weights import Weights
 
-from ..console import one_line, quietly, waiting
-from ..files import cache_folder
-from .sources import resolve
+from ..console import quietly, waiting
+from .sources import resolve, why_not_loaded
 from .tokenizers import load_tokenizer
 from .wheels import NAMED
 
@@ -172,8 +171,7 @@ def _load_streamed(
     try:
         with quietly():
             asked = Asked(_local(where, name), weights, dtype, device, trust_remote_code)
-            model, origin = load_streamed(asked, kind, resident, name)
-            tokenizer = origin.tokenizer() if with_tokenizer else None
+            model, tokenizer = load_streamed(asked, kind, resident, name, with_tokenizer)
     except ValueError:
         raise
     except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
@@ -236,20 +234,6 @@ def _wait(name: str, where: str) -> AbstractContextManager[None]:
             return waiting(f"fetching {name} from the model hub")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return waiting(f"loading {name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
-
-
-def why_not_loaded(name: str, where: str, error: Exception) -> str:
-    """In one sentence, why the model `name`, looked for at `where`, cannot be loaded."""
-    detail = one_line(error, 240)
-    if Path(where).is_dir():
-        remedy = "delete the folder and fetch it again" if where.startswith(str(cache_folder())) else "check the files"
-        return f"model folder {where} cannot be loaded ({type(error).__name__}: {detail}); {remedy}"
-    if name in NAMED:
-        return f"{name} could be fetched neither by pip nor from the model hub ({detail}); check the network"
-    return (
-        f"model {name!r} is no folder here and not among the named models ({', '.join(NAMED)}), and the model hub did "
-        f"not give it ({type(error).__name__}: {detail}); check the name and the network"
-    )
 
 
 def end_ids(model: "PreTrainedModel") -> list[int]:

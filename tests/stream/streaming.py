@@ -72,7 +72,7 @@ def budget(path, fetched, dtype="float32", weights="16", buffers=BUFFERS):
 def streamed(path, fetched=LAYERS, dtype="float32", weights="16", buffers=BUFFERS, kind="disk"):
     """The model of `path`, of which `fetched` layers are fetched for each forward: none, or more than `buffers`."""
     size = budget(path, fetched, dtype, weights, buffers)
-    model = load_streamed(asked_for(path, dtype, weights), kind, size, str(path), buffers)[0]
+    model = load_streamed(asked_for(path, dtype, weights), kind, size, str(path), buffers=buffers)[0]
     about = streamer_of(model).about
     assert about.layers - about.resident_layers == fetched
     return model
