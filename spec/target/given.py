@@ -148,8 +148,8 @@ def _check_layers(model: PreTrainedModel, cache: DynamicCache) -> None:
         least = min(width, layer.sliding_window - 1) if plain and layer.is_sliding else width
         if not plain or not least <= layer.keys.shape[2] <= width:
             raise ValueError(
-                f"{type(model).__name__} keeps something else of this prompt than keys and values of its tokens (states "
-                "of a recurrence, or of an image that every token looks at); use model.generate for it"
+                f"{type(model).__name__} keeps something else of this prompt than keys and values of its tokens "
+                "(states of a recurrence, perhaps, or of an image that every token looks at); use model.generate for it"
             )
 
 

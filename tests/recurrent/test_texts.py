@@ -6,6 +6,8 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.spec.engines import runs
 from paceline.spec.refill import Text, decode_texts
+from paceline.spec.target.given import cache_name
+from transformers import DynamicCache
 
 from support.models import noisy_copy
 from support.reference import plain_text
@@ -76,6 +78,17 @@ def test_a_recorded_step_decodes_other_prompts(stateful, texts, monkeypatch):
     (tape,) = tapes
     assert tape.tape.offences == [] and tape.replays > 4
     runs.reset(stateful)
+
+
+def test_what_needs_slots_alone_is_refused(stateful, texts):
+    """A text read before, and a cache handed in: a state is that of its whole text."""
+    with pytest.raises(ValueError, match="keeps states of whole texts only"):
+        _decode(stateful, texts[:1], None, reuse=paceline.PromptCache())
+    with pytest.raises(ValueError, match="of attention layers, or leave it out"):
+        _decode(stateful, texts[:1], None, **{cache_name(): DynamicCache(config=stateful.config)})
+    embeddings = stateful.get_input_embeddings()(torch.tensor(texts[:1]))
+    with pytest.raises(ValueError, match=r"keeps something else of this prompt|doesn't have its forwarding"):
+        paceline.generate(stateful, inputs_embeds=embeddings, max_new_tokens=4, eos_token_id=None)
 
 
 @pytest.mark.slow
