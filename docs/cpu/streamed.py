@@ -70,6 +70,8 @@ def resident_worker(args):
     import paceline
 
     model, _ = paceline.load_target(args.model, dtype=args.dtype, weights=args.weights)
+    for parameter in model.parameters():  # what stays mapped into memory cannot be dropped from the page cache
+        parameter.data = parameter.data.clone()
     return ours(model, None, None), {}
 
 
@@ -119,13 +121,14 @@ def accelerate_worker(args):
             pass
 
     def answer(tokens, limit):
-        times, ids = Times(), torch.tensor([tokens])
+        times, ids, before = Times(), torch.tensor([tokens]), psutil.Process().io_counters().read_bytes
         begun = time.perf_counter()
         options = {"do_sample": False, "max_new_tokens": limit, "streamer": times}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         text = out[0, len(tokens) :].tolist()
         after = [len(text) - 1, times.ends[-1] - times.ends[1]]
-        return {"seconds": time.perf_counter() - begun, "text": text, "after": after}
+        said = {"seconds": time.perf_counter() - begun, "text": text, "after": after}
+        return {**said, "read": (psutil.Process().io_counters().read_bytes - before) / len(text)}
 
     return answer, {}
 
@@ -228,11 +231,17 @@ def measure(args):
     args.model = folder_of(args)
     prompts, output = [*texts(args)], Path(args.output)
     done = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    asked = {key: getattr(args, key) for key in ("model", "draft", "prompts", "resident", "weights", "tree", "tokens")}
+    if done and done[0] != {"asked": asked}:
+        raise SystemExit(f"{output} is of other arguments ({done[0].get('asked')}); name another output with -o")
+    if not done:
+        done.append({"asked": asked})
+        output.write_text(json.dumps(done[0]) + "\n")
     there = {(entry["prompt"], entry["way"]) for entry in done if "way" in entry}
     left = [(n, way) for n in range(len(prompts)) for way in turn(ways, n) if (n, way) not in there]
     if not left:
         return done
-    if args.calibrate:
+    if args.calibrate and len(done) == 1:
         plan(args)
     workers = {way: Worker(args, way) for way in ("plain", "tree") if way in ways}
     known = {key: value for worker in workers.values() for key, value in worker.known.items()}
@@ -241,7 +250,8 @@ def measure(args):
     with open(output, "a", encoding="utf-8") as file:
         warmed = set()
         for number, way in left:
-            limit = args.accelerate_tokens if way == "accelerate" and args.accelerate_tokens else args.tokens
+            slow = way in ("plain", "accelerate") and args.slow_tokens
+            limit = args.slow_tokens if slow else args.tokens
             if way not in warmed:  # the first forward compares checksums, and fills buffers
                 warmed.add(way)
                 workers[way].answer(prompts[number][:16], 2)
@@ -306,6 +316,8 @@ def report(args, entries):
         f"{about['layers']} layers resident; accelerate's files dropped from the page cache before each forward"
     )
     print(f"disk {spread_of(speeds)} GB/s in {len(speeds)} probes")
+    if reads := [entry["read"] for entry in answers.get("accelerate", {}).values()]:
+        print(f"accelerate read {spread_of([each / 1e9 for each in reads])} GB a forward from the disk")
     peaks = {way: max(entry["peak"] for entry in found.values()) for way, found in answers.items()}
     announced = about["resident_bytes"]
     print(
@@ -362,7 +374,7 @@ def compare(answers):
         if not both:
             continue
         pairs = [(answers[way][n], answers[other][n]) for n in sorted(both)]
-        whole = [rate(a) / rate(b) for a, b in pairs]
+        whole = [rate(a) / rate(b) for a, b in pairs if len(a["text"]) == len(b["text"])]
         after = [rate_after(a) / rate_after(b) for a, b in pairs if a["after"][0] and b["after"][0]]
         same = sum(a["text"][: len(b["text"])] == b["text"][: len(a["text"])] for a, b in pairs)
         print(
@@ -398,7 +410,7 @@ def main():
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--count", type=int, default=12, help="prompts")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--accelerate-tokens", type=int, help="fewer, as each takes as long (default: as many)")
+    parser.add_argument("--slow-tokens", type=int, help="of plain and accelerate: each takes as long (default: all)")
     parser.add_argument("--work", default="streamed-work", help="folder for what is made")
     parser.add_argument("-o", "--output", default="streamed.jsonl")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)
