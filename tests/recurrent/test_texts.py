@@ -4,11 +4,18 @@ import paceline
 import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
 from paceline.spec.refill import Text, decode_texts
+from paceline.spec.step import step
 from paceline.spec.target.given import cache_name
+from paceline.spec.target.slots import SlotModel
+from paceline.spec.tree import TreeShape
+from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache
 
+from support.engines import engine_of
+from support.families import STATEFUL, build
 from support.models import noisy_copy
 from support.reference import plain_text
 from support.tape import tape_executor
@@ -92,9 +99,21 @@ def test_what_needs_slots_alone_is_refused(stateful, texts):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_decodes_the_same(stateful, texts):
-    runs.reset(stateful)
+def test_every_step_is_one_graph(stateful):
+    counter = CompileCounter()
+    engine = engine_of(SlotModel(stateful, 2, 64), NgramDrafter(), TreeShape.parse("2x1"))
+    with torch.no_grad():
+        engine.idle_step()
+        traced = torch.compile(lambda: step(engine, lambda phase: None), backend=counter, fullgraph=True, dynamic=False)
+        traced(), traced()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "mamba2"])  # that of qwen3_next takes a minute, and is the same too
+def test_a_compiled_step_decodes_the_same(name, texts):
+    model = build(name, STATEFUL[name])
     for batch in (texts, texts[::-1]):
-        truth = _decode(stateful, batch, "ngram", "2x1", executor="eager")
-        assert torch.equal(_decode(stateful, batch, "ngram", "2x1", executor="compiled"), truth)
-    runs.reset(stateful)
+        truth = _decode(model, batch, "ngram", "2x1", executor="eager")
+        assert torch.equal(_decode(model, batch, "ngram", "2x1", executor="compiled"), truth)
+    runs.reset(model)
