@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal, Share
 from ..spec.state import DecodeState
-from ..spec.target.protocol import Resumable, Span
+from ..spec.target.protocol import Resumable, Span, can_resume
 from ..spec.tree import TokenTree, TreeShape
 
 COPIED = 2  # length of the second drafter's chain in the default tree
@@ -67,7 +67,7 @@ class Beside:
             for drafter, nodes in zip(self.parts, (first, second))
         ]
         remembering = [session for part, session in zip(self.parts, sessions) if part.traits.remembers]
-        resumable = all(isinstance(session, Resumable) for session in remembering)
+        resumable = all(can_resume(session) for session in remembering)
         return (ResumableBesideSession if resumable else BesideSession)(sessions, request)
 
 

@@ -93,6 +93,10 @@ class ModelSession(NetworkSession):
         nodes = path if self.numbers is None else self.numbers[path]
         self.slots.commit(base, self.growth.slots_of(nodes), count)
 
+    @property
+    def resumable(self) -> bool:
+        return self.slots.resumable
+
     def save_row(self, row: int, count: int) -> list:
         return self.slots.save_row(row, count)
 

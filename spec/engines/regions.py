@@ -4,7 +4,8 @@ A layer is what a `ModuleList` holds several of, whatever the family of the mode
 settings, or with weights of other shapes or in other blocks give a region of their own: torch's guards tell such layers
 apart only the first time that a model is traced in a step, and a draft model is traced several times. Where a layer
 uses only its own slots of the cache, its region gets these in place of the cache and is a function of tensors, which
-torch (from 2.12 on) need not even trace again for the next layer. Calls with other shapes are told apart by torch.
+torch (from 2.12 on) need not even trace again for the next layer. Layers that keep states instead are traced as part of
+the whole. Calls with other shapes are told apart by torch.
 Knows nothing of steps.
 """
 
@@ -94,10 +95,12 @@ def layers_as_regions(models: Iterable[nn.Module], run: Callable[[], object]) ->
     for model in models:
         several = [layer for layer in repeated_layers(model) if "forward" not in vars(layer)]
         kinds |= zip(several, layer_kinds(several))
-    layers = list(kinds)
-    numbers = _cache_layers(layers, run)
+    uses = _cache_uses(list(kinds), run)
+    layers = [layer for layer in kinds if "update_conv_state" not in uses[layer]]
+    numbers = {layer: number for layer in layers if (number := _single_number(uses[layer])) is not None}
     regions: dict[tuple, Callable] = {}
-    for layer, kind in kinds.items():
+    for layer in layers:
+        kind = kinds[layer]
         if layer in numbers:
             layer.__dict__[_NUMBER] = numbers[layer]
         key = kind, layer in numbers
@@ -127,8 +130,9 @@ class _Watched:
         return getattr(self._cache, name)
 
 
-def _cache_layers(layers: list[nn.Module], run: Callable[[], object]) -> dict[nn.Module, int]:
-    """Which layer of the cache each of `layers` updates in `run`; only those that do nothing else with the cache."""
+def _cache_uses(layers: list[nn.Module], run: Callable[[], object]) -> dict[nn.Module, set]:
+    """What each of `layers` does with the cache in `run`: the numbers of the cache's layers that it updates, and the
+    names of whatever else it looks up."""
     uses: dict[nn.Module, set] = {layer: set() for layer in layers}
 
     def watched(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -146,8 +150,13 @@ def _cache_layers(layers: list[nn.Module], run: Callable[[], object]) -> dict[nn
     finally:
         for layer in layers:
             del layer.__dict__["forward"]
-    single = {layer: next(iter(used)) for layer, used in uses.items() if len(used) == 1}
-    return {layer: number for layer, number in single.items() if isinstance(number, int)}
+    return uses
+
+
+def _single_number(uses: set) -> int | None:
+    """The layer of the cache that a layer updates, where it does nothing else with the cache."""
+    number = next(iter(uses)) if len(uses) == 1 else None
+    return number if isinstance(number, int) else None
 
 
 def _cache_name(arguments: dict[str, Any]) -> str | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..proposal import Drafter
 from ..request import Held, Request
 from ..step import Engine
-from ..target.protocol import Resumable
+from ..target.protocol import Resumable, can_resume
 from ..target.rope import read_alike
 from .module_state import numbers, structure
 from .pool import modules_of
@@ -79,8 +79,9 @@ class PromptCache:
         if drafter.traits.remembers:
             parts.append((engine.session, f"drafter {drafter.name!r}"))
         for part, name in parts:
-            if not isinstance(part, Resumable):
-                raise ValueError(f"{name} cannot go on from a text read before (it has no save_row); leave out reuse=")
+            if not can_resume(part):
+                why = "keeps states of whole texts only" if isinstance(part, Resumable) else "has no save_row"
+                raise ValueError(f"{name} cannot go on from a text read before (it {why}); leave out reuse=")
         return KeptTexts(self, model, drafter)
 
     def texts_of(self, model: "PreTrainedModel") -> list[KeptText]:

@@ -3,7 +3,8 @@
 transformers calls `update(keys, values, layer)` without positions, so the slots to write are set by `aim` before each
 forward. A slot is one contiguous line with all heads, so that writing and moving slots copies whole lines. Every layer
 has the full capacity, also sliding-window layers (the mask restricts them), because rejected tokens cannot be removed
-from a ring buffer. Masked slots must hold finite numbers. Knows nothing of trees; lengths belong to the decode state.
+from a ring buffer. Masked slots must hold finite numbers. Layers with convolutions and recurrences keep states instead,
+or besides (../recurrent/states.py). Knows nothing of trees; lengths belong to the decode state.
 """
 
 from collections.abc import Sequence
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+from ..recurrent.passes import NodePass, TextPass
+from ..recurrent.states import States
 
 # One operator for all layers, so that torch.compile has nothing to trace, fuse and compile for each.
 _library = torch.library.Library("paceline", "FRAGMENT")
@@ -112,10 +116,12 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """One `SlotLayer` per decoder layer; padding is written to the last slot."""
+    """One `SlotLayer` per decoder layer; padding is written to the last slot. `states` are those of layers that keep
+    some, None where no layer does; `at` says what the running forward is for them."""
 
-    def __init__(self, batch: int, capacity: int, layers: int):
-        self.batch, self.capacity = batch, capacity
+    def __init__(self, batch: int, capacity: int, layers: int, states: States | None = None):
+        self.batch, self.capacity, self.states = batch, capacity, states
+        self.at: TextPass | NodePass | None = None
         self.reach = capacity  # how many slots the next forward reads
         self.lines: Tensor | None = None  # (B * n,): where the next forward writes
         self.rows: Tensor | None = None  # (R,): the batch rows of the next forward; None: all
@@ -125,7 +131,27 @@ class SlotCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all layers, as far as they are allocated."""
         buffers = (buffer for layer in self.layers if layer.is_initialized for buffer in layer.buffers)
-        return sum(buffer.nbytes for buffer in buffers)
+        return sum(buffer.nbytes for buffer in buffers) + (0 if self.states is None else self.states.nbytes)
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: the window is joined where the convolution is computed."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: the state is with the rule."""
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any) -> Tensor:
+        """Say that a layer is at work; its inputs (B, C, n) go on to the convolution as they are."""
+        if self.at is None or self.states is None:
+            raise RuntimeError("its convolution is not one that Paceline follows")
+        self.at.layer, self.at.window, self.at.calls = self.states.layers[layer_idx], state_idx, 0
+        return conv_states
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, **kwargs: Any) -> Tensor:
+        """The rule, which keeps it, is done."""
+        if self.at is None or not self.at.calls:
+            raise RuntimeError("its recurrence is none of the rules that Paceline follows")
+        self.at.layer = None
+        return recurrent_states
 
     def aim(self, slots: Tensor, reach: int) -> None:
         """Let the next forward write at `slots` (B, n) and read the slots below `reach`."""
@@ -138,6 +164,8 @@ class SlotCache(Cache):
 
     def clear(self, rows: Tensor | None = None) -> None:
         """Zero all rows, or `rows` (R,): a NaN of an earlier text would spread even from masked slots."""
+        if self.states is not None:
+            self.states.clear(rows)
         for layer in self.layers:
             if rows is None:
                 layer.reset()
@@ -147,6 +175,8 @@ class SlotCache(Cache):
 
     def copy_rows(self, other: "SlotCache", rows: Tensor) -> None:
         """Copy the contents of `rows` (B,) of `other`, a cache of the same capacity, into this cache's rows."""
+        if self.states is not None and other.states is not None:
+            self.states.copy_rows(other.states, rows)
         for layer, source in zip(self.layers, other.layers):
             if source.is_initialized:
                 layer.keys, layer.values = (source.by_row(buffer)[rows].flatten(0, 1) for buffer in source.buffers)
@@ -189,7 +219,10 @@ class SlotCache(Cache):
     def compact(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         """Move the first `count` (B,) nodes of `path` (B, D+1), written at slots base + node, to base + 0, 1, ... D.
 
-        Always copies D + 1 slots, so that the shape is static; slots from `count` on are copied to themselves."""
+        Always copies D + 1 slots, so that the shape is static; slots from `count` on are copied to themselves. States
+        absorb the same nodes."""
+        if self.states is not None:
+            self.states.commit(base, path, count)
         if path.shape[1] == 1:
             return  # the root is in its place already
         columns = torch.arange(path.shape[1], device=path.device)

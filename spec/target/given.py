@@ -141,15 +141,16 @@ def _working_copy(cache: DynamicCache) -> DynamicCache:
 
 def _check_layers(model: PreTrainedModel, cache: DynamicCache) -> None:
     """Raise ValueError unless each layer holds the whole text, or the window of it that is still seen."""
-    width = cache.get_seq_length()
-    for layer in cache.layers:
-        if layer.is_initialized:
-            least = min(width, layer.sliding_window - 1) if layer.is_sliding else width
-            if type(layer) not in _LAYERS or not least <= layer.keys.shape[2] <= width:
-                raise ValueError(
-                    f"{type(model).__name__} keeps something else of this prompt than keys and values of its tokens "
-                    "(of an image, perhaps, that every token looks at); use model.generate for it"
-                )
+    kept = [layer for layer in cache.layers if type(layer) not in _LAYERS or layer.is_initialized]
+    plain = all(type(layer) in _LAYERS for layer in kept)
+    for layer in kept:
+        width = cache.get_seq_length() if plain else 0
+        least = min(width, layer.sliding_window - 1) if plain and layer.is_sliding else width
+        if not plain or not least <= layer.keys.shape[2] <= width:
+            raise ValueError(
+                f"{type(model).__name__} keeps something else of this prompt than keys and values of its tokens "
+                "(states of a recurrence, perhaps, or of an image that every token looks at); use model.generate for it"
+            )
 
 
 def _shift(model: PreTrainedModel, ids: Tensor, inputs: dict[str, Any], pads: Tensor) -> Tensor:

@@ -102,6 +102,11 @@ class Resumable(Protocol):
         """Hold the first `count` tokens of what `save_row` gave, in a row that is clear. At least one more is read."""
 
 
+def can_resume(part: Any) -> bool:
+    """Whether a target or session hands over the beginning of a row: states are those of its whole text."""
+    return isinstance(part, Resumable) and getattr(part, "resumable", True)
+
+
 @runtime_checkable
 class TakesPrompts(Protocol):
     """A target that can go on from prompts that the model's own forward has read."""

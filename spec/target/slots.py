@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
 from ..proposal import Proposal
+from ..recurrent import hooks
+from ..recurrent.passes import NodePass, TextPass
+from ..recurrent.states import States
 from ..stream.streamer import streamer_of
 from ..tree import Ancestry
 from . import attention, masks, rope
@@ -61,7 +64,9 @@ class SlotModel:
         self.last_token = (config.vocab_size if reads is None else len(reads)) - 1  # ids beyond are of images
         self.cache_argument = cache_argument(model)
         self.capacity = capacity
-        self.cache = SlotCache(batch, capacity, config.num_hidden_layers)
+        layers = config.num_hidden_layers
+        states = States(batch, layers, capacity, model.device) if hooks.install(model) else None
+        self.cache = SlotCache(batch, capacity, layers, states)
         # Positions in a table are clamped: a drafted node may lie beyond the context, but is never committed there.
         table = None if rope.is_rotary(model) else getattr(config, "max_position_embeddings", None)
         self.last_position = None if table is None else table - 1
@@ -98,9 +103,11 @@ class SlotModel:
 
     def read(self, span: Span, features: Tensor | None = None) -> Tensor | None:
         self.cache.rows = span.rows
+        states = self.cache.states
+        at = None if states is None else states.text(span.rows, span.positions >= 0)
         self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
-            return self.forward_text(span.tokens, span.positions, span.reach, logits=False, features=features).features
+            return self.forward_text(span.tokens, span.positions, span.reach, False, features, at).features
         finally:
             self.cache.rows = None
 
@@ -114,7 +121,8 @@ class SlotModel:
         # The first time the logits of the first and the last node are computed, too, and must come out the same.
         trial = self.last_part.agrees is None
         columns = slice(None, None, max(tree.size - 1, 1)) if trial else NONE
-        logits, heard = self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), columns=columns)
+        slots, view = base[:, None] + index, self.view_of_nodes(base, tree, index)
+        logits, heard = self._run(tokens, slots, view, self._pass_of_nodes(base, tree, None), columns=columns)
         if trial and not self.last_part.check(heard, tokens, index[columns], logits):
             self.last_part = None
             return self.forward_nodes(tokens, base, tree)
@@ -128,6 +136,10 @@ class SlotModel:
         for name in ("shift", "begun", "beside"):
             getattr(self, name).copy_(getattr(other, name)[rows])
 
+    @property
+    def resumable(self) -> bool:
+        return self.cache.states is None
+
     def save_row(self, row: int, count: int) -> list:
         return self.cache.save_row(row, count)
 
@@ -139,14 +151,16 @@ class SlotModel:
         tokens: Tensor,
         slots: Tensor,
         view: SlotView,
+        at: TextPass | NodePass | None = None,
         features: Tensor | None = None,
         keep: int = 0,
         columns: slice | None = None,
     ) -> tuple[Tensor, dict[Tap | str, Any]]:
-        """Forward `tokens` (B, n) written at `slots` (B, n): the logits and what was heard. `keep` is `logits_to_keep`;
-        the LM head computes no more than the `columns`."""
+        """Forward `tokens` (B, n) written at `slots` (B, n), which are `at` to layers with states: the logits and what
+        was heard. `keep` is `logits_to_keep`; the LM head computes no more than the `columns`."""
         assert self.model is not None, "a run at rest is woken first"
         self.cache.aim(slots, view.visible.shape[2])
+        self.cache.at = at
         ids = tokens.clamp(0, self.last_token)
         hearing: AbstractContextManager[dict[Tap | str, Any]] = nullcontext({})
         if self.traits.taps or columns is not None:
@@ -156,7 +170,7 @@ class SlotModel:
         if self.follows_lengths:
             lengths = torch.maximum(positions + 1, self.begun[rows, None]) + self.beside[rows, None]
             view = replace(view, lengths=lengths)
-        with showing(view), hearing as heard:
+        with showing(view), hooks.passing(at), hearing as heard:
             out = self.model(
                 input_ids=ids if self.reads is None else self.reads[ids],
                 position_ids=positions.clamp(0, self.last_position),
@@ -178,22 +192,33 @@ class SlotModel:
         reach: int | None = None,
         logits: bool = True,
         features: Tensor | None = None,
+        at: TextPass | None = None,
     ) -> Seen:
         """Forward committed text (B, n): each token is written at the slot of its position and sees all slots up to its
         own. All slots are below `reach`. A model that reads `features` (B, n, F) with its tokens is given them.
 
-        Negative slots mean padding, which is written to the last slot. Returns the logits of the last column; with
-        `logits=False` the features of all columns instead, where there are taps."""
+        Negative slots mean padding, which is written to the last slot. Layers with states read the text as `at` says;
+        without it they absorb what they do not hold yet, and other tokens are padding. Returns the logits of the last
+        column; with `logits=False` the features of all columns instead, where there are taps."""
         padding = slots < 0
         positions = slots.clamp(min=0)
         seen = self.slot_index[:reach]
         visible = seen <= positions[:, :, None]  # (B, n, reach)
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
         whole = not logits and bool(self.traits.taps)
-        where = torch.where(padding, self.capacity - 1, slots)
         keep, columns = 0 if whole else 1, NONE if self.can_idle and not logits else None
-        scores, heard = self._run(tokens, where, view, features, keep, columns)
+        states, first, again = self.cache.states, slots[:, 0], None
+        if states is not None and at is None:
+            again = states.last_text(first, slots.shape[1])
+            padding = slots < states.held[:, None]
+        where = torch.where(padding, self.capacity - 1, slots)
+        scores, heard = self._run(tokens, where, view, at or again, features, keep, columns)
+        if states is not None and again is not None:
+            states.commit_text(first, slots.shape[1])
         return Seen(scores, self._features(heard, keep))
+
+    def _pass_of_nodes(self, base: Tensor, tree: Ancestry, nodes: Tensor | None) -> NodePass | None:
+        return None if self.cache.states is None else self.cache.states.nodes(base, tree, nodes)
 
     def forward_nodes(
         self,
@@ -205,7 +230,8 @@ class SlotModel:
     ) -> Seen:
         """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots."""
         index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        logits, heard = self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), features)
+        slots, view = base[:, None] + index, self.view_of_nodes(base, tree, index)
+        logits, heard = self._run(tokens, slots, view, self._pass_of_nodes(base, tree, nodes), features)
         return Seen(logits, self._features(heard))
 
     def view_of_nodes(self, base: Tensor, tree: Ancestry, index: Tensor) -> SlotView:

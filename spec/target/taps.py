@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..recurrent.documents import Documents
+from ..recurrent.hooks import keeps_states
 from .weights import Linear, is_packed, linear_shape
 
 if TYPE_CHECKING:
@@ -147,9 +149,12 @@ def hidden_states(
     """The hidden states at `taps`, (B, T, H) each, of packed rows (B, T), without computing logits.
 
     Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
-    ids that restart."""
+    ids that restart. Where layers keep states, each document is read in a row of its own."""
     put_taps(model, (*taps, HEAD))
+    documents = Documents(position_ids) if keeps_states(model) else None
+    if documents is not None:
+        input_ids, position_ids = documents.apart(input_ids), documents.apart(position_ids)
     with listening(NONE) as heard:
         model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
     joined(heard, taps)  # raises where one is missing
-    return {tap: heard[tap] for tap in taps}
+    return {tap: heard[tap] if documents is None else documents.packed(heard[tap]) for tap in taps}

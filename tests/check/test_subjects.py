@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
     ("config", "words"),
     [
         (dict(model_type="t5"), "t5 is no causal language model"),
-        (dict(model_type="mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64), "keeps a recurrent state"),
+        (dict(model_type="rwkv", hidden_size=32, num_hidden_layers=2, vocab_size=64), "keeps a recurrent state"),
         (dict(model_type="llama", max_position_embeddings=16), "has a context of 16 tokens"),
         (["a", "list"], "gives no configuration"),
     ],

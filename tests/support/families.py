@@ -62,20 +62,52 @@ REFUSED = {
     "falcon-alibi": OLD | dict(
         model_type="falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=True
     ),
+    "recurrent_gemma": SIZES | dict(lru_width=32, attention_window_size=6, num_hidden_layers=3),
+    "rwkv": OLD | dict(hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=64),
+}  # fmt: skip
+_DELTA = SIZES | dict(
+    linear_num_key_heads=2, linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=8,
+    layer_types=["linear_attention", "full_attention"],
+    initializer_range=0.15,  # with 0.3 transformers' own two forms of the rule are up to 4e-5 apart
+)  # fmt: skip
+_SSD = SIZES | dict(
+    mamba_n_heads=8, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=2, mamba_expand=2, mamba_chunk_size=4,
+)  # fmt: skip
+STATEFUL = {
+    "lfm2": SIZES | dict(layer_types=["conv", "full_attention"]),
+    "lfm2_moe": SIZES | MOE | dict(layer_types=["conv", "full_attention"], num_dense_layers=1),
+    "qwen3_next": _DELTA | MOE | dict(shared_expert_intermediate_size=16),
+    "qwen3_5_text": _DELTA,
+    "olmo_hybrid": _DELTA | dict(linear_num_value_heads=2),
+    "mamba2": OLD | dict(
+        hidden_size=32, num_hidden_layers=2, state_size=4, head_dim=8, num_heads=8, n_groups=2, chunk_size=4,
+    ),
+    "falcon_h1": _SSD | dict(mamba_d_ssm=32, mamba_n_heads=4),
+    "granitemoehybrid": _SSD | MOE | dict(layer_types=["mamba", "attention"], shared_intermediate_size=16),
+    "bamba": _SSD | dict(attn_layer_indices=[1]),
+    "nemotron_h": SIZES | dict(
+        layers_block_type=["mamba", "attention"], mamba_num_heads=8, mamba_head_dim=8, ssm_state_size=4, n_groups=2,
+        chunk_size=4,
+    ),
+    "zamba2": SIZES | dict(
+        num_hidden_layers=3, layers_block_type=["mamba", "hybrid", "mamba"], num_mem_blocks=1, adapter_rank=4,
+        mamba_d_state=4, n_mamba_heads=8, mamba_headdim=8, mamba_ngroups=1, chunk_size=4,
+    ),
     "mamba": OLD | dict(hidden_size=32, num_hidden_layers=2, state_size=4),
-    "mamba2": OLD | dict(hidden_size=32, num_hidden_layers=2, state_size=4, head_dim=8, num_heads=8, n_groups=1),
-    "falcon_h1": SIZES | dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=4, mamba_n_groups=1),
-    "qwen3_next": SIZES | MOE | dict(
-        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-        layer_types=["linear_attention", "full_attention"],
+    "falcon_mamba": OLD | dict(hidden_size=32, num_hidden_layers=2, state_size=4),
+    "jamba": SIZES | MOE | dict(
+        mamba_d_state=4, mamba_dt_rank=4, attn_layer_offset=1, attn_layer_period=2, expert_layer_period=2,
+        expert_layer_offset=1,
     ),
 }  # fmt: skip
+
+KINDS = {"convolution": "lfm2", "gated delta": "qwen3_next", "mamba-2": "falcon_h1", "mamba-1": "mamba"}  # of states
 
 
 def build(name, options):
     options = dict(options)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(options.pop("model_type", name), **options, initializer_range=0.3)
+    config = AutoConfig.for_model(options.pop("model_type", name), **({"initializer_range": 0.3} | options))
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

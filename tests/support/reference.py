@@ -6,6 +6,8 @@ import math
 import torch
 from paceline import generate
 from paceline.spec import noise
+from paceline.spec.target.protocol import spans
+from paceline.spec.target.slots import SlotModel
 
 EPSILON, DELTA = 0.09, 0.3
 
@@ -109,3 +111,57 @@ def two_token_law(model, drafter, rule: str, rows: int = 4_000):
     )  # fmt: skip
     pairs = (out.sequences[:, 3] * 4 + out.sequences[:, 4]).bincount(minlength=16) / rows
     return (pairs - joint).abs().sum() / 2, out.trace.summary()["draft_acceptance_rate"]
+
+
+class CheckedRows:
+    """Rows of slots that hold texts, and what their nodes' logits must be, by forwards of each path without cache."""
+
+    def __init__(self, model, lengths, chunk=3, capacity=64, seed=0):
+        self.model, self.generator = model, torch.Generator().manual_seed(seed)
+        self.texts = [self.tokens(length).tolist() for length in lengths]
+        self.slots = SlotModel(model, len(lengths), capacity)
+        self.read(chunk)
+
+    def tokens(self, *shape):
+        return torch.randint(3, 64, shape, generator=self.generator)
+
+    def read(self, chunk, rows=None):
+        lengths = torch.tensor([len(text) for text in self.texts])
+        prompt = torch.tensor([text + [0] * (int(lengths.max()) - len(text)) for text in self.texts])
+        for span in spans(prompt, lengths, chunk, rows):
+            self.slots.read(span)
+
+    @property
+    def base(self):
+        return torch.tensor([len(text) - 1 for text in self.texts])
+
+    @torch.no_grad()
+    def step(self, tree, nodes, again=False, check=True):
+        """A forward of random tokens on `tree` (twice if `again`, first of others), a commit of the path to nodes[row],
+        None where the row is done. The largest error of a node's logits."""
+        tokens = self.tokens(len(self.texts), tree.size)
+        tokens[:, 0] = torch.tensor([text[-1] for text in self.texts])
+        if again:
+            self.slots.forward_nodes(tokens.flip(1), self.base, tree)
+        logits = self.slots.forward_nodes(tokens, self.base, tree).logits
+        error = max(map(self.error, range(len(self.texts)), logits, tokens, [tree] * len(tokens))) if check else 0.0
+        ends = [node or 0 for node in nodes]
+        one = tree.paths.shape[0] == 1
+        paths = torch.stack([tree.paths[0 if one else row, node] for row, node in enumerate(ends)])
+        depths = [int(tree.depths[0 if one else row, node]) for row, node in enumerate(ends)]
+        counts = torch.tensor([0 if node is None else depth + 1 for node, depth in zip(nodes, depths)])
+        self.slots.commit(self.base, paths, counts)
+        for row, count in enumerate(counts.tolist()):
+            self.texts[row] += tokens[row, paths[row, 1:count]].tolist() + self.tokens(1 if count else 0).tolist()
+        return error
+
+    def error(self, row, logits, tokens, tree):
+        """Of all nodes of a row: each leaf's path in a forward of its own."""
+        tree_row = min(row, tree.paths.shape[0] - 1)
+        worst = 0.0
+        for node in range(tree.size):
+            path = tree.paths[tree_row, node, : int(tree.depths[tree_row, node]) + 1]
+            ids = torch.tensor([self.texts[row][:-1] + tokens[path].tolist()])
+            truth = self.model(input_ids=ids, use_cache=False).logits[0, -1]
+            worst = max(worst, float((logits[node] - truth).abs().max() / truth.abs().max().clamp(min=1)))
+        return worst

@@ -11,14 +11,14 @@ from paceline.spec.target.selftest import attach
 from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TokenTree, TreeShape
 
-from support.families import REFUSED, SIZES, SUPPORTED, build
+from support.families import REFUSED, SIZES, STATEFUL, SUPPORTED, build
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", SUPPORTED)
+@pytest.mark.parametrize("name", [*SUPPORTED, *STATEFUL])
 def test_tree_steps_equal_cacheless_forwards(name):
     """Two ragged rows, three steps with commits of different paths: every node's logits to 1e-5 of the largest."""
-    model = build(name, SUPPORTED[name])
+    model = build(name, (SUPPORTED | STATEFUL)[name])
     attach(model)
     shape = TreeShape.parse("2x2x1")
     tree = TokenTree.of(shape, "cpu")
@@ -52,9 +52,7 @@ def test_families_that_cannot_are_refused_in_a_sentence(name):
         attach(model)
     sentence = str(caught.value)
     assert "\n" not in sentence and type(model).__name__ in sentence and "; use a model" in sentence, sentence
-    reason = (
-        "recurrent state" if name in ("mamba", "mamba2", "falcon_h1", "qwen3_next") else "cannot be decoded with trees"
-    )
+    reason = "recurrent state" if name in ("recurrent_gemma", "rwkv") else "cannot be decoded with trees"
     assert reason in sentence
 
 

@@ -92,7 +92,7 @@ def test_a_model_is_looked_at_again_when_it_changes(ragged):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", ["bloom", "mpt", "gpt_neo", "falcon-alibi", "mamba"])
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gpt_neo", "falcon-alibi", "recurrent_gemma"])
 def test_refusals_do_not_depend_on_the_precision(name, dtype):
     with pytest.raises(ValueError, match="; use a model"):
         attach(build(name, REFUSED[name]).to(dtype))

@@ -1,5 +1,7 @@
 """What the frozen target hands over: the LM head's true input, documents apart, logits as its own."""
 
+from functools import partial
+
 import pytest
 import torch
 from paceline.spec.target.taps import HEAD, hidden_states
@@ -13,22 +15,29 @@ from paceline.training.objectives.target import (
     write_hidden_states,
 )
 
-from support.families import tiny
+from support.families import KINDS, STATEFUL, build, tiny
 from support.models import tiny_llama
 from support.training_runs import pack, random_rows, write_data
 
 TAPS = (1, HEAD, 0)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_documents_of_a_pack_do_not_see_each_other(attention):
-    model = tiny_llama(attn_implementation=attention)
+MODELS = {
+    "sdpa": lambda: tiny_llama(attn_implementation="sdpa"),
+    "eager": lambda: tiny_llama(attn_implementation="eager"),
+    **{name: partial(build, name, STATEFUL[name]) for name in KINDS.values()},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_documents_of_a_pack_do_not_see_each_other(name):
+    model = MODELS[name]()
     texts = [list(range(3, 12)), list(range(20, 25)), [7, 7, 8]]
     row = pack([(text, [1] * len(text)) for text in texts], 24)
     ids, positions = (torch.tensor([row[name]]) for name in ("input_ids", "position_ids"))
     with torch.no_grad():
         hidden = hidden_states(model, (HEAD,), ids, positions)[HEAD]
-        alone = [model.model(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts]
+        alone = [model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts]
     torch.testing.assert_close(hidden[0, :17], torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert hidden.isfinite().all(), "padding too"
 

@@ -1,0 +1,1 @@
+"""Layers that keep a state of the text instead of keys and values: convolutions and recurrences."""

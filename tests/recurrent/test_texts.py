@@ -1,0 +1,119 @@
+"""Texts of targets with states: those of plain decoding and of transformers, whatever drafts, in any company."""
+
+import paceline
+import pytest
+import torch
+from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.ngram import NgramDrafter
+from paceline.spec.engines import runs
+from paceline.spec.refill import Text, decode_texts
+from paceline.spec.step import step
+from paceline.spec.target.given import cache_name
+from paceline.spec.target.slots import SlotModel
+from paceline.spec.tree import TreeShape
+from torch._dynamo.testing import CompileCounter
+from transformers import DynamicCache
+
+from support.engines import engine_of
+from support.families import STATEFUL, build
+from support.models import noisy_copy
+from support.reference import plain_text
+from support.tape import tape_executor
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LENGTHS = (11, 8, 3, 1)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Ragged prompts with something to look up."""
+    torch.manual_seed(4)
+    return [torch.randint(3, 64, (4,)).repeat(3)[:length].tolist() for length in LENGTHS]
+
+
+def _batch(texts):
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts])
+    mask = torch.tensor([[0] * (width - len(text)) + [1] * len(text) for text in texts])
+    return ids, mask
+
+
+def _decode(model, texts, drafter, tree=None, new=12, seed=None, **options):
+    ways = dict(do_sample=False) if seed is None else dict(do_sample=True, temperature=1.3, top_k=0, seed=seed)
+    settings = dict(max_new_tokens=new, eos_token_id=None, pad_token_id=0, drafter=drafter, tree=tree)
+    return paceline.generate(model, *_batch(texts), **settings, **ways, **options)
+
+
+@pytest.mark.parametrize("tree", ["2x2x1", "1x1x1"], ids=["tree", "chain"])
+@pytest.mark.parametrize("which", ["ngram", "model"])
+def test_texts_are_those_of_plain_decoding(stateful, texts, which, tree):
+    drafter = "ngram" if which == "ngram" else ModelDrafter(noisy_copy(stateful))
+    out = _decode(stateful, texts, drafter, tree, return_dict_in_generate=True)
+    assert [row[-12:].tolist() for row in out.sequences] == [plain_text(stateful, text, 12) for text in texts]
+    assert which == "ngram" or out.trace.summary()["mean_acceptance_length"] > 1.2
+    alone = stateful.generate(torch.tensor(texts[:1]), do_sample=False, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(_decode(stateful, texts[:1], drafter, tree), alone)
+    sampled = [_decode(stateful, texts, given, None if given is None else tree, seed=5) for given in (None, drafter)]
+    assert torch.equal(*sampled)
+
+
+def test_dynamic_trees_grow_over_a_draft_model_with_states(stateful, texts):
+    drafter = ModelDrafter(noisy_copy(stateful))
+    assert torch.equal(_decode(stateful, texts, drafter, "dynamic:8x3x2"), _decode(stateful, texts, None))
+
+
+def test_refilled_rows_have_the_texts_of_rows_alone(stateful, texts):
+    got = {}
+
+    def finish(text, tokens, failed):
+        got[text.name] = tokens
+
+    waiting = [Text(text, 5 + 2 * name, name, len(text) + 5 + 2 * name, name) for name, text in enumerate(texts)]
+    stateful.generation_config.eos_token_id = None
+    decode_texts(stateful, waiting, finish, batch=2, drafter=ModelDrafter(noisy_copy(stateful)), prefill_chunk=4)
+    assert got == {text.name: plain_text(stateful, text.tokens, text.new_tokens) for text in waiting}
+
+
+def test_a_recorded_step_decodes_other_prompts(stateful, texts, monkeypatch):
+    """By tape, as a CUDA graph is: a draft model with states beside a target with states."""
+    drafter = ModelDrafter(noisy_copy(stateful))
+    with tape_executor(monkeypatch) as tapes:
+        runs.reset(stateful)
+        for batch in (texts, texts[::-1]):
+            truth = _decode(stateful, batch, drafter, "2x1", executor="eager")
+            assert torch.equal(_decode(stateful, batch, drafter, "2x1", executor="tape"), truth)
+    (tape,) = tapes
+    assert tape.tape.offences == [] and tape.replays > 4
+    runs.reset(stateful)
+
+
+def test_what_needs_slots_alone_is_refused(stateful, texts):
+    """A text read before, and a cache handed in: a state is that of its whole text."""
+    with pytest.raises(ValueError, match="keeps states of whole texts only"):
+        _decode(stateful, texts[:1], None, reuse=paceline.PromptCache())
+    with pytest.raises(ValueError, match="of attention layers, or leave it out"):
+        _decode(stateful, texts[:1], None, **{cache_name(): DynamicCache(config=stateful.config)})
+    embeddings = stateful.get_input_embeddings()(torch.tensor(texts[:1]))
+    with pytest.raises(ValueError, match=r"keeps something else of this prompt|doesn't have its forwarding"):
+        paceline.generate(stateful, inputs_embeds=embeddings, max_new_tokens=4, eos_token_id=None)
+
+
+@pytest.mark.slow
+def test_every_step_is_one_graph(stateful):
+    counter = CompileCounter()
+    engine = engine_of(SlotModel(stateful, 2, 64), NgramDrafter(), TreeShape.parse("2x1"))
+    with torch.no_grad():
+        engine.idle_step()
+        traced = torch.compile(lambda: step(engine, lambda phase: None), backend=counter, fullgraph=True, dynamic=False)
+        traced(), traced()
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lfm2", "mamba2"])  # that of qwen3_next takes a minute, and is the same too
+def test_a_compiled_step_decodes_the_same(name, texts):
+    model = build(name, STATEFUL[name])
+    for batch in (texts, texts[::-1]):
+        truth = _decode(model, batch, "ngram", "2x1", executor="eager")
+        assert torch.equal(_decode(model, batch, "ngram", "2x1", executor="compiled"), truth)
+    runs.reset(model)
