@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, Proposal, Unremembering
+from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, EmptySession, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.tree import TokenTree, TreeShape
 
@@ -44,7 +44,9 @@ class NgramDrafter:
     def load(cls, source: str | Path, folder: "DrafterFolder | None", target: "PreTrainedModel") -> "NgramDrafter":
         return cls()  # for any target
 
-    def open(self, request: DraftRequest) -> "NgramSession":
+    def open(self, request: DraftRequest) -> "NgramSession | EmptySession":
+        if len(request.shape) == 1:
+            return EmptySession(TokenTree.of(request.fixed_shape, request.device))
         return NgramSession(self, request)
 
 

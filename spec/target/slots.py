@@ -97,10 +97,17 @@ class SlotModel:
         self.beside.copy_(prompt.pads - prompt.pads.min())
 
     def read(self, span: Span, features: Tensor | None = None) -> Tensor | None:
+        return self._read(span, logits=False, features=features).features
+
+    def read_scored(self, span: Span) -> Seen:
+        """Like `read`, with the logits (R, n, V) of all positions besides the features."""
+        return self._read(span, logits=True, every=True)
+
+    def _read(self, span: Span, **how: Any) -> Seen:
         self.cache.rows = span.rows
         self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
-            return self.forward_text(span.tokens, span.positions, span.reach, logits=False, features=features).features
+            return self.forward_text(span.tokens, span.positions, span.reach, **how)
         finally:
             self.cache.rows = None
 
@@ -122,10 +129,10 @@ class SlotModel:
     def commit(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         self.cache.compact(base, path, count)
 
-    def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
-        self.cache.copy_rows(other.cache, rows)
+    def copy_rows(self, other: "SlotModel", rows: Tensor, into: Tensor | None = None) -> None:
+        self.cache.copy_rows(other.cache, rows, into)
         for name in ("shift", "begun", "beside"):
-            getattr(self, name).copy_(getattr(other, name)[rows])
+            getattr(self, name)[slice(None) if into is None else into] = getattr(other, name)[rows]
 
     def save_row(self, row: int, count: int) -> list:
         return self.cache.save_row(row, count)
@@ -177,18 +184,20 @@ class SlotModel:
         reach: int | None = None,
         logits: bool = True,
         features: Tensor | None = None,
+        every: bool = False,
     ) -> Seen:
         """Forward committed text (B, n): each token is written at the slot of its position and sees all slots up to its
         own. All slots are below `reach`. A model that reads `features` (B, n, F) with its tokens is given them.
 
-        Negative slots mean padding, which is written to the last slot. Returns the logits of the last column; with
+        Negative slots mean padding, which is written to the last slot. Returns the logits of the last column, or of
+        `every` one; with
         `logits=False` the features of all columns instead, where there are taps."""
         padding = slots < 0
         positions = slots.clamp(min=0)
         seen = self.slot_index[:reach]
         visible = seen <= positions[:, :, None]  # (B, n, reach)
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
-        whole = not logits and bool(self.traits.taps)
+        whole = every or (not logits and bool(self.traits.taps))
         where = torch.where(padding, self.capacity - 1, slots)
         keep, columns = 0 if whole else 1, 0 if self.can_idle and not logits else None
         scores, heard = self._run(tokens, where, view, features, keep, columns)

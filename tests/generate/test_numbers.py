@@ -4,7 +4,7 @@ import numpy as np
 import paceline
 import pytest
 import torch
-from paceline.spec.refill import Text, decode_texts
+from paceline.spec.serve.texts import Text, decode_texts
 from transformers import GenerationConfig
 
 from support.sentences import sentence
@@ -14,7 +14,7 @@ GREEDY = dict(do_sample=False, max_new_tokens=12)
 SAMPLED = dict(do_sample=True, top_k=0, max_new_tokens=12)
 
 WRONG = {
-    "prefill_chunk": (-1, 0, 1.5, True, "5", None, np.bool_(True), torch.tensor(2.0)),
+    "prefill_chunk": (-1, 0, 1.5, True, "5", np.bool_(True), torch.tensor(2.0)),
     "max_new_tokens": (-1, 0, 2.0, True, "5", np.float32(3)),
     "max_length": (0, -3, False),
     "min_new_tokens": (-1, True, 0.5),
