@@ -241,7 +241,8 @@ def measure(args):
     with open(output, "a", encoding="utf-8") as file:
         warmed = set()
         for number, way in left:
-            limit = args.accelerate_tokens if way == "accelerate" and args.accelerate_tokens else args.tokens
+            slow = way in ("plain", "accelerate") and args.slow_tokens
+            limit = args.slow_tokens if slow else args.tokens
             if way not in warmed:  # the first forward compares checksums, and fills buffers
                 warmed.add(way)
                 workers[way].answer(prompts[number][:16], 2)
@@ -362,7 +363,7 @@ def compare(answers):
         if not both:
             continue
         pairs = [(answers[way][n], answers[other][n]) for n in sorted(both)]
-        whole = [rate(a) / rate(b) for a, b in pairs]
+        whole = [rate(a) / rate(b) for a, b in pairs if len(a["text"]) == len(b["text"])]
         after = [rate_after(a) / rate_after(b) for a, b in pairs if a["after"][0] and b["after"][0]]
         same = sum(a["text"][: len(b["text"])] == b["text"][: len(a["text"])] for a, b in pairs)
         print(
@@ -398,7 +399,7 @@ def main():
     parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--count", type=int, default=12, help="prompts")
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--accelerate-tokens", type=int, help="fewer, as each takes as long (default: as many)")
+    parser.add_argument("--slow-tokens", type=int, help="of plain and accelerate: each takes as long (default: all)")
     parser.add_argument("--work", default="streamed-work", help="folder for what is made")
     parser.add_argument("-o", "--output", default="streamed.jsonl")
     parser.add_argument("--worker", choices=WAYS, help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ files are written in such sizes. Where a file system refuses direct reads, usual
 What was read is compared with the checksums of the pieces once in a run. Knows nothing of what files hold.
 """
 
+import contextlib
 import errno
 import mmap
 import os
@@ -27,8 +28,9 @@ THREADS = 4
 def pages(size: int) -> Tensor:  # (size,) uint8
     """Memory for `size` bytes that begins at a page and that nothing has touched yet, on large pages where the system
     has them."""
-    memory = mmap.mmap(-1, max(padded(size), PAGE))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, max(padded(size), PAGE), **private)  # shared memory, the default, has no large pages
+    with contextlib.suppress(AttributeError, OSError):  # of systems that know none
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[:size]  # which keeps the memory
 
