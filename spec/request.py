@@ -40,4 +40,5 @@ class Request:
     ends: tuple[int, ...] = ()
     sampling: RowSampling = RowSampling()
     held: Held | None = None
+    predicted: tuple[int, ...] = ()  # what the text may copy, besides itself
     beside: int = 0  # how much longer the longest prompt of its batch is: some rotary embeddings look at that (rope.py)

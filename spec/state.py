@@ -40,11 +40,14 @@ class DecodeState:
     frequency: Tensor  # (B,): subtracted for each time that a token is among them
     biased: Tensor  # (B, K): tokens whose scores are changed; 0 where there are fewer, by 0
     bias: Tensor  # (B, K): what is added to these scores
+    predicted: Tensor  # (B, P): what the text may copy from, besides itself; P is 0 where nobody predicts
+    foretold: Tensor  # (B,): how many tokens of these there are
     committed: Tensor  # (B,): tokens committed by the last step
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device) -> "DecodeState":
-        """Buffers for `batch` rows of at most `eos` end-of-text ids; every row is done until a text is admitted."""
+    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device, predicted: int = 0) -> "DecodeState":
+        """Buffers for `batch` rows of at most `eos` end-of-text ids and `predicted` tokens; every row is done until a
+        text is admitted."""
 
         def numbers(*shape: int) -> Tensor:
             return torch.ones(shape, dtype=torch.int64, device=device)
@@ -70,6 +73,8 @@ class DecodeState:
             frequency=torch.zeros(batch, device=device),
             biased=numbers(batch, MOST_BIASED) * 0,
             bias=torch.zeros(batch, MOST_BIASED, device=device),
+            predicted=numbers(batch, predicted),
+            foretold=numbers(batch) * 0,
             committed=numbers(batch),
         )
 
@@ -92,6 +97,11 @@ class DecodeState:
             (self.eos, torch.tensor(ends, dtype=torch.int64, device=device)),
         ):
             buffer[rows] = values
+        most = self.predicted.shape[1]
+        foretold = [[*request.predicted[:most]] for request in requests]
+        filled = [[*tokens, *[0] * (most - len(tokens))] for tokens in foretold]
+        self.predicted[rows] = torch.tensor(filled, dtype=torch.int64, device=device).view(len(requests), most)
+        self.foretold[rows] = torch.tensor([len(tokens) for tokens in foretold], device=device)
         biases = [[*request.sampling.bias, *[(0, 0.0)] * MOST_BIASED][:MOST_BIASED] for request in requests]
         self.biased[rows] = torch.tensor([[token for token, _ in bias] for bias in biases], device=device)
         self.bias[rows] = torch.tensor([[value for _, value in bias] for bias in biases], device=device)
@@ -108,7 +118,7 @@ class DecodeState:
         index = slice(None) if into is None else into
         for field in fields(self):
             target, source = getattr(self, field.name), getattr(other, field.name)
-            if field.name == "tokens":
+            if field.name in ("tokens", "predicted"):
                 shared = min(target.shape[1], source.shape[1])
                 target, source = target[:, :shared], source[:, :shared]
             target[index] = source[rows]

@@ -61,7 +61,10 @@ class Gears:
         """What an engine of `gear` is made for."""
         executor = self.executor if gear.rows == self.most else self.narrower
         sampler, capacity = self._sampler(gear), self.room + gear.shape.slots + 1
-        return RunSpec(gear.shape, "match", executor, gear.rows, capacity, ENDS, gear.kind.logits, sampler.signature)
+        kept, predicted = gear.kind.logits, self.room if gear.kind.predicted else 0
+        return RunSpec(
+            gear.shape, "match", executor, gear.rows, capacity, ENDS, kept, sampler.signature, predicted
+        )  # fmt: skip
 
     def _sampler(self, gear: Gear) -> RowSampler:
         return RowSampler(gear.kind, gear.rows, self.model.device)

@@ -43,7 +43,7 @@ class Job:
 
     asked: TextRequest  # as it was checked
     request: Request
-    listener: "Callable[[Job], None] | None" = None  # called after each step that brought tokens, and at the end
+    listener: "Callable[[Job], None] | None" = None  # called when reading begins, when there are tokens, and at the end
     running_text: RunningText | None = None  # None without a tokenizer
     phase: Phase = Phase.WAITING
     reason: str = ""
@@ -103,3 +103,9 @@ class Job:
         self.reason, self.phase = reason, Phase.ENDED
         if self.running_text is not None:
             self.running_text.end()
+        self.tell()
+
+    def tell(self) -> None:
+        """Let the listener know how far it is."""
+        if self.listener is not None:
+            self.listener(self)

@@ -46,6 +46,7 @@ class Lane:
         for row, job in self.jobs.items():
             job.phase = Phase.READING
             job.reused = kept[row].count if row in kept else 0
+            job.tell()
         self.left = max(len(job.request.tokens) - 1 - job.reused for job in jobs)
         self.waited = 0
         self.engine.state.admit(rows, [job.request for job in jobs], [0] * len(jobs))

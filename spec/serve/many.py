@@ -77,7 +77,7 @@ def generate_many(
     shape = read_shape(tree, drafting)
     jobs = []
     for index, request in enumerate(requests):
-        listener = None if on_tokens is None else lambda job, index=index: on_tokens(index, job.tokens)
+        listener = None if on_tokens is None else lambda job, index=index: job.tokens and on_tokens(index, job.tokens)
         jobs.append(make_job(model, tokenizer, request, listener, f"request {index}: "))
     if jobs:
         chunk = prompt_chunk(model) if prefill_chunk is None else whole_number("prefill_chunk", prefill_chunk, 1)
@@ -124,13 +124,16 @@ def make_job(
     """A job of a request. Raises ValueError, which begins with `name`, for one that cannot be served."""
     try:
         asked = (request if isinstance(request, TextRequest) else _read(request)).checked()
-        if tokenizer is None and (asked.stop or isinstance(asked.prompt, str)):
+        if tokenizer is None and (asked.stop or str in (type(asked.prompt), type(asked.prediction))):
             raise ValueError("a prompt or a stop string that is text needs a tokenizer; pass tokenizer=")
-        tokens = _tokens(asked.prompt, tokenizer)
+        tokens, predicted = _tokens("prompt", asked.prompt, tokenizer), ()
+        if asked.prediction:
+            predicted = _tokens("prediction", asked.prediction, tokenizer, add_special_tokens=False)
         vocabulary = model.config.get_text_config().vocab_size
-        if not tokens or not 0 <= min(tokens) <= max(tokens) < vocabulary:
-            what = "is empty" if not tokens else f"has ids beyond the model's vocabulary of {vocabulary}"
-            raise ValueError(f"prompt {what}; pass a text, or ids of the model's own tokenizer")
+        for part, ids in (("prompt", tokens), ("prediction", predicted)):
+            if (not ids and part == "prompt") or (ids and not 0 <= min(ids) <= max(ids) < vocabulary):
+                what = f"has ids beyond the model's vocabulary of {vocabulary}" if ids else "is empty"
+                raise ValueError(f"{part} {what}; pass a text, or ids of the model's own tokenizer")
         context = context_length(model)
         if context is not None and len(tokens) + asked.max_new_tokens > context:
             raise ValueError(
@@ -138,7 +141,7 @@ def make_job(
                 f"model's context of {context}; shorten one of them"
             )
         running = None if tokenizer is None else RunningText(tokenizer, asked.stop)
-        return Job(asked, asked.for_row(tokens, end_ids(model), vocabulary), listener, running)
+        return Job(asked, asked.for_row(tokens, end_ids(model), vocabulary, predicted), listener, running)
     except ValueError as error:
         raise ValueError(f"{name}{error}") from None
 
@@ -152,12 +155,12 @@ def _read(request: Mapping[str, Any]) -> TextRequest:
     return TextRequest(**request)
 
 
-def _tokens(prompt: Any, tokenizer: "PreTrainedTokenizerBase | None") -> list[int]:
+def _tokens(name: str, prompt: Any, tokenizer: "PreTrainedTokenizerBase | None", **how: Any) -> list[int]:
     if isinstance(prompt, str):
         assert tokenizer is not None, "its absence was told before"
-        return list(tokenizer(prompt)["input_ids"])
+        return list(tokenizer(prompt, **how)["input_ids"])
     if isinstance(prompt, torch.Tensor):
         prompt = prompt.tolist()
     if not isinstance(prompt, Sequence) or not all(isinstance(token, int) for token in prompt):
-        raise ValueError(f"prompt is a {type(prompt).__name__}; pass a text or a list of token ids")
+        raise ValueError(f"{name} is a {type(prompt).__name__}; pass a text or a list of token ids")
     return list(prompt)

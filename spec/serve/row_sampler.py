@@ -21,7 +21,8 @@ LEAST_TOP_K = 64  # steps are made for this bound of top-k, or a power of two ab
 
 @dataclass(frozen=True, slots=True)
 class SamplingKind:
-    """Which operations are applied, and whether the logits of accepted tokens are kept."""
+    """Which operations are applied, and what else steps are made for: whether the logits of accepted tokens are kept,
+    and whether rows have a prediction."""
 
     draws: bool = False
     top_k: int = 0  # the largest that can be applied; 0: none
@@ -30,6 +31,7 @@ class SamplingKind:
     penalties: bool = False
     bias: bool = False
     logits: bool = False
+    predicted: bool = False  # there is text to copy from
 
     @classmethod
     def of(cls, request: TextRequest) -> "SamplingKind":
@@ -42,6 +44,7 @@ class SamplingKind:
             penalties=request.penalised,
             bias=bool(request.logit_bias),
             logits=request.logprobs is not None,
+            predicted=bool(request.prediction),
         )
 
     def __or__(self, other: "SamplingKind") -> "SamplingKind":
@@ -63,7 +66,7 @@ class RowSampler(Sampler):
 
     @property
     def signature(self) -> tuple:
-        return ("by row", replace(self.kind, logits=False))
+        return ("by row", replace(self.kind, logits=False, predicted=False))
 
     def scores(self, logits: Tensor, proposal: Proposal, state: DecodeState) -> Tensor:
         nodes = torch.arange(proposal.tree.size, device=logits.device).expand(len(logits), -1)

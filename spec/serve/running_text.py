@@ -20,6 +20,7 @@ class RunningText:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", stops: Sequence[str] = ()):
         self.tokenizer, self.stops, self.text, self.stopped = tokenizer, tuple(stops), "", False
         self.tokens: list[int] = []
+        self.lengths: list[int] = []  # [token]: of the text with it
         self._before, self._read = 0, 0  # tokens that the next ones are decoded behind, and those whose text is known
 
     def put(self, token: int) -> bool:
@@ -29,6 +30,7 @@ class RunningText:
         if len(whole) > len(known) and not whole.endswith(INCOMPLETE):
             self._extend(whole[len(known) :])
             self._before, self._read = self._read, len(self.tokens)
+        self.lengths.append(len(self.text))
         return self.stopped
 
     def end(self) -> None:

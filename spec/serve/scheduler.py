@@ -88,7 +88,7 @@ class Scheduler:
         for ticket in tickets:
             self._rows.evict([self._rows.tickets.index(ticket)])
             del self.running[ticket]
-        self._end(job, "abort")
+        job.end("abort")
 
     def tick(self) -> None:
         """One turn."""
@@ -158,7 +158,7 @@ class Scheduler:
             self.prefixes.keep(lane, row, job)
             if not job.request.new_tokens:
                 lane.drop(job)
-                self._end(job, "length")
+                job.end("length")
 
     def _deliver(self, arrival: Arrival, gear: Gear) -> None:
         self.on_step(arrival, gear)
@@ -168,14 +168,9 @@ class Scheduler:
             if report.done or job.reason:
                 self._rows.evict([row] if not report.done else [])
                 del self.running[report.ticket]
-                self._end(job, job.reason)
-            elif job.listener is not None:
-                job.listener(job)
-
-    def _end(self, job: Job, reason: str) -> None:
-        job.end(reason)
-        if job.listener is not None:
-            job.listener(job)
+                job.end(job.reason)
+            else:
+                job.tell()
 
 
 def run(scheduler: Scheduler, jobs: Iterable[Job]) -> None:

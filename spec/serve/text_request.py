@@ -32,7 +32,8 @@ class TextRequest:
 
     The text ends with one of `end_ids` (None: the model's), or where it contains one of the strings `stop`, for which a
     tokenizer is needed. `logprobs` asks for each token's log-probability and those of the so many likeliest tokens,
-    `prompt_logprobs` for those of the prompt. Requests of several `tenant`s take turns."""
+    `prompt_logprobs` for those of the prompt. Prompt lookup copies from `prediction`, too. Requests of several
+    `tenant`s take turns."""
 
     prompt: str | Sequence[int]
     max_new_tokens: int = 128
@@ -50,6 +51,7 @@ class TextRequest:
     end_ids: Sequence[int] | None = None
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    prediction: str | Sequence[int] = ()
     tenant: str = ""
 
     def checked(self) -> "TextRequest":
@@ -78,8 +80,11 @@ class TextRequest:
     def penalised(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
-    def for_row(self, tokens: list[int], ends: Sequence[int], vocabulary: int) -> Request:
-        """What a row of the batch is given, for a request that was checked, of which `tokens` are the prompt.
+    def for_row(
+        self, tokens: list[int], ends: Sequence[int], vocabulary: int, predicted: Sequence[int] = ()
+    ) -> Request:
+        """What a row of the batch is given, for a request that was checked, of which `tokens` are the prompt, and
+        `predicted` the prediction.
 
         Raises ValueError for more ends of text than a row can have, and for a bias of tokens that there are not."""
         ends = tuple(dict.fromkeys(ends if self.end_ids is None else map(int, self.end_ids)))
@@ -101,7 +106,7 @@ class TextRequest:
         )
         assert self.seed is not None, "the request was checked"
         key = stream_key(self.seed, self.choice) if draws else SILENT
-        return Request(tokens, self.max_new_tokens, key, ends, sampling)
+        return Request(tokens, self.max_new_tokens, key, ends, sampling, predicted=tuple(predicted))
 
 
 def _finite(name: str, value: Any) -> float:

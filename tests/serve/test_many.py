@@ -120,6 +120,21 @@ def test_logprobs_are_those_of_the_models_logits(model, drafter):
     )
 
 
+@pytest.mark.parametrize("drafter", ["ngram", None])
+def test_a_prediction_is_copied_from(model, drafter):
+    """Fewer steps where it is right; the same text whatever it is."""
+    plain, right, wrong = {}, {}, {}
+    for number, temperature in enumerate((0.9, 1.3)):
+        asked = dict(prompt=[31, 40], max_new_tokens=24, end_ids=(), temperature=temperature, seed=number)
+        (plain[number],) = paceline.generate_many(model, [asked], drafter=drafter)
+        others = [asked | dict(prediction=plain[number].tokens), asked | dict(prediction=[44, 45] * 90), asked]
+        right[number], wrong[number], beside = paceline.generate_many(
+            model, others, drafter=drafter, tree="chain:4", rows=2
+        )
+        assert plain[number].tokens == right[number].tokens == wrong[number].tokens == beside.tokens
+        assert drafter is None or right[number].steps < 14 < min(wrong[number].steps, beside.steps)
+
+
 def test_nothing_asked_for_is_nothing_given(model):
     assert paceline.generate_many(model, []) == []
 
@@ -127,6 +142,7 @@ def test_nothing_asked_for_is_nothing_given(model):
 REFUSED = {
     "a field that is none": (dict(prompt=[3], max_tokens=4), "does not take 'max_tokens'"),
     "no prompt": (dict(max_new_tokens=4), "needs a prompt"),
+    "a prediction of nobody": (dict(prompt=[3], prediction=[61]), "prediction has ids beyond"),
     "an empty prompt": (dict(prompt=[]), "prompt is empty"),
     "an unknown id": (dict(prompt=[3, 61]), "vocabulary of 61"),
     "a prompt of numbers": (dict(prompt=[3.5]), "a text or a list of token ids"),
