@@ -70,11 +70,12 @@ class Engine:
                 assert isinstance(part, Resumable), "nothing is held of others"
                 part.load_row(row, saved, held.count)
 
-    def hold(self, row: int, session: bool) -> Held:
-        """A copy of what is known of a row's text, but for its last two tokens: the root, which is not absorbed, and
-        the one before it, which may be a drafter's to read again. With `session` the drafter's part, too."""
+    def hold(self, row: int, session: bool, count: int | None = None) -> Held:
+        """A copy of what is known of the first `count` tokens of a row's text, with `session` the drafter's part, too.
+        None is all but the last two: the root, which is not absorbed, and the one before it, which may be a drafter's
+        to read again."""
         assert isinstance(self.target, Resumable), "others are refused"
-        count = max(int(self.state.lengths[row]) - 2, 0)
+        count = max(int(self.state.lengths[row]) - 2, 0) if count is None else count
         part = self.session.save_row(row, count) if session and isinstance(self.session, Resumable) else None
         return Held(count, self.target.save_row(row, count), part)
 

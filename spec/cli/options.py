@@ -54,6 +54,8 @@ def serve(parser: Parser) -> None:
     parser.add_argument("--max-tokens", type=positive, default=512, metavar="N", help=usual)
     chunk = "prompt tokens between two steps; if not given 128, on a GPU 512"
     parser.add_argument("--prefill-chunk", type=positive, metavar="N", help=chunk)
+    kept = "of beginnings of prompts that are kept; 0: none (default 512)"
+    parser.add_argument("--prefix-megabytes", type=float, default=512.0, metavar="MB", help=kept)
     parser.add_argument("--queue", type=positive, default=64, metavar="N", help="texts that may wait (default 64)")
     wait = "that a text may wait (default 60)"
     parser.add_argument("--queue-seconds", type=seconds, default=60.0, metavar="SECONDS", help=wait)

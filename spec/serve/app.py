@@ -28,7 +28,10 @@ from .worker import Reader
 PING = 15.0  # seconds of silence after which a comment says that the connection lives
 STALLED = 60.0  # seconds for which a client may take nothing
 GONE = 499  # the status of an answer that nobody waits for
-_PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+_PAGE_POLICY = (
+    "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
 def make_app(serving: Serving) -> Starlette:

@@ -57,6 +57,7 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     from ..target.selftest import attach
     from .gears import Gears
     from .lanes import Lane
+    from .prefixes import KeptPrefixes, can_resume
     from .scheduler import Scheduler
     from .serving import Limits
     from .worker import Worker
@@ -70,20 +71,41 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     chunk = args.prefill_chunk or CHUNK.get(model.device.type, 512)
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor)
-    plan = _plan(args, drafting)
+    plan, learn = _plan(args, model, drafting, executor, room, rows)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
-    scheduler = Scheduler(gears, lanes, plan, on_step=figures.step)
+    prefixes = None
+    if args.prefix_megabytes and can_resume(lanes[0].engine, drafting.traits.remembers):
+        prefixes = KeptPrefixes(model, drafting, chunk, args.prefix_megabytes, figures.prefix)
+
+    def on_step(arrival: Any, gear: Any) -> None:
+        figures.step(arrival, gear)
+        learn(arrival, gear)
+        figures.shifts = gears.shifts
+
+    scheduler = Scheduler(gears, lanes, plan, prefixes, on_step)
     limits = Limits(room, min(args.max_tokens, room), args.queue, args.queue_seconds)
     about = {"version": __version__, "drafter": drafting.name, "rows": rows, "room": room, "executor": executor}
     return Worker(scheduler), limits, about
 
 
-def _plan(args: Namespace, drafter: Any) -> Any:
-    """The tree for a number of rows."""
-    from ..plan.store import read_shape
+def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, rows: int) -> tuple[Any, Any]:
+    """The tree for a number of rows, and what is to be told of each step."""
+    from ..console import waiting
+    from ..plan.store import read_shape, serving_path
+    from .gears import sizes
+    from .planner import RowPlanner, measured
 
-    shape = read_shape(args.tree, drafter)
-    return lambda rows: shape
+    if args.tree != "auto":
+        shape = read_shape(args.tree, drafter)
+        return lambda rows: shape, lambda arrival, gear: None
+    with waiting("timing steps, by rows and tree"):
+        path = serving_path(model, drafter, executor, room)
+        planner = RowPlanner(measured(model, drafter, executor, sizes(rows), room, path))
+
+    def learn(arrival: Any, gear: Any) -> None:
+        planner.learn(gear.shape, [report for report in arrival.reports.values() if report.committed])
+
+    return planner, learn
 
 
 async def _run(serving: Any, app: Any, host: str, port: int) -> int:

@@ -19,7 +19,6 @@ _GAUGES = {
     "vllm:num_requests_running": "requests in rows of the batch",
     "vllm:num_requests_waiting": "requests whose texts have not begun",
     "vllm:kv_cache_usage_perc": "share of the batch's slots that hold text",
-    "paceline:planned_tokens_per_step": "tokens that a row is expected to gain by a step, by the plan",
 }
 _COUNTERS = {
     "vllm:prefix_cache_queries": "prompt tokens that were looked up among kept beginnings",
@@ -63,6 +62,7 @@ class Figures:
         self._steps = Histogram("paceline:step_seconds", "of a step", labels, buckets=SHORT, **made)
         for name in _COUNTERS:
             self.count(name, 0)
+        self.shifts, self._told_shifts = 0, 0  # of gears; how many are counted
 
     def count(self, name: str, number: float) -> None:
         self._counters[name].labels(self.model).inc(number)
@@ -76,7 +76,14 @@ class Figures:
     def text(self, refresh: Callable[[], None] = lambda: None) -> bytes:
         """In Prometheus' format, after the gauges were refreshed."""
         refresh()
+        self.count("paceline:gear_shifts", self.shifts - self._told_shifts)
+        self._told_shifts = self.shifts
         return generate_latest(self.registry)
+
+    def prefix(self, asked: int, kept: int) -> None:
+        """Count a prompt of `asked` tokens, of which `kept` need not be read."""
+        self.count("vllm:prefix_cache_queries", asked)
+        self.count("vllm:prefix_cache_hits", kept)
 
     def step(self, arrival: Arrival, gear: Gear) -> None:
         """Count a step of the batch."""

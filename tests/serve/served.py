@@ -20,7 +20,8 @@ from serve.playing import alone, letters, toy
 
 TEMPLATE = "{% for m in messages %}{{ m['role'][:1] + m['content'] }}{% endfor %}A"
 OPTIONS = dict(
-    max_rows=4, room=64, prefill_chunk=4, executor="eager", tree="2x1", max_tokens=20, queue=8, queue_seconds=5.0
+    max_rows=4, room=64, prefill_chunk=4, executor="eager", tree="2x1", max_tokens=20, queue=8, queue_seconds=5.0,
+    prefix_megabytes=1.0,
 )  # fmt: skip
 
 

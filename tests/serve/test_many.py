@@ -26,6 +26,7 @@ def draft(model):
     return ModelDrafter(noisy_copy(model))
 
 
+EVERY_THIRD = range(0, 48, 3)
 WAYS = {
     "as it is": dict(),
     "one row": dict(rows=1),
@@ -41,7 +42,7 @@ def test_neither_mates_nor_drafter_tree_chunk_nor_rows_matter(model, draft, way)
     options = dict(WAYS[way])
     if options.get("drafter") == "draft":
         options["drafter"] = draft
-    order = sorted(range(len(pool())), key=lambda index: (index * (7 + len(way))) % 31)
+    order = sorted(EVERY_THIRD, key=lambda index: (index * (7 + len(way))) % 31)
     results = paceline.generate_many(model, [pool()[index][0] for index in order], tokenizer=letters(), **options)
     for index, result in zip(order, results):
         assert (result.tokens, result.text, result.reason) == pool()[index][1]
@@ -51,9 +52,9 @@ def test_neither_mates_nor_drafter_tree_chunk_nor_rows_matter(model, draft, way)
 
 def test_trees_whose_scores_are_computed_along_the_path(model, draft, monkeypatch):
     monkeypatch.setattr(runs, "MOST_SCORES", 1)
-    requests = [asked for asked, _ in pool()]
+    requests = [asked for asked, _ in pool()[1::3]]
     results = paceline.generate_many(model, requests, tokenizer=letters(), drafter=draft, tree="2x2x1", rows=5)
-    assert [(result.tokens, result.text, result.reason) for result in results] == [truth for _, truth in pool()]
+    assert [(result.tokens, result.text, result.reason) for result in results] == [truth for _, truth in pool()[1::3]]
 
 
 def test_a_recorded_step_serves_requests_of_all_kinds(model, draft, monkeypatch):
@@ -64,9 +65,9 @@ def test_a_recorded_step_serves_requests_of_all_kinds(model, draft, monkeypatch)
     monkeypatch.setattr(row_sampler.SamplingKind, "of", classmethod(lambda cls, request: every))
     with tape_executor(monkeypatch) as tapes:
         results = paceline.generate_many(
-            model, [asked for asked, _ in pool()], tokenizer=letters(), drafter=draft, rows=4, executor="tape"
+            model, [asked for asked, _ in pool()[2::3]], tokenizer=letters(), drafter=draft, rows=4, executor="tape"
         )
-    assert [(result.tokens, result.text, result.reason) for result in results] == [truth for _, truth in pool()]
+    assert [(result.tokens, result.text, result.reason) for result in results] == [truth for _, truth in pool()[2::3]]
     assert len(tapes) == 1 and tapes[0].tape.offences == [] and tapes[0].replays > 20
     runs.reset(model)
 

@@ -21,6 +21,7 @@ from paceline.spec.proposal import NoDrafter
 from paceline.spec.rows import Arrival, Rows
 from paceline.spec.serve.gears import Gears
 from paceline.spec.serve.many import make_job
+from paceline.spec.serve.prefixes import KeptPrefixes
 from paceline.spec.serve.scheduler import Scheduler
 from paceline.spec.state import DecodeState
 from paceline.spec.target.cache import SlotCache
@@ -30,7 +31,7 @@ from serve.playing import Play, alone, letters, pool, scheduler_of, toy
 
 from support.models import eagle_copy, fitted_heads, noisy_copy
 
-SOME, MANY = 12, int(os.environ.get("PACELINE_SCHEDULES", "400"))
+SOME, MANY = 8, int(os.environ.get("PACELINE_SCHEDULES", "400"))
 BOTH = "2x1+chain:2"
 
 
@@ -70,6 +71,8 @@ def plays(model, drafters, seeds):
         drafter, shape = drafters[draw.choice(list(drafters))]
         plan = changing(shape) if draw.random() < 0.4 else shape
         sizes = dict(rows=draw.choice((1, 3, 4)), chunk=draw.choice((2, 4, 16)), lanes=draw.choice((1, 2)))
+        if draw.random() < 0.6:
+            sizes["prefixes"] = KeptPrefixes(model, drafter, sizes["chunk"], megabytes=draw.choice((0.01, 1)))
         scheduler = scheduler_of(model, drafter, plan, **sizes)
         for part in range(2):
             yield Play(model, scheduler, 10 * seed + part)

@@ -86,7 +86,7 @@ def metrics(url):
 def test_a_client_that_goes_frees_its_row(phase, streaming):
     """In whatever phase, within two turns of the server's hearing of it."""
     serving = serving_of(max_rows=1, room=200, prefill_chunk=4)
-    with listening(serving, turn_seconds=0.02) as address:
+    with listening(serving, turn_seconds=0.01) as address:
         scheduler = serving.worker.scheduler
         first = CONTENTED | dict(max_tokens=150, ignore_eos=True, stream=streaming, temperature=0)
         long = CONTENTED | dict(messages=[dict(role="user", content="@IU" * 40)], stream=streaming, max_tokens=30)
