@@ -8,7 +8,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from importlib.resources import files
 from typing import Any
@@ -135,31 +135,35 @@ async def _answer(serving: Serving, request: Request, chat: bool) -> Response:
     except ClientDisconnect:
         return Response(status_code=GONE)
     readers = serving.submit(answer)
-    gone = asyncio.create_task(_disconnected(request))
+    gone: asyncio.Future = asyncio.create_task(_disconnected(request))
+    handed_on = False  # to the stream
     try:
-        began = asyncio.create_task(_begun(serving, readers))
-        await asyncio.wait({began, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done():
-            began.cancel()
+        if not await _before(gone, _begun(serving, readers)):
             return Response(status_code=GONE)
-        await began
         if body.get("stream"):
-            streamed = EventStream(serving, answer, readers, gone)
-            readers, gone = [], None
-            return streamed
-        ended = asyncio.gather(*map(_ended, readers))
-        await asyncio.wait({ended, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not ended.done():
-            ended.cancel()
+            handed_on = True
+            return EventStream(serving, answer, readers, gone)
+        if not await _before(gone, _all_ended(readers)):
             return Response(status_code=GONE)
         failed = next((job for job in answer.jobs if job.reason in ("error", "abort")), None)
         if failed is not None:
             raise BadBody(None, failed.problem or serving.closing, 503 if failed.reason == "abort" else 500)
         return JSONResponse(answer.whole())
     finally:
-        if gone is not None:
+        if not handed_on:
             gone.cancel()
-        serving.cancel(readers)
+            serving.cancel(readers)
+
+
+async def _before(gone: asyncio.Future, work: Coroutine[Any, Any, None]) -> bool:
+    """Do `work`, unless the client has `gone` before it is done; whether it is done."""
+    task: asyncio.Future = asyncio.ensure_future(work)
+    await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+    if gone.done():
+        task.cancel()
+        return False
+    await task
+    return True
 
 
 async def _disconnected(request: Request) -> None:
@@ -176,15 +180,16 @@ async def _begun(serving: Serving, readers: Sequence[Reader]) -> None:
         raise BadBody(None, serving.closing, 503)
 
 
-async def _ended(reader: Reader) -> None:
-    while not reader.progress.reason:
-        await reader.more(PING)
+async def _all_ended(readers: Sequence[Reader]) -> None:
+    for reader in readers:
+        while not reader.progress.reason:
+            await reader.more(PING)
 
 
 class EventStream(Response):
     """An answer as server-sent events, until it is whole or the client has `gone`."""
 
-    def __init__(self, serving: Serving, answer: Answer, readers: Sequence[Reader], gone: asyncio.Task):
+    def __init__(self, serving: Serving, answer: Answer, readers: Sequence[Reader], gone: asyncio.Future):
         super().__init__(
             media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         )
@@ -192,7 +197,7 @@ class EventStream(Response):
         self.serving, self.answer, self.readers, self.gone = serving, answer, readers, gone
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        sending = asyncio.create_task(self._send(send))
+        sending: asyncio.Future = asyncio.create_task(self._send(send))
         try:
             await asyncio.wait({sending, self.gone}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():

@@ -17,6 +17,7 @@ GRACE = 30.0  # seconds
 KEY = "PACELINE_API_KEY"  # in the environment: a key, or several with commas between
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHUNK = {"cpu": 128, "cuda": 512}  # prompt tokens between two steps
+STEPS = 32  # that are kept, where they are compiled or captured
 ROOM = 2048  # tokens of a text, where the context is longer
 
 
@@ -51,6 +52,7 @@ def serve(args: Namespace) -> int:
 def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures: Any) -> tuple[Any, Any, dict]:
     """The worker, the limits, and what `/version` tells."""
     from ... import __version__
+    from ..engines import runs
     from ..engines.executors import choose
     from ..proposal import NoDrafter
     from ..target.load import context_length
@@ -70,6 +72,8 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
         raise ValueError(f"--room {args.room} is more than the model's context of {context}; give at most that")
     chunk = args.prefill_chunk or CHUNK.get(model.device.type, 512)
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
+    if executor != "eager":
+        runs.keep(model, STEPS)  # by size, tree and kind of sampling
     gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor)
     plan, learn = _plan(args, model, drafting, executor, room, rows)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
@@ -145,7 +149,7 @@ def make_server(serving: Any, app: Any, host: str, port: int) -> Any:
             await serving.drain(GRACE)
             self.should_exit = True
 
-    loop, draining = asyncio.get_running_loop(), []
+    loop, draining = asyncio.get_running_loop(), list[asyncio.Task]()  # a task is kept, lest it be collected
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off"
     )

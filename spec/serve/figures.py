@@ -4,6 +4,7 @@ Counted in the worker's thread, read at `/metrics`. Times are in seconds. Knows 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -36,7 +37,8 @@ _HISTOGRAMS = {
     "vllm:time_to_first_token_seconds": ("from a request to its first token", SHORT),
     "vllm:inter_token_latency_seconds": ("between tokens: a step's gap, shared by its tokens", SHORT),
     "vllm:e2e_request_latency_seconds": ("from a request to its end", LONG),
-    "vllm:request_prefill_time_seconds": ("from a request to its first token, as vLLM calls it", LONG),
+    "vllm:request_queue_time_seconds": ("from a request to when its prompt begins to be read", LONG),
+    "vllm:request_prefill_time_seconds": ("from then to its first token", LONG),
     "vllm:request_decode_time_seconds": ("from the first token to the end", LONG),
     "vllm:iteration_tokens_total": ("tokens that a step brought to all rows", SIZES),
 }
@@ -47,7 +49,7 @@ class Figures:
 
     def __init__(self, model: str):
         self.registry, self.model = CollectorRegistry(), model
-        made = {"registry": self.registry}
+        made: dict[str, Any] = {"registry": self.registry}
         self._gauges = {name: Gauge(name, about, ["model_name"], **made) for name, about in _GAUGES.items()}
         self._counters = {name: Counter(name, about, ["model_name"], **made) for name, about in _COUNTERS.items()}
         self._histograms = {
@@ -107,14 +109,15 @@ class Figures:
         """Count a request whose client has gone."""
         self._ended.labels(self.model, "abort").inc()
 
-    def ended(self, job: Job, begun: float, first: float, end: float) -> None:
-        """Count a request; the times are when it came, got its first token (0: none), and ended."""
+    def ended(self, job: Job, begun: float, read: float, first: float, end: float) -> None:
+        """Count a request; the times are when it came, began to be read, got its first token (0: none), and ended."""
         self._ended.labels(self.model, job.reason).inc()
         self.count("vllm:prompt_tokens", len(job.request.tokens))
         self.observe("vllm:e2e_request_latency_seconds", end - begun)
+        self.observe("vllm:request_queue_time_seconds", read - begun)
         if first:
             self.observe("vllm:time_to_first_token_seconds", first - begun)
-            self.observe("vllm:request_prefill_time_seconds", first - begun)
+            self.observe("vllm:request_prefill_time_seconds", first - read)
             self.observe("vllm:request_decode_time_seconds", end - first)
             for _ in range(len(job.tokens) - 1):
                 self.observe("vllm:inter_token_latency_seconds", (end - first) / (len(job.tokens) - 1))

@@ -85,13 +85,6 @@ class Gears:
         self._open.close()
         self._open, self.current, self.shifts = opened, gear, self.shifts + 1
 
-    def prepare(self, gears: list[Gear]) -> None:
-        """Make the engines of `gears` that are kept, and run each of their steps once."""
-        for gear in gears:
-            with open_run(self.model, self.drafter, self.spec(gear), self._sampler(gear), 0) as executor:
-                executor.engine.state.done.fill_(True)
-                executor.run(lambda phase: None)
-
     def lane_engine(self, rows: int, shape: Shape) -> Eager:
         """An engine in which prompts are read, and whose step is never run."""
         gear = Gear(rows, shape, SamplingKind())

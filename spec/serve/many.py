@@ -126,7 +126,7 @@ def make_job(
         asked = (request if isinstance(request, TextRequest) else _read(request)).checked()
         if tokenizer is None and (asked.stop or str in (type(asked.prompt), type(asked.prediction))):
             raise ValueError("a prompt or a stop string that is text needs a tokenizer; pass tokenizer=")
-        tokens, predicted = _tokens("prompt", asked.prompt, tokenizer), ()
+        tokens, predicted = _tokens("prompt", asked.prompt, tokenizer), list[int]()
         if asked.prediction:
             predicted = _tokens("prediction", asked.prediction, tokenizer, add_special_tokens=False)
         vocabulary = model.config.get_text_config().vocab_size

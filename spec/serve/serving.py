@@ -167,7 +167,7 @@ class Serving:
                 if not reader.job.reason:
                     self.figures.aborted()
                 else:
-                    self.figures.ended(reader.job, reader.begun, reader.first_token, reader.ended)
+                    self.figures.ended(reader.job, reader.begun, reader.read, reader.first_token, reader.ended)
 
     @property
     def waiting(self) -> int:

@@ -102,7 +102,7 @@ class _Serving:
         enough: Callable[[], bool],
     ):
         self.finish, self.progress, self.enough = finish, progress, enough
-        self.sampling = {"temperature": temperature, "top_p": top_p}
+        self.sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
         self.ends, self.vocabulary = end_ids(model), model.config.get_text_config().vocab_size
         self.ended: list[tuple[Text, Job]] = []
         self.room = 0

@@ -33,7 +33,7 @@ class Reader:
     def __init__(self, job: Job, loop: asyncio.AbstractEventLoop):
         self.job, self.loop, self.progress = job, loop, Progress("", 0, "")
         self.begun, self.changed = time.monotonic(), asyncio.Event()
-        self.first_token = self.ended = 0.0  # when, 0 until then
+        self.read = self.first_token = self.ended = 0.0  # when that was, 0 until then
         job.listener = self._listen
 
     def _listen(self, job: Job) -> None:
@@ -42,6 +42,7 @@ class Reader:
         if job.reason and job.running_text is not None:
             shown = job.running_text.text
         progress, now = Progress(shown, len(job.tokens), job.reason), time.monotonic()
+        self.read = self.read or now
         self.first_token = self.first_token or (now if job.tokens else 0.0)
         self.ended = now if job.reason else 0.0
         with suppress(RuntimeError):  # of a loop that is closed: nobody reads any more

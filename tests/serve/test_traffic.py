@@ -142,7 +142,7 @@ def test_figures_have_vllms_names_and_add_up():
         assert figure("vllm:spec_decode_num_accepted_tokens_total") == accepted
         assert figure("vllm:spec_decode_num_draft_tokens_total") == accepted + rejected
         assert figure("paceline:row_steps_total") + accepted == 48
-        for name in ("time_to_first_token", "e2e_request_latency", "request_decode_time"):
+        for name in ("time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time"):
             assert figure(f"vllm:{name}_seconds_count") == 4
         assert figure("vllm:inter_token_latency_seconds_count") == 44, "tokens are counted, not events"
         assert figure("vllm:num_requests_running") == figure("vllm:num_requests_waiting") == 0
