@@ -55,6 +55,7 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     from ..engines import runs
     from ..engines.executors import choose
     from ..proposal import NoDrafter
+    from ..stream.streamer import prompt_chunk, streamer_of
     from ..target.load import context_length
     from ..target.selftest import attach
     from .gears import Gears
@@ -70,7 +71,8 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     room = min(args.room or ROOM, context or args.room or ROOM)
     if args.room and context and args.room > context:
         raise ValueError(f"--room {args.room} is more than the model's context of {context}; give at most that")
-    chunk = args.prefill_chunk or CHUNK.get(model.device.type, 512)
+    usual = CHUNK.get(model.device.type, 512) if streamer_of(model) is None else prompt_chunk(model)
+    chunk = args.prefill_chunk or usual
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     if executor != "eager":
         runs.keep(model, STEPS)  # by size, tree and kind of sampling

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import check_model
+from ..arguments import check_length, check_model
 from ..engines.executors import executor_names
 from ..inputs.numbers import whole_number
+from ..inputs.prompt_batch import PromptBatch
 from ..plan.store import read_shape
 from ..proposal import Drafter, loaded_drafter
+from ..stream.record import StreamError
 from ..stream.streamer import prompt_chunk
 from ..target.load import context_length, end_ids
 from ..target.selftest import attach
+from ..tree import TreeShape
 from .gears import Gears, Shape
 from .job import Job, TokenLogprobs
 from .lanes import Lane
@@ -26,6 +29,7 @@ from .text_request import TextRequest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+DEEP = TreeShape.chain(16)  # no tree that is drafted in a batch is deeper
 LANE_ROWS = 8  # prompts that are read together, at most
 
 
@@ -67,7 +71,8 @@ def generate_many(
     `prefill_chunk` are those of `generate`. `on_tokens` is called with a request's index and all its new tokens
     whenever there are more.
 
-    Raises ValueError, in one sentence, before anything is decoded, for a request that cannot be served."""
+    Raises ValueError, in one sentence, before anything is decoded, for a request that cannot be served; StreamError
+    where the weights of a streamed model cannot be fetched: its `output` has the results until then."""
     model = check_model(model)
     attach(model)
     rows = whole_number("rows", rows, 1)
@@ -84,8 +89,16 @@ def generate_many(
         scheduler = offline(model, drafting, shape, jobs, rows, executor, chunk)
         try:
             run(scheduler, jobs)
+        except StreamError as error:
+            error.output = results_of(jobs)
+            raise
         finally:
             scheduler.gears.close()
+    return results_of(jobs)
+
+
+def results_of(jobs: Sequence[Job]) -> list[TextResult]:
+    """What has become of jobs so far; `reason` is "" where a job has not ended."""
     return [
         TextResult(
             job.tokens, job.text, job.reason, job.problem, job.seed, job.logprobs, job.prompt_logprobs, job.steps,
@@ -140,6 +153,8 @@ def make_job(
                 f"prompt has {len(tokens)} tokens and max_new_tokens={asked.max_new_tokens}, together more than the "
                 f"model's context of {context}; shorten one of them"
             )
+        batch = PromptBatch.of(torch.tensor([tokens]), None, None)
+        check_length(model, batch, asked.max_new_tokens, DEEP)
         running = None if tokenizer is None else RunningText(tokenizer, asked.stop)
         return Job(asked, asked.for_row(tokens, end_ids(model), vocabulary, predicted), listener, running)
     except ValueError as error:

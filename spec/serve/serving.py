@@ -4,6 +4,7 @@ Knows nothing of HTTP but its status codes.
 """
 
 import asyncio
+import copy
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ class Serving:
         self.looks_up = any(part.traits.kind == "ngram" for part in parts_of(worker.scheduler.gears.drafter))
         self.draining = False
         self.under_way: set[Reader] = set()
-        self._encoding = threading.Lock()  # a tokenizer is not made for several threads at once
+        # A tokenizer is not made for several threads at once; the worker's decodes with the one that it has.
+        self._encoder, self._encoding = copy.deepcopy(tokenizer), threading.Lock()
 
     @property
     def status(self) -> str:
@@ -100,18 +102,16 @@ class Serving:
                 )
                 raise BadBody("prediction", said)
             jobs = [self._job(body, ids, seed, choice, tenant) for ids in prompts for choice in range(n)]
-            echoed = [self.tokenizer.decode(ids) if body.get("echo") else "" for ids in prompts for _ in range(n)]
+            echoed = [self._encoder.decode(ids) if body.get("echo") else "" for ids in prompts for _ in range(n)]
         return Answer(body, self.name, jobs, self.tokenizer, echoed)
 
     def _prompts(self, body: Body) -> list[list[int]]:
         if not body.chat:
-            return [
-                each if isinstance(each, list) else self.tokenizer(each)["input_ids"] for each in body.get("prompt")
-            ]
+            return [each if isinstance(each, list) else self._encoder(each)["input_ids"] for each in body.get("prompt")]
         if not self.tokenizer.chat_template:
             raise BadBody("messages", "the model has no chat template; use /v1/completions")
         try:
-            return [templated_ids(self.tokenizer, body.get("messages"))]
+            return [templated_ids(self._encoder, body.get("messages"))]
         except Unfit as error:
             raise BadBody("messages", str(error)) from error
 
@@ -137,7 +137,7 @@ class Serving:
             end_ids=body.ends(end_ids(self.model)),
             logprobs=logprobs,
             prompt_logprobs=0 if scored is None and new_tokens == 0 else scored,
-            prediction=body.get("prediction", ()),
+            prediction=self._encoder(body.get("prediction", ""), add_special_tokens=False)["input_ids"],
             tenant=tenant,
             **body.sampling,
         )

@@ -7,7 +7,7 @@ from paceline.drafters.draft_model import ModelDrafter
 from paceline.spec.engines import runs
 from serve.playing import ENDS, LETTERS, letters, pool, toy
 
-from support.models import noisy_copy
+from support.models import noisy_copy, tiny_llama
 from support.tape import tape_executor
 
 
@@ -162,6 +162,17 @@ REFUSED = {
     "many ends": (dict(prompt=[3], end_ids=range(17)), "at most 16"),
     "beyond the context": (dict(prompt=[3] * 250, max_new_tokens=7), "context of 256"),
 }
+
+
+def test_texts_may_cross_a_length_at_which_rotary_embeddings_change(recwarn):
+    """Each by its own length, whatever is beside it."""
+    scaled = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
+    scaled |= {"original_max_position_embeddings": 32}
+    model = tiny_llama(seed=3, num_hidden_layers=1, rope_parameters=scaled, max_position_embeddings=128)
+    prompt, beside = [5] * 20, dict(prompt=[7] * 33, max_new_tokens=40)
+    truth = paceline.generate(model, torch.tensor([prompt]), max_new_tokens=30, do_sample=False, pad_token_id=0)
+    results = paceline.generate_many(model, [beside, dict(prompt=prompt, max_new_tokens=30)], drafter="ngram")
+    assert results[1].tokens == truth[0, 20:].tolist()
 
 
 @pytest.mark.parametrize("what", REFUSED)
