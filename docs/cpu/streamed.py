@@ -70,6 +70,8 @@ def resident_worker(args):
     import paceline
 
     model, _ = paceline.load_target(args.model, dtype=args.dtype, weights=args.weights)
+    for parameter in model.parameters():  # what stays mapped into memory cannot be dropped from the page cache
+        parameter.data = parameter.data.clone()
     return ours(model, None, None), {}
 
 
@@ -119,13 +121,14 @@ def accelerate_worker(args):
             pass
 
     def answer(tokens, limit):
-        times, ids = Times(), torch.tensor([tokens])
+        times, ids, before = Times(), torch.tensor([tokens]), psutil.Process().io_counters().read_bytes
         begun = time.perf_counter()
         options = {"do_sample": False, "max_new_tokens": limit, "streamer": times}
         out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         text = out[0, len(tokens) :].tolist()
         after = [len(text) - 1, times.ends[-1] - times.ends[1]]
-        return {"seconds": time.perf_counter() - begun, "text": text, "after": after}
+        said = {"seconds": time.perf_counter() - begun, "text": text, "after": after}
+        return {**said, "read": (psutil.Process().io_counters().read_bytes - before) / len(text)}
 
     return answer, {}
 
@@ -228,11 +231,17 @@ def measure(args):
     args.model = folder_of(args)
     prompts, output = [*texts(args)], Path(args.output)
     done = [json.loads(line) for line in output.read_text().splitlines()] if output.is_file() else []
+    asked = {key: getattr(args, key) for key in ("model", "draft", "prompts", "resident", "weights", "tree", "tokens")}
+    if done and done[0] != {"asked": asked}:
+        raise SystemExit(f"{output} is of other arguments ({done[0].get('asked')}); name another output with -o")
+    if not done:
+        done.append({"asked": asked})
+        output.write_text(json.dumps(done[0]) + "\n")
     there = {(entry["prompt"], entry["way"]) for entry in done if "way" in entry}
     left = [(n, way) for n in range(len(prompts)) for way in turn(ways, n) if (n, way) not in there]
     if not left:
         return done
-    if args.calibrate:
+    if args.calibrate and len(done) == 1:
         plan(args)
     workers = {way: Worker(args, way) for way in ("plain", "tree") if way in ways}
     known = {key: value for worker in workers.values() for key, value in worker.known.items()}
@@ -307,6 +316,8 @@ def report(args, entries):
         f"{about['layers']} layers resident; accelerate's files dropped from the page cache before each forward"
     )
     print(f"disk {spread_of(speeds)} GB/s in {len(speeds)} probes")
+    if reads := [entry["read"] for entry in answers.get("accelerate", {}).values()]:
+        print(f"accelerate read {spread_of([each / 1e9 for each in reads])} GB a forward from the disk")
     peaks = {way: max(entry["peak"] for entry in found.values()) for way, found in answers.items()}
     announced = about["resident_bytes"]
     print(

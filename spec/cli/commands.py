@@ -90,9 +90,9 @@ def generate(args: Namespace) -> None:
             on_step=telling.on_step,
             **sampling,
         )
-    except (KeyboardInterrupt, ValueError, OSError) as error:
+    except BaseException as error:  # the text so far is kept whatever stopped it
         if telling.events:
-            telling.end(stopped=str(error) or "Ctrl-C")
+            telling.end(stopped="Ctrl-C" if isinstance(error, KeyboardInterrupt) else str(error) or repr(error))
         raise
     assert isinstance(out, SpeculativeOutput) and out.trace is not None
     telling.events = out.trace.events

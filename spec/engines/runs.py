@@ -164,8 +164,11 @@ def _kept_run(model: PreTrainedModel, drafter: Drafter, engine: Engine, spec: Ru
 
 
 def many_scores(model: PreTrainedModel, batch: int, nodes: int, rule: str, sampling: bool) -> bool:
-    """Whether the scores of `batch` trees of so many nodes are too many to exist together, and need not."""
-    return walks(rule, sampling) and 4 * batch * nodes * model.config.get_text_config().vocab_size > MOST_SCORES
+    """Whether the scores of `batch` trees of so many nodes are too many to exist together, and need not. Those of roots
+    alone are all needed."""
+    if nodes < 2 or not walks(rule, sampling):
+        return False
+    return 4 * batch * nodes * model.config.get_text_config().vocab_size > MOST_SCORES
 
 
 def make_engine(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler: Sampler) -> Engine:

@@ -4,8 +4,6 @@ Where `Packing` keeps a packed copy beside the weight of an `nn.Linear`, this is
 the same results. Its panels may come and go, as those of layers that are streamed do. Knows nothing of files.
 """
 
-from typing import NoReturn
-
 import torch
 from torch import Tensor, nn
 
@@ -45,12 +43,6 @@ class PanelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.ops.paceline.linears(x, [self.packed], self.outputs, self.ints)[0]
-
-    def _apply(self, *args: object, **options: object) -> NoReturn:
-        raise ValueError(
-            "a model in panels is of one dtype on one device and can be neither cast nor moved; load it anew as you "
-            "want it"
-        )
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, {self.dtype} in panels"

@@ -23,12 +23,13 @@ class Placement:
 
 def bytes_of(size: str | int | float) -> int:
     """The bytes that "8GB", "512 MiB" or a number stand for. Raises ValueError for anything else."""
-    if isinstance(size, (int, float)) and not isinstance(size, bool) and 0 < size < float("inf"):
+    if isinstance(size, (int, float)) and not isinstance(size, bool) and 1 <= size < float("inf"):
         return int(size)
     parts = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", size.lower()) if isinstance(size, str) else None
-    if parts is None or parts[2] not in _UNITS or not float(parts[1]):
+    bytes = int(float(parts[1]) * _UNITS[parts[2]]) if parts is not None and parts[2] in _UNITS else 0
+    if not bytes:
         raise ValueError(f"resident={size!r} is no size of memory; write it like '8GB' or '512MB'")
-    return int(float(parts[1]) * _UNITS[parts[2]])
+    return bytes
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,8 +1,9 @@
 """Layers from files, fetched by a thread while others compute. Knows nothing of models."""
 
+import os
 import threading
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from torch import Tensor
@@ -35,7 +36,8 @@ class Prefetcher:
 
     def __init__(self, files: LayerFiles):
         self.ring, self._files = Ring(len(files.files), len(files.buffers)), files
-        self.changed = threading.Condition(threading.RLock())
+        self._changed = threading.Condition(threading.RLock())  # `close` may come in the midst of anything
+        self._process = os.getpid()
         self.waited = self.fetching = 0.0  # seconds
         self.bytes = 0
         self._errors: dict[int, StreamError] = {}  # of layers that could not be fetched, until they are asked for
@@ -45,43 +47,51 @@ class Prefetcher:
 
     def acquire(self, layer: int, user: Hashable) -> int:
         """The buffer that holds `layer`, once it does, for `user` until `release`. Raises StreamError."""
+        if os.getpid() != self._process:
+            raise StreamError("a streamed model cannot be used in a forked process; load it there")
         begun = time.perf_counter()
-        with self.changed:
+        with self._changed:
             self.ring.ask(layer, user)
             for other in self._errors.keys() - {layer}:  # of a forward that was broken off, or to be tried again
                 del self._errors[other]
-            self.changed.notify_all()
+            self._changed.notify_all()
             try:
                 while (buffer := self.ring.take(layer, user)) is None:
                     if (error := self._errors.pop(layer, None)) is not None:
                         raise error
-                    self.changed.wait()
+                    self._changed.wait()
             except BaseException:
                 self.ring.leave(user)
+                self._changed.notify_all()  # while there was an error, nothing was fetched for others either
                 raise
             finally:
                 self.waited += time.perf_counter() - begun
             return buffer
 
-    def release(self, user: Hashable) -> None:
-        """`user` no longer computes with its buffer, if it has one."""
-        with self.changed:
-            self.ring.leave(user)
-            self.changed.notify_all()
-
-    def held(self, user: Hashable) -> tuple[int, int] | None:
-        """The layer that `user` computes with, and how many others do; None where it computes with none."""
-        return self.ring.held(user)
+    def release(self, user: Hashable, unused: Callable[[int], None]) -> None:
+        """`user` no longer computes with its buffer. `unused` is called with the layer if nobody else does."""
+        if os.getpid() != self._process:
+            return
+        with self._changed:
+            if (left := self.ring.leave(user)) is not None and left[1] is not None:
+                unused(left[1])
+            self._changed.notify_all()
 
     def close(self) -> None:
-        """Fetch no more. The thread ends when its last layer is there."""
-        with self.changed:
-            self._closed = True
-            self.changed.notify_all()
-        self._thread.join()
-        self._files.close()
+        """Fetch no more. The thread ends, and closes the files, when its last layer is there. It is not waited for, as
+        whatever collects garbage may call this, also the threads that read."""
+        if os.getpid() == self._process:
+            with self._changed:
+                self._closed = True
+                self._changed.notify_all()
 
     def _run(self) -> None:
+        try:
+            self._fetch_all()
+        finally:
+            self._files.close()
+
+    def _fetch_all(self) -> None:
         while (job := self._next()) is not None:
             layer, buffer = job
             begun, size, error = time.perf_counter(), 0, None  # type: float, int, StreamError | None
@@ -91,19 +101,19 @@ class Prefetcher:
                 error = problem
             except Exception as problem:  # which must not leave a forward waiting
                 error = StreamError(f"the weights of a layer could not be fetched ({one_line(problem)}); try it again")
-            with self.changed:
+            with self._changed:
                 self.ring.fetched(buffer, error is None)
                 self.fetching += time.perf_counter() - begun
                 self.bytes += size
                 if error is not None:
                     self._errors[layer] = error
-                self.changed.notify_all()
+                self._changed.notify_all()
 
     def _next(self) -> tuple[int, int] | None:
         """The next layer to fetch, and into which buffer, once there is one; None at the end."""
-        with self.changed:
+        with self._changed:
             while not self._closed:
                 if not self._errors and (job := self.ring.fetch()) is not None:
                     return job
-                self.changed.wait()
+                self._changed.wait()
         return None

@@ -100,7 +100,8 @@ def put(module: nn.Module, parts: Parts) -> None:
 
 
 def nothing(stored: Stored, device: torch.device) -> Tensor:
-    """A tensor like a stored one that holds NaN, where its dtype has that, and takes no memory."""
+    """A tensor like a stored one of which all bits are set, and that takes no memory. Numbers are NaN, of every dtype,
+    also those of panels, and the scales of blocks."""
     dtype = torch_dtype(stored.dtype)
-    blank = torch.full((1,) * len(stored.shape), float("nan") if dtype.is_floating_point else 0, dtype=dtype)
-    return blank.to(device).expand(stored.shape)
+    blank = torch.full((dtype.itemsize,), 255, dtype=torch.uint8).view(dtype)
+    return blank.view((1,) * len(stored.shape)).to(device).expand(stored.shape)

@@ -7,7 +7,7 @@ order, is tested with a device that is only pretended. Knows nothing of models.
 
 import threading
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -45,8 +45,8 @@ class HostFeeder:
 
     def __init__(self, layers: int, buffers: int, copies: Copies):
         self.ring, self.copies, self.bytes = Ring(layers, buffers), copies, 0
-        self.changed = threading.Condition(threading.RLock())
-        with self.changed:
+        self._changed = threading.Condition(threading.RLock())
+        with self._changed:
             self._queue()
 
     @property
@@ -59,31 +59,29 @@ class HostFeeder:
 
     def acquire(self, layer: int, user: Hashable) -> int:
         """The buffer that holds `layer` once what is queued is done, for `user` until `release`."""
-        with self.changed:
+        with self._changed:
             self.ring.ask(layer, user)
             self._queue()
             try:
                 while (buffer := self.ring.take(layer, user)) is None:  # other threads compute with all of them
-                    self.changed.wait()
+                    self._changed.wait()
             except BaseException:
                 self.ring.leave(user)
                 raise
             self.copies.wait(buffer)
             return buffer
 
-    def held(self, user: Hashable) -> tuple[int, int] | None:
-        """The layer that `user` computes with, and how many others do; None where it computes with none."""
-        return self.ring.held(user)
-
-    def release(self, user: Hashable) -> None:
-        """`user` has queued all that it computes with its buffer, if it has one."""
-        with self.changed:
-            for buffer, users in enumerate(self.ring.users):
-                if user in users:
-                    self.copies.leave(buffer)
-            self.ring.leave(user)
+    def release(self, user: Hashable, unused: Callable[[int], None]) -> None:
+        """`user` has queued all that it computes with its buffer. `unused` is called with the layer if nobody else
+        computes with it."""
+        with self._changed:
+            if (left := self.ring.leave(user)) is not None:
+                buffer, layer = left
+                self.copies.leave(buffer)
+                if layer is not None:
+                    unused(layer)
             self._queue()
-            self.changed.notify_all()
+            self._changed.notify_all()
 
     def close(self) -> None:
         self.copies.close()
@@ -105,8 +103,14 @@ class CudaCopies:
         self._left: list[list[torch.cuda.Event]] = [[] for _ in buffers]  # ends of uses since the last copy
         self._spans: dict[str, deque] = {"waited": deque(), "fetching": deque()}  # pairs of events not counted yet
         self._seconds = dict.fromkeys(self._spans, 0.0)
-        for layer in layers:
-            pin(layer)
+        self._pinned: list[Tensor] = []
+        try:
+            for layer in layers:
+                pin(layer)
+                self._pinned.append(layer)
+        except BaseException:
+            self.close()
+            raise
 
     def copy(self, layer: int, buffer: int) -> int:
         source = self.layers[layer]
@@ -154,7 +158,7 @@ class CudaCopies:
 
     def close(self) -> None:
         self.stream.synchronize()  # before the memory is somebody else's
-        for layer in self.layers:
+        for layer in self._pinned:
             torch.cuda.cudart().cudaHostUnregister(layer.data_ptr())
 
 

@@ -6,6 +6,7 @@ whole.
     embeddings.bin      the rows of the embeddings, of which a forward reads those that it needs
     NAME.json           beside each file: what it holds, written when the file is whole
     stream.json         the model in all, written last
+    source.json         of what files it is made
     selftest.json       by versions: that the self-test was passed
 
 A file is a run of tensors, each at a multiple of 64 bytes, filled up to whole pages. Knows nothing of models.
@@ -80,10 +81,29 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class FileWriter:
-    """Writes tensors to a file, piece after piece."""
+def is_full(error: Exception) -> bool:
+    """Whether an error, of whatever kind, says that a disk is full."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
-    def __init__(self, path: Path):
+
+def not_written(file: Path, error: Exception) -> StreamError:
+    """What to say where a file of a folder cannot be written."""
+    if is_full(error):
+        free = shutil.disk_usage(file.parent).free
+        return StreamError(
+            f"the disk is full at {file.stem} of {file.parent} ({free / 1e9:.1f} GB are free); make room, or set "
+            "PACELINE_CACHE to a folder on another disk: what is written stays, and repacking goes on from there"
+        )
+    why = getattr(error, "strerror", None) or error
+    return StreamError(f"{file} cannot be written ({why}); set PACELINE_CACHE to another folder")
+
+
+class FileWriter:
+    """Writes tensors to a file `path`, which will be `named`, piece after piece. Raises StreamError where it cannot be
+    written; errors of who gives the tensors stay what they are."""
+
+    def __init__(self, path: Path, named: Path):
+        self._named = named
         self.tensors: dict[str, Stored] = {}
         self.forms: dict[str, dict] = {}
         self._file = open(path, "wb")  # noqa: SIM115 (`close` does)
@@ -117,7 +137,10 @@ class FileWriter:
     def _flush(self) -> None:
         if self._piece:
             self._sums.append(checksum(self._piece))
-            self._file.write(self._piece)
+            try:
+                self._file.write(self._piece)
+            except OSError as error:
+                raise not_written(self._named, error) from error
             self._piece.clear()
 
     def finish(self) -> FileRecord:
@@ -155,7 +178,7 @@ class StreamFolder:
         try:
             (self.path / f"{name}.json").unlink(missing_ok=True)
             with whole(self.file(name)) as beside:
-                writer = FileWriter(beside)
+                writer = FileWriter(beside, self.file(name))
                 try:
                     fill(writer)
                     record = writer.finish()
@@ -163,17 +186,8 @@ class StreamFolder:
                     writer.close()
             write_json(self.path / f"{name}.json", asdict(record))
         except OSError as error:
-            raise StreamError(self._not_written(name, error)) from error
+            raise not_written(self.file(name), error) from error
         return record
-
-    def _not_written(self, name: str, error: OSError) -> str:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(self.path).free
-            return (
-                f"the disk is full at {name} of {self.path} ({free / 1e9:.1f} GB are free); make room, or set "
-                "PACELINE_CACHE to a folder on another disk: what is written stays, and repacking goes on from there"
-            )
-        return f"{self.file(name)} cannot be written ({error.strerror or error}); set PACELINE_CACHE to another folder"
 
     def model(self) -> dict[str, Any] | None:
         """What stream.json says of the model; None where the folder is not whole."""
@@ -186,10 +200,28 @@ class StreamFolder:
         return said
 
     def finish(self, about: dict[str, Any], files: list[str]) -> None:
+        self._write_json("stream", {"format": FORMAT, "files": files, **about})
+
+    def _write_json(self, name: str, value: dict[str, Any]) -> None:
         try:
-            write_json(self.path / "stream.json", {"format": FORMAT, "files": files, **about})
+            write_json(self.path / f"{name}.json", value)
         except OSError as error:
-            raise StreamError(self._not_written("stream", error)) from error
+            raise not_written(self.path / f"{name}.json", error) from error
+
+    def begin(self, source: str, files: list) -> list["StreamFolder"]:
+        """Keep what is repacked here: the `files` of a source. Returns the folders beside this one for other files of
+        the same source, which are there no more."""
+        self._write_json("source", {"source": source, "files": files})
+        return [
+            StreamFolder(said.parent)
+            for said in sorted(self.path.parent.glob("*/source.json"))
+            if (other := _read_json(said)).get("source") == source and other.get("files") != files
+        ]
+
+    @property
+    def bytes(self) -> int:
+        """Of all that is there."""
+        return sum(file.stat().st_size for file in self.path.iterdir() if file.is_file())
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -201,7 +233,7 @@ class StreamFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / "lock", "ab")  # noqa: SIM115 (below)
         except OSError as error:
-            raise StreamError(self._not_written("lock", error)) from error
+            raise not_written(self.path / "lock", error) from error
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -214,16 +246,18 @@ class StreamFolder:
 
     def tested(self, key: str) -> bool:
         """Whether the self-test was passed under `key`."""
-        return key in self._tests()
+        return key in _read_json(self.path / "selftest.json")
 
     def keep_test(self, key: str) -> None:
         """Keep that the self-test was passed, where the folder can be written."""
         with suppress(OSError):
-            write_json(self.path / "selftest.json", {**self._tests(), key: True})
+            write_json(self.path / "selftest.json", {**_read_json(self.path / "selftest.json"), key: True})
 
-    def _tests(self) -> dict[str, Any]:
-        try:
-            stored = json.loads((self.path / "selftest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return stored if isinstance(stored, dict) else {}
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where it cannot be read."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return stored if isinstance(stored, dict) else {}

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.rotation import Rotation
-from ..target.weights import refuse_saving
+from ..target.weights import refuse_casts, refuse_saving
 from .budget import BUFFERS, bytes_of, free_bytes, place
 from .disk import LayerFiles, Prefetcher
 from .forms import Device, Parts, layer_of, nothing, put
 from .host import CudaCopies, HostFeeder
 from .layout import FileRecord, StreamFolder
-from .origin import Asked, Origin, origin_of
+from .origin import Asked, origin_of
 from .reader import Reader, pages
 from .record import Kind, StreamAbout
 from .repack import EMBEDDINGS, RESIDENT, folder_of, repacked
@@ -31,30 +31,37 @@ SHARE = 0.5  # of the free memory that weights may take, where nothing is asked 
 
 
 def load_streamed(
-    asked: Asked, kind: str, resident: str | int | float | None, name: str, buffers: int = BUFFERS
-) -> tuple["PreTrainedModel", Origin]:
+    asked: Asked,
+    kind: Kind,
+    resident: str | int | float | None,
+    name: str,
+    with_tokenizer: bool = False,
+    buffers: int = BUFFERS,
+) -> tuple["PreTrainedModel", Any]:
     """The model, in evaluation mode, its weights streamed from `kind`, with `resident` bytes of them in memory at most;
-    and what it was made from. Says on stderr what is repacked, and what is where.
+    and its tokenizer, which is loaded first, as it belongs to the memory that is announced. Says on stderr what is repacked, and what is where.
 
     Raises ValueError for what cannot be streamed, and StreamError where files cannot be written or read."""
-    kind = checked_kind(kind, asked.device)
     budget = None if resident is None else bytes_of(resident)
     origin = origin_of(asked)
     device = Device(asked.device, origin.dtype)
-    folder = folder_of(origin, device, asked.weights.name)
+    folder = folder_of(origin, device)
     said = repacked(origin, folder, device, name)
-    model, before = origin.skeleton(), psutil.Process().memory_info().rss
+    model, tokenizer = origin.skeleton(), origin.tokenizer() if with_tokenizer else None
+    before = psutil.Process().memory_info().rss
     made = _Assembly(model, folder, said, asked.device)
     try:
         made.put_resident()
-        streamer = made.streamed(budget or int(SHARE * free_bytes(asked.device)), kind, buffers)
+        budget = int(SHARE * free_bytes(asked.device)) if budget is None else budget
+        streamer = made.streamed(budget, kind, buffers)
     except BaseException:
         made.reader.close()
         raise
     set_streamer(model.eval(), streamer)
     refuse_saving(model)
+    refuse_casts(model)
     print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
-    return model, origin
+    return model, tokenizer
 
 
 def _announced(about: StreamAbout, small: int, before: int) -> str:
@@ -69,8 +76,12 @@ def _announced(about: StreamAbout, small: int, before: int) -> str:
         f"{streamed} layers of {about.layers}, {about.bytes_per_forward / 1e9:.2f} GB, are fetched from {about.kind}"
     )
     what = f"{fetched} for each forward" if streamed else "all layers stay in memory"
-    whole = f"with them this process takes about {(before + about.resident_bytes) / 1e9:.2f} GB"
-    return f"{what}; in memory are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {whole}"
+    if about.kind == "host":
+        where, beside = "the GPU's memory", f"the host keeps {about.bytes_per_forward / 1e9:.2f} GB in its place"
+    else:
+        taken = (before + about.resident_bytes) / 1e9
+        where, beside = "memory", f"with them this process takes about {taken:.2f} GB"
+    return f"{what}; in {where} are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {beside}"
 
 
 def checked_kind(kind: str, device: torch.device) -> Kind:
@@ -127,7 +138,9 @@ class _Assembly:
             embeddings = self.model.get_submodule(table)
             assert isinstance(embeddings, nn.Embedding)
             self._assign(name, nothing(stored, self.device))
-            look_up(embeddings, RowFile(self.folder.file(EMBEDDINGS), stored))
+            path, record = self.folder.file(EMBEDDINGS), self.records[EMBEDDINGS]
+            look_up(embeddings, RowFile(path, record.size, stored))
+            self.reader.verify(path, record.size, record.sums)
 
     def _read(self, name: str) -> Tensor:
         """The content of a file, in memory of the device."""
@@ -172,21 +185,15 @@ class _Assembly:
         chosen = [names[number] for number in placed.streamed]
         largest = max((self.records[name].size for name in chosen), default=0)
         memory = [self._memory(largest) for _ in range(placed.buffers)]
-        feeder = self._feeder(chosen, memory, kind) if chosen else None
+        tables = [[self._parts(self.records[name].of(buffer)) for name in chosen] for buffer in memory]
+        between = [self._parts(blanks[number]) for number in placed.streamed]
+        fetched, direct = sum(self.records[name].size for name in chosen), self.reader.direct
+        about = StreamAbout(kind, len(names), len(placed.resident), fetched, placed.bytes, placed.buffers, direct)
+        feeder = self._feeder(chosen, memory, kind) if chosen else None  # last: it begins to fetch
         if not chosen:
             self.reader.close()
-        fetched = sum(self.records[name].size for name in chosen)
-        return Streamer(
-            [layers[number] for number in placed.streamed],
-            layers[0],
-            [[self._parts(self.records[name].of(buffer)) for name in chosen] for buffer in memory],
-            [self._parts(blanks[number]) for number in placed.streamed],
-            feeder,
-            StreamAbout(
-                kind, len(names), len(placed.resident), fetched, placed.bytes, placed.buffers, self.reader.direct
-            ),
-            self.folder,
-        )
+        hooked = [layers[number] for number in placed.streamed]
+        return Streamer(hooked, layers[0], tables, between, feeder, about, self.folder)
 
     def _parts(self, tensors: dict[str, Tensor]) -> dict[nn.Module, Parts]:
         """With what each module of a layer computes where the layer's tensors are these."""

@@ -3,6 +3,7 @@ Tells its configuration, its tokenizer and its files at once, and gives its weig
 nothing of what becomes of the weights.
 """
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from torch import nn
 
 from ..kernels.cpu import emulates_bfloat16
 from ..quantise.folder import WEIGHTS, FileTensors
 from ..target.gguf_file import opened
 from ..target.gguf_model import gguf_config, gguf_tokenizer, own_dtype
 from ..target.weights import Weights
-from .source import FolderSource, GgufSource, QuantisedSource, Source, skeleton
+from .source import FolderSource, GgufSource, QuantisedSource, Source, by_transformers, skeleton
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,6 +46,7 @@ class Asked:
 class Origin(Protocol):
     """A model that can be streamed."""
 
+    asked: Asked
     files: list[Path]  # that its weights are in
     dtype: torch.dtype  # to compute in
 
@@ -66,10 +69,11 @@ class FolderOrigin:
         from transformers import AutoConfig
 
         self.asked, self.folder = asked, Path(asked.where)
-        self.files = sorted(self.folder.glob("*.safetensors"))
-        self.config: PreTrainedConfig = AutoConfig.from_pretrained(
-            self.folder, trust_remote_code=asked.trust_remote_code
-        )
+        self.files = weight_files(self.folder)
+        with by_transformers(self.folder):
+            self.config: PreTrainedConfig = AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=asked.trust_remote_code
+            )
         if getattr(self.config, "quantization_config", None):
             raise ValueError(
                 f"{self.folder} is quantised in a way that cannot be streamed; stream the model itself, or a folder "
@@ -77,14 +81,15 @@ class FolderOrigin:
             )
         if not self.files:
             raise ValueError(f"{self.folder} has no safetensors to stream; save the model again with transformers")
-        stated = self.config.dtype or stored_dtype(self.files[0])
-        self.dtype = asked.settled(stated)
-        self.made_in = self.dtype if isinstance(asked.dtype, torch.dtype) else stated
+        self.stored = self.config.dtype or stored_dtype(self.files[0])
+        self.dtype = asked.settled(self.stored)
+        self.made_in = self.dtype if isinstance(asked.dtype, torch.dtype) else self.stored
 
     def skeleton(self) -> "PreTrainedModel":
         from transformers import GenerationConfig
 
-        model = skeleton(self.config, self.made_in, self.asked.trust_remote_code)
+        with by_transformers(self.folder):
+            model = skeleton(self.config, self.made_in, self.asked.trust_remote_code)
         if self.dtype != self.made_in:
             model = model.to(self.dtype)
         if (self.folder / "generation_config.json").is_file():
@@ -94,14 +99,14 @@ class FolderOrigin:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.asked.trust_remote_code)
+        with by_transformers(self.folder):
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=self.asked.trust_remote_code)
 
     def bytes_repacked(self, in_panels: bool) -> int:
-        """Panels hold 16 bits of a number where it has no more; merged weights lie on the disk twice for a while."""
+        """Merged weights lie on the disk twice for a while."""
         frame = self.skeleton()
-        narrow = in_panels and self.config.dtype == torch.bfloat16
         merged = sum(parameter.nbytes for parameter in frame.parameters() if parameter.ndim > 2)
-        return merged + dense_bytes(frame, 2 if narrow else self.dtype.itemsize)
+        return merged + dense_bytes(frame, in_panels and self.stored == torch.bfloat16)
 
     @contextmanager
     def source(self, work: Path) -> Iterator[Source]:
@@ -133,14 +138,17 @@ class GgufOrigin:
     def __init__(self, asked: Asked):
         self.asked, self.files = asked, [Path(asked.where)]
         with opened(asked.where) as file:
-            self.config, self.dtype = gguf_config(file), asked.settled(own_dtype(file))
+            self.config, self.stored = gguf_config(file), own_dtype(file)
+        self.dtype = asked.settled(self.stored)
 
     def skeleton(self) -> "PreTrainedModel":
         return skeleton(self.config, self.dtype)
 
     def bytes_repacked(self, in_panels: bool) -> int:
         frame = self.skeleton()
-        return block_bytes(frame, self.files[0]) if self.asked.weights.bits else dense_bytes(frame, self.dtype.itemsize)
+        if self.asked.weights.bits:
+            return block_bytes(frame, self.files[0])
+        return dense_bytes(frame, in_panels and self.stored == torch.bfloat16)
 
     def tokenizer(self) -> Any:
         with opened(self.asked.where) as file:
@@ -158,9 +166,24 @@ def stored_dtype(file: Path) -> torch.dtype:
     return tensors.rows(next(iter(tensors)), 0, 1).dtype
 
 
-def dense_bytes(frame: "PreTrainedModel", each: int) -> int:
-    """Bytes of a model's numbers, `each` of so many: a head that is tied to the embeddings is written too."""
-    return each * sum(parameter.numel() for _, parameter in frame.named_parameters(remove_duplicate=False))
+def weight_files(folder: Path) -> list[Path]:
+    """The files that the weights of a folder are in: those of its index, where it has one, and no other copy beside."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return sorted({folder / name for name in index["weight_map"].values()})
+    except FileNotFoundError:
+        alone = folder / "model.safetensors"
+        return [alone] if alone.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def dense_bytes(frame: "PreTrainedModel", narrow: bool) -> int:
+    """The bytes of a model's numbers, of which linear layers have 16 bits where they are `narrow`. A head that is tied
+    to the embeddings is written too."""
+    return sum(
+        parameter.numel() * (2 if narrow and type(module) is nn.Linear else parameter.itemsize)
+        for module in frame.modules()
+        for parameter in module.parameters(recurse=False)
+    )
 
 
 def block_bytes(frame: "PreTrainedModel", file: Path) -> int:

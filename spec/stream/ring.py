@@ -54,16 +54,12 @@ class Ring:
             self.next = (layer + 1) % self.layers
         return buffer
 
-    def held(self, user: Hashable) -> tuple[int, int] | None:
-        """The layer that `user` computes with, and how many others do; None where it computes with none."""
-        for users, layer in zip(self.users, self.holds):
-            if user in users:
-                assert layer is not None, "what is in use is not fetched anew"
-                return layer, len(users) - 1
-        return None
-
-    def leave(self, user: Hashable) -> None:
-        """`user` computes no longer with a layer, and waits for none."""
+    def leave(self, user: Hashable) -> tuple[int, int | None] | None:
+        """`user` computes no longer with a layer, and waits for none. Returns the buffer that it computed with, and the
+        layer there if nobody else computes with it; None where it computed with none."""
         self.waiting.pop(user, None)
-        for users in self.users:
-            users.discard(user)
+        for buffer, users in enumerate(self.users):
+            if user in users:
+                users.remove(user)
+                return buffer, None if users else self.holds[buffer]
+        return None

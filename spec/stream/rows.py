@@ -6,6 +6,7 @@ of models.
 
 import copy
 import os
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -13,28 +14,27 @@ import torch
 from torch import Tensor, nn
 
 from .layout import Stored, torch_dtype
+from .reader import OpenFile
 from .record import StreamError, Uncopied
 
 _KEPT = "row_file"  # the attribute of a module that looks its rows up in a file
 
 
 class RowFile(Uncopied):
-    """A matrix (N, K) in a file."""
+    """A matrix (N, K) in a file of `size` bytes."""
 
-    def __init__(self, path: Path, stored: Stored):
+    def __init__(self, path: Path, size: int, stored: Stored):
         self.path, self.stored = path, stored
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise StreamError(f"{path} cannot be opened ({error.strerror or error}); load the model again") from error
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
+        self.file = OpenFile(path, size, direct=False)
+        weakref.finalize(self, self.file.close)
 
     def rows(self, ids: Tensor) -> Tensor:  # (n,) -> (n, K)
-        """Some rows, on the device of `ids`. Raises StreamError where they cannot be read."""
-        width, dtype = self.stored.shape[1], torch_dtype(self.stored.dtype)
+        """Some rows, on the device of `ids`. Raises IndexError for rows that there are not, and StreamError where they
+        cannot be read, or the file has changed."""
+        (count, width), dtype = self.stored.shape, torch_dtype(self.stored.dtype)
+        if len(ids) and not 0 <= ids.min() <= ids.max() < count:
+            raise IndexError(f"index out of range: tokens are numbers from 0 to {count - 1}")
+        self.file.check()
         made, size = torch.empty(len(ids), width, dtype=dtype), width * dtype.itemsize
         view = memoryview(made.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         for index, row in enumerate(ids.tolist()):
@@ -43,11 +43,11 @@ class RowFile(Uncopied):
 
     def _read(self, into: memoryview, start: int) -> None:
         try:
-            count = os.preadv(self.descriptor, [into], start)
+            count = os.preadv(self.file.descriptor, [into], start)
         except OSError as error:
             raise StreamError(f"{self.path} cannot be read ({error.strerror or error}); check the disk") from error
         if count != len(into):
-            raise StreamError(f"{self.path} is shorter than it was; delete {self.path.parent}, and it is made anew")
+            raise self.file.changed()
 
 
 def look_up(embeddings: nn.Embedding, file: RowFile) -> None:

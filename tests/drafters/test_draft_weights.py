@@ -68,7 +68,7 @@ def test_compiled_steps_give_the_same_text(model, folders):
     prompt = torch.tensor([[5, 9, 2, 7]])
     plain = paceline.generate(model, prompt, drafter=None, **options)
     out = paceline.generate(
-        model, prompt, drafter=drafter, tree="2x1x1", executor="compiled", return_dict_in_generate=True, **options
+        model, prompt, drafter=drafter, tree="2", executor="compiled", return_dict_in_generate=True, **options
     )
     assert torch.equal(plain, out.sequences) and out.trace.summary()["num_accepted_draft_tokens"] > 0
 

@@ -20,11 +20,11 @@ def model():
 
 @pytest.fixture(scope="module")
 def drafters(model):
-    made = {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(model))}
+    two_levels = [[0.6, 0.3], [0.6]]
+    made = {"none": NoDrafter(), "ngram": NgramDrafter(), "model": ModelDrafter(noisy_copy(model), rates=two_levels)}
     for mode in ("independent", "markov", "hydra"):
         made[mode] = MedusaDrafter(fitted_heads(model, mode, known=40))
     made["beside"] = Beside(made["hydra"], made["ngram"])
-    two_levels = [[0.6, 0.3], [0.6]]
     made["eagle"] = EagleDrafter(eagle_copy(model, known=torch.arange(2, 58)), rates=two_levels)
     wide = dict(wide=True, taps=(0, 1, "head"), tap_norms=True, norm_output=True, known=torch.arange(3, 50))
     made["eagle beside"] = Beside(EagleDrafter(random_eagle(model, **wide), rates=two_levels), made["ngram"])

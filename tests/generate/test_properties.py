@@ -40,7 +40,7 @@ def calls(draw):
     ids = torch.randint(1, draw(st.sampled_from([4, 64])), (batch, width))
     pads = torch.tensor([0, *(draw(st.integers(0, width - 1)) for _ in range(batch - 1))])
     mask = (torch.arange(width) >= pads[:, None]).long()
-    options = {"max_new_tokens": draw(st.integers(1, 20)), "pad_token_id": 0}
+    options = {"max_new_tokens": draw(st.integers(1, 12)), "pad_token_id": 0}
     if draw(st.booleans()):
         options["eos_token_id"] = draw(st.lists(st.integers(1, 63), min_size=1, max_size=8))
     if draw(st.booleans()):

@@ -1,6 +1,6 @@
 """The promises on a real model: SmolLM2-135M-Instruct in float32, prompts of Spec-Bench (Apache-2.0).
 
-The ordinary run takes the last 120 tokens of 4 prompts, 16 new tokens, one seed and half of the settings;
+The ordinary run takes the last 120 tokens of 3 prompts, 12 new tokens, one seed and half of the settings;
 PACELINE_FULL=1 takes 300 of 24, 64, three and all.
 """
 
@@ -18,7 +18,7 @@ from support.models import noisy_copy
 pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
 
 FULL = bool(os.environ.get("PACELINE_FULL"))
-PROMPTS, LONGEST, NEW, SEEDS = (24, 300, 64, (0, 1, 2)) if FULL else (4, 120, 16, (0,))
+PROMPTS, LONGEST, NEW, SEEDS = (24, 300, 64, (0, 1, 2)) if FULL else (3, 120, 12, (0,))
 SETTINGS = {
     "ngram chain": ("ngram", "chain:5"),
     "ngram tree": ("ngram", "3x2x1x1"),

@@ -164,16 +164,14 @@ def test_what_our_own_attention_does_not_take(compiled_source, change):
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [pytest.param(torch.bfloat16, marks=EMULATED), torch.float32])
-def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged, dtype):
+def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged):
     """The operator inside a compiled step, on ragged rows and a tree: the same text as eagerly."""
-    model = tiny_llama().to(dtype)
+    model = tiny_llama()
     options = dict(do_sample=False, max_new_tokens=12, drafter="ngram", tree="2x2")
     eager = paceline.generate(model, *ragged, executor="eager", **options)
     compiled = paceline.generate(model, *ragged, executor="compiled", **options)
     runs.reset(model)
-    equal = (eager == compiled).float().mean()
-    assert equal == 1 if dtype == torch.float32 else equal > 0.9  # near-ties of bfloat16 may part
+    assert torch.equal(eager, compiled)
 
 
 def rows_do_not_matter(*widths):
@@ -192,17 +190,19 @@ def rows_do_not_matter(*widths):
     "dtype, executor",
     [
         pytest.param(torch.bfloat16, "eager", marks=EMULATED),
-        pytest.param(torch.bfloat16, "compiled", marks=EMULATED),
-        (torch.float32, "compiled"),
+        (torch.float32, "eager"),
+        (None, "compiled"),  # in bfloat16, which fused kernels could round elsewhere, if it can be
     ],
 )
 def test_text_is_the_same_with_and_without_drafts(compiled_source, dtype, executor):
     """Not up to near-ties: bit for bit, where linear layers allow it. A tiny random model has ties all the time."""
-    model = tiny_llama(hidden_size=192, intermediate_size=256, initializer_range=0.1).to(dtype)
-    if dtype == torch.bfloat16 and not rows_do_not_matter((192, 192), (192, 96), (192, 256), (256, 192), (192, 61)):
+    steady = has_bfloat16() and rows_do_not_matter((192, 192), (192, 96), (192, 256), (256, 192), (192, 61))
+    if dtype == torch.bfloat16 and not steady:
         pytest.skip("bfloat16 linear layers depend on the number of rows on this machine")
+    dtype = dtype or (torch.bfloat16 if steady else torch.float32)
+    model = tiny_llama(hidden_size=192, intermediate_size=256, initializer_range=0.1).to(dtype)
     torch.manual_seed(1)
-    prompts = torch.randint(1, 61, (8 if executor == "eager" else 3, 1, 12))
+    prompts = torch.randint(1, 61, (4 if executor == "eager" else 3, 1, 12))
     options = dict(max_new_tokens=48, executor=executor, return_dict_in_generate=True, output_logits=True)
     ways = [dict(do_sample=False), dict(do_sample=True, temperature=0.7, top_k=0, seed=0)]
     for sampling in ways if executor == "eager" else ways[:1]:  # compiling takes seconds

@@ -118,11 +118,12 @@ def test_without_a_compiler_there_is_no_own_attention(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_source_that_does_not_compile_is_a_line_and_no_error(compiled_source, monkeypatch, tmp_path, capsys):
-    broken = tmp_path / "attention.cpp"
+    good, broken = tmp_path / "a.cpp", tmp_path / "attention.cpp"
+    good.write_text("int good;")
     broken.write_text("this is no C++")
     monkeypatch.setattr(native, "cache_folder", lambda: tmp_path)
     for source in (broken, tmp_path / "missing.cpp"):
-        monkeypatch.setattr(native, "SOURCES", [*native.SOURCES, source])
+        monkeypatch.setattr(native, "SOURCES", [good, source])
         native._library_file.cache_clear()
         assert native._library_file() is None
         assert "torch's are (" in capsys.readouterr().err

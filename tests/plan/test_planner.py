@@ -4,6 +4,7 @@ against brute force, and predictions against decoding."""
 import itertools
 import random
 import time
+from functools import partial
 
 import paceline
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec import cli
+from paceline.spec.plan import curves
 from paceline.spec.plan.store import plan_path
 from paceline.spec.plan.trees import (
     Acceptance,
@@ -188,6 +190,7 @@ def test_predicted_tokens_per_step_come_true(target, draft):
 def test_plan_and_profile_from_the_command_line(tmp_path, monkeypatch, capsys, tokenizer):
     """Calibrate, measure and plan a tiny pair, then decode with the kept plan and with the file."""
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(curves, "alone", partial(curves.alone, repeats=3, warm_up=1))
     model = tiny_llama(max_position_embeddings=512)
     for name, weights in (("target", model), ("draft", noisy_copy(model))):
         weights.save_pretrained(tmp_path / name)

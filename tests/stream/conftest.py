@@ -2,6 +2,7 @@
 
 import pytest
 from paceline.spec.kernels import native
+from paceline.spec.stream import layout, reader
 from paceline.spec.stream.layout import StreamFolder
 from stream.streaming import saved
 
@@ -11,6 +12,13 @@ def cache(tmp_path, monkeypatch):
     native.prepare()  # from the usual cache folder, where it has been built before
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def pieces(monkeypatch):
+    """Files of tiny layers are read in several pieces, as those of large ones are, and the last is not whole."""
+    for module in (reader, layout):
+        monkeypatch.setattr(module, "PIECE", 4 * reader.PAGE)
 
 
 @pytest.fixture(autouse=True)

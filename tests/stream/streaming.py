@@ -10,6 +10,7 @@ from paceline.spec.stream.forms import Device
 from paceline.spec.stream.load import load_streamed
 from paceline.spec.stream.origin import Asked, origin_of
 from paceline.spec.stream.repack import RESIDENT, folder_of, repacked
+from paceline.spec.stream.streamer import streamer_of
 from paceline.spec.target.weights import Weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -52,7 +53,7 @@ def folder_for(path, dtype="float32", weights="16"):
     """The folder that the model of `path` is repacked into."""
     asked = asked_for(path, dtype, weights)
     origin = origin_of(asked)
-    return folder_of(origin, Device(asked.device, origin.dtype), weights)
+    return folder_of(origin, Device(asked.device, origin.dtype))
 
 
 def budget(path, fetched, dtype="float32", weights="16", buffers=BUFFERS):
@@ -60,7 +61,7 @@ def budget(path, fetched, dtype="float32", weights="16", buffers=BUFFERS):
     asked = asked_for(path, dtype, weights)
     origin = origin_of(asked)
     device = Device(asked.device, origin.dtype)
-    folder = folder_of(origin, device, weights)
+    folder = folder_of(origin, device)
     said = repacked(origin, folder, device, str(path))
     sizes = [folder.record(name).size for name in said["layers"]]
     chosen = spread(fetched, len(sizes)) if fetched else ()
@@ -68,10 +69,13 @@ def budget(path, fetched, dtype="float32", weights="16", buffers=BUFFERS):
     return folder.record(RESIDENT).size + kept + buffers * max((sizes[number] for number in chosen), default=0)
 
 
-def streamed(path, fetched=LAYERS, dtype="float32", weights="16", buffers=BUFFERS):
-    """The model of `path`, of which `fetched` layers are fetched for each forward."""
+def streamed(path, fetched=LAYERS, dtype="float32", weights="16", buffers=BUFFERS, kind="disk"):
+    """The model of `path`, of which `fetched` layers are fetched for each forward: none, or more than `buffers`."""
     size = budget(path, fetched, dtype, weights, buffers)
-    return load_streamed(asked_for(path, dtype, weights), "disk", size, str(path), buffers)[0]
+    model = load_streamed(asked_for(path, dtype, weights), kind, size, str(path), buffers=buffers)[0]
+    about = streamer_of(model).about
+    assert about.layers - about.resident_layers == fetched
+    return model
 
 
 def text(model, ids, **options):

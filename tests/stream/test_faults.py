@@ -16,7 +16,7 @@ from paceline.spec.stream.record import StreamError
 from paceline.spec.stream.streamer import streamer_of
 from stream.streaming import LAYERS, assert_same, folder_for, resident, streamed, text
 
-from support.sentences import sentence
+from support.sentences import one_sentence, sentence
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40, 5, 9, 33, 12]])
 GREEDY = dict(do_sample=False, max_new_tokens=20)
@@ -41,12 +41,12 @@ def damaged(path, act, *words):
     file = folder_for(path).file("layer-002")
     with pytest.raises(StreamError) as caught:
         paceline.generate(model, PROMPT, on_step=At(4, lambda: act(file)), **GREEDY)
-    said = sentence(lambda: (_ for _ in ()).throw(caught.value), str(file), *words)
+    one_sentence(caught.value, str(file), *words)
     kept = caught.value.output
     count = kept.sequences.shape[1]
     assert PROMPT.shape[1] + 4 <= count < truth.shape[1] and torch.equal(kept.sequences, truth[:, :count])
     assert sum(len(event.committed) for event in kept.trace.events) == count - PROMPT.shape[1]
-    return model, said
+    return model
 
 
 def test_a_file_is_cut_short_under_way(path):
@@ -74,16 +74,46 @@ def test_the_disk_fails_in_the_middle_of_a_forward_and_comes_back(path, monkeypa
         return plain(descriptor, buffers, start)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    model, _ = damaged(path, lambda file: failing.append(file), "Input/output error", "check the disk")
+    model = damaged(path, lambda file: failing.append(file), "Input/output error", "check the disk")
     failing.clear()
     assert_same(resident(path), model, PROMPT)
 
 
-def test_embeddings_fail_too(path, monkeypatch):
+def test_embeddings_fail_too(path):
+    """Bytes that are changed, and others of the same number and time; then none."""
     model = streamed(path)
     paceline.generate(model, PROMPT, **GREEDY)
-    os.truncate(folder_for(path).file("embeddings"), 0)
-    sentence(lambda: paceline.generate(model, PROMPT, **GREEDY), "embeddings.bin", "shorter than it was")
+    file = folder_for(path).file("embeddings")
+    about = file.stat()
+    file.write_bytes(bytes(about.st_size))
+    sentence(lambda: paceline.generate(model, PROMPT, **GREEDY), "embeddings.bin was changed while it was in use")
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns))
+    sentence(lambda: streamed(path), "embeddings.bin does not hold what was written", "load the model again")
+    os.truncate(file, 0)
+    sentence(lambda: paceline.generate(model, PROMPT, **GREEDY), "embeddings.bin has 0 bytes of 8192")
+
+
+def test_embeddings_fail_in_the_middle(path, monkeypatch):
+    plain, failing = os.preadv, []
+
+    def preadv(descriptor, *rest):
+        if failing and os.readlink(f"/proc/self/fd/{descriptor}").endswith("embeddings.bin"):
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(descriptor, *rest)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    model = streamed(path, 3)
+    with pytest.raises(StreamError, match="Input/output error") as caught:
+        paceline.generate(model, PROMPT, on_step=At(4, lambda: failing.append(1)), **GREEDY)
+    assert caught.value.output.sequences.shape[1] >= PROMPT.shape[1] + 4
+
+
+@pytest.mark.parametrize("token", [61, 62, -1])
+def test_tokens_that_there_are_not(token, path):
+    ids = torch.tensor([[5, token]])
+    for model in (resident(path), streamed(path, 3)):
+        with pytest.raises(IndexError, match="index out of range"):
+            model(ids)
 
 
 def test_anything_else_that_goes_wrong_in_the_thread_is_told_too(path, monkeypatch):
@@ -202,59 +232,65 @@ def test_ctrl_c_in_the_middle_of_a_forward(path):
     assert torch.equal(text(model, PROMPT)[0], truth)
 
 
-def test_several_threads_share_a_streamed_model(path):
-    model = streamed(path, 5)
-    truths = [text(resident(path), PROMPT + shift)[0] for shift in range(3)]
-    results = {}
-
-    def run(shift):
-        torch.set_num_threads(1)
-        results[shift] = [text(model, PROMPT + shift)[0] for _ in range(2)]
-
-    threads = [threading.Thread(target=run, args=(shift,)) for shift in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(each, truths[shift]) for shift, texts in results.items() for each in texts)
-    assert len(results) == 3
-
-
 REPACK = """
-import sys, time
+import os, sys
+import paceline, torch
 from paceline.spec.stream import layout
-plain = layout.FileWriter.finish
+from transformers import LlamaForCausalLM
+plain, written = layout.FileWriter.finish, []
 def finish(writer):
     made = plain(writer)
+    written.append(1)
     print("file", flush=True)
-    time.sleep(float(sys.argv[2]))
+    if len(written) == stop:
+        os.read(0, 1)
     return made
 layout.FileWriter.finish = finish
-import paceline, torch
-model, _ = paceline.load_target(sys.argv[1], "float32", "cpu", with_tokenizer=False, stream="disk", resident="1GB")
-print(model(torch.arange(3, 9)[None]).logits.double().sum().item(), flush=True)
+def repack():
+    print(os.getpid(), flush=True)
+    model, _ = paceline.load_target(sys.argv[1], "float32", "cpu", with_tokenizer=False, stream="disk", resident="1GB")
+    print(model(torch.arange(3, 9)[None]).logits.double().sum().item(), flush=True)
+    os._exit(0)
+for stop in (3, 1):
+    if not os.fork():
+        repack()
+    print(os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+    os.read(0, 1)
 """
 
 
-def repacking(path, pause, **options):
-    arguments = [sys.executable, "-c", REPACK, str(path), str(pause)]
-    return subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
 @pytest.mark.slow
-def test_a_kill_while_repacking_goes_on_and_two_processes_share_it(path):
-    killed = repacking(path, 0.5)
-    for _ in range(3):
-        assert killed.stdout.readline() == "file\n"
-    killed.kill()
-    killed.communicate()
-    folder = folder_for(path)
-    assert folder.model() is None and 2 <= len(list(folder.path.glob("layer-*.json"))) <= 3
-    both = [repacking(path, 0.1) for _ in range(2)]
-    said = [process.communicate() for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
-    counts = sorted(out.count("file") for out, _ in said)
-    assert counts[0] == 0 and LAYERS + 2 - 3 <= counts[1] <= LAYERS + 2 - 2, "one goes on, the other waits for it"
-    assert said[0][0].split()[-1] == said[1][0].split()[-1]
-    assert sum("another process is repacking" in err for _, err in said) <= 1
-    assert_same(resident(path), streamed(path), PROMPT)
+def test_a_kill_while_repacking_goes_on_and_two_processes_share_it(path, monkeypatch):
+    """One process imports everything and forks two that repack: the first is killed at its third file; the second
+    stops after its first one until this process, which wants the same model, waits for it."""
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen([sys.executable, "-c", REPACK, str(path)], **pipes) as forks:
+
+        def says(*lines):
+            assert [forks.stdout.readline() for _ in lines] == [f"{line}\n" for line in lines]
+
+        def go_on():
+            forks.stdin.write("\n")
+            forks.stdin.flush()
+
+        killed = int(forks.stdout.readline())
+        says("file", "file", "file")
+        os.kill(killed, signal.SIGKILL)
+        says(-signal.SIGKILL)
+        folder = folder_for(path)
+        kept = {file: file.stat().st_mtime_ns for file in folder.path.glob("layer-*.json")}
+        assert folder.model() is None and len(kept) == 2
+        go_on()
+        assert int(forks.stdout.readline()) != killed
+        says("file")
+        waited, waiting = [], layout.waiting
+        monkeypatch.setattr(layout, "waiting", lambda what: waited.append(what) or go_on() or waiting(what))
+        here = streamed(path)
+        assert len(waited) == 1 and "another process is repacking" in waited[0]
+        out, err = forks.communicate("\n", timeout=60)
+    *files, total, code = out.split()
+    assert (forks.returncode, code) == (0, "0"), err
+    assert files == ["file"] * (LAYERS + 2 - 2 - 1), "it goes on where the other was, and writes all"
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+    assert here(torch.arange(3, 9)[None]).logits.double().sum().item() == float(total)
+    assert_same(resident(path), here, PROMPT)

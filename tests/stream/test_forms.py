@@ -20,8 +20,10 @@ from paceline.spec.quantise.folder import write_model
 from paceline.spec.quantise.model import Recipe, quantise_model
 from paceline.spec.stream.layout import FORMAT, StreamFolder
 from paceline.spec.stream.streamer import streamer_of
+from paceline.spec.target.selftest import FORWARDS, attach
 from paceline.spec.target.weights import (
     dense_parameters,
+    dense_weight,
     embedding_rows,
     embedding_weight,
     head_rows,
@@ -29,7 +31,7 @@ from paceline.spec.target.weights import (
     parameter_count,
     stored_bytes,
 )
-from stream.streaming import assert_same, resident, saved, streamed
+from stream.streaming import assert_same, resident, saved, streamed, text
 
 from support.blocks import some_texts, write_tiny
 from support.families import tiny
@@ -62,7 +64,7 @@ def test_a_gguf_file(kinds, weights, dtype, tmp_path):
     here = paceline.load_target(path, dtype, "cpu", weights=weights)[0]
     away, tokenizer = paceline.load_target(path, dtype, "cpu", weights=weights, stream="disk", resident=10**9)
     assert streamer_of(away).about.bytes_per_forward == 0 and tokenizer is not None
-    for model in (away, streamed(path, 1, dtype, weights, buffers=1)):
+    for model in (away, streamed(path, 2, dtype, weights, buffers=1)):
         assert_same(here, model, PROMPT % 32, drafter="ngram")
 
 
@@ -130,10 +132,13 @@ def test_a_bfloat16_model_in_float32_streams_half_the_bytes(tmp_path):
 
 def test_the_self_test_runs_once_for_a_repacked_folder(path, capsys, monkeypatch):
     monkeypatch.setattr(StreamFolder, "tested", TESTED)
-    for line in ("testing the streamed model, once", ""):
+    for line in ("testing the streamed model, once, in 16 forwards that fetch 0.0 GB", ""):
         capsys.readouterr()
-        paceline.generate(streamed(path), PROMPT, max_new_tokens=2)
+        model = streamed(path)
+        before = streamer_of(model).record.forwards
+        attach(model)
         assert line in (said := capsys.readouterr().err) and ("testing" in said) == bool(line)
+        assert streamer_of(model).record.forwards - before == (FORWARDS if line else 0)
 
 
 def test_a_changed_source_is_repacked_anew(tmp_path):
@@ -186,13 +191,38 @@ def test_a_streamed_model_stays_what_it_is(path, tmp_path):
     model = streamed(path)
     sentence(lambda: copy.deepcopy(model), "cannot be copied", "load it a second time")
     sentence(lambda: pickle.dumps(model), "cannot be pickled")
-    sentence(lambda: model.half(), "neither cast nor moved")
     sentence(lambda: model.save_pretrained(tmp_path / "out"), "streamed")
     sentence(
         lambda: paceline.generate(model, PROMPT, executor="compiled", max_new_tokens=2),
         "the target waits for the host",
         "'eager'",
     )
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", "16"), ("float16", "16"), ("bfloat16", "q4")])
+def test_a_streamed_model_is_neither_cast_nor_moved(dtype, weights, tmp_path):
+    if weights == "q4":
+        model = streamed(write_tiny(tmp_path / "tiny.gguf", ("Q4_K", "Q6_K")), 2, dtype, weights, buffers=1)
+    else:
+        model = streamed(saved("llama", tmp_path / "model", dtype), 4, dtype)
+    moves = (lambda part: part.half(), lambda part: part.float(), lambda part: part.to("cpu"), lambda part: part.cuda())
+    for part in (model, model.model, model.model.layers[0].mlp.up_proj, model.get_input_embeddings()):
+        for move in moves:
+            sentence(lambda move=move, part=part: move(part), "neither cast nor moved", "load it anew")
+
+
+@pytest.mark.parametrize(("dtype", "weights"), [("float32", "16"), ("bfloat16", "16"), ("bfloat16", "q4")])
+def test_weights_that_are_not_there_are_no_numbers(dtype, weights, tmp_path):
+    """Between the runs of their layers."""
+    if weights == "q4":
+        model = streamed(write_tiny(tmp_path / "tiny.gguf", ("Q4_K", "Q6_K")), 2, dtype, weights, buffers=1)
+    else:
+        model = streamed(saved("llama", tmp_path / "model", "bfloat16"), 6, dtype)
+    for _ in range(2):
+        for layer in model.model.layers:
+            for linear in (layer.mlp.up_proj, layer.self_attn.q_proj):
+                assert dense_weight(linear).isnan().all()
+        text(model, PROMPT % 32)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -2,14 +2,18 @@
 
 import itertools
 import threading
+from unittest.mock import Mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from paceline.spec.stream.budget import bytes_of, place, spread
-from paceline.spec.stream.host import HostFeeder
+from paceline.spec.stream.host import CudaCopies, HostFeeder
+from paceline.spec.stream.reader import pages
 from paceline.spec.stream.ring import Ring
+
+from support.sentences import sentence
 
 SIZES = dict(layers=st.integers(1, 7), buffers=st.integers(1, 4))
 
@@ -28,13 +32,21 @@ def test_a_ring_fetches_what_comes_next_and_never_what_is_in_use(layers, buffers
         expected = {(layer + index) % layers for index in range(min(buffers, layers))}
         assert {held for held in ring.holds if held is not None} >= expected and set(fetched) <= expected
         buffer = ring.take(layer, number)
-        assert ring.holds[buffer] == layer and ring.held(number) == (layer, 0)
+        assert ring.holds[buffer] == layer and ring.users[buffer] == {number}
         ahead = ring.fetch()
         assert ahead is None or (ahead[1] != buffer and ahead[0] != layer)
         if ahead is not None:
             ring.fetched(ahead[1], False)
-        ring.leave(number)
-        assert ring.held(number) is None
+        assert ring.leave(number) == (buffer, layer) and ring.leave(number) is None and not ring.users[buffer]
+
+
+def test_a_layer_is_unused_when_its_last_user_leaves():
+    ring = Ring(3, 2)
+    ring.fetched(ring.fetch()[1], True)
+    for user in "ab":
+        ring.ask(0, user)
+        assert ring.take(0, user) == 0
+    assert [ring.leave(user) for user in "aba"] == [(0, None), (0, 0), None]
 
 
 @given(layers=st.integers(3, 9), buffers=st.integers(2, 4), forwards=st.integers(1, 4))
@@ -46,7 +58,7 @@ def test_each_forward_fetches_each_layer_once(layers, buffers, forwards):
             while (job := ring.fetch()) is not None:
                 fetched.append(job[0])
                 ring.fetched(job[1], True)
-            if ring.held("me") is None:
+            if not any(ring.users):
                 assert ring.take(layer, "me") is not None
         ring.leave("me")
     assert len(fetched) <= layers * forwards + buffers
@@ -70,8 +82,7 @@ def test_nobody_waits_for_ever(layers, buffers, starts):
                 break
         else:
             for user, rest in left.items():
-                if ring.held(user) is not None:
-                    ring.leave(user)
+                if ring.leave(user) is not None:
                     if rest:
                         ring.ask(rest[0], user)
                     break
@@ -127,13 +138,14 @@ def test_copies_and_computing_wait_for_each_other(layers, buffers, forwards, bro
     """However late the device runs what is queued, each layer computes with its own numbers; also after a forward that
     was broken off in the middle of a layer."""
     queues = Queues(layers, buffers, lambda count: data.draw(st.integers(0, count - 1)))
-    feeder = HostFeeder(layers, buffers, queues)
+    feeder, unused = HostFeeder(layers, buffers, queues), []
     order = [*range(min(broken, layers)), *list(range(layers)) * forwards]
     for layer in order:
-        feeder.release("me")
+        feeder.release("me", unused.append)
         queues.compute(layer, feeder.acquire(layer, "me"))
-    feeder.release("me")
+    feeder.release("me", unused.append)
     queues.run()
+    assert unused == order
     assert queues.seen == [(layer, layer) for layer in order for _ in range(2)]
 
 
@@ -144,9 +156,19 @@ def test_a_thread_waits_for_a_buffer_that_others_use():
     other.start()
     other.join(0.1)
     assert other.is_alive() and not got
-    feeder.release("first")
+    feeder.release("first", lambda layer: None)
     other.join(5)
-    assert got == [0] and feeder.held("second") == (1, 0)
+    assert got == [0] and feeder.ring.users == [{"second"}] and feeder.ring.holds == [1]
+
+
+def test_what_was_pinned_is_let_go_where_the_rest_cannot_be(monkeypatch):
+    runtime = Mock(cudaHostRegister=Mock(side_effect=[0, 2]))
+    for name in ("Stream", "Event", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, Mock())
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    layers = [pages(4096) for _ in range(3)]
+    sentence(lambda: CudaCopies(layers, [pages(4096)]), "be pinned (CUDA error 2)", "ulimit -l")
+    runtime.cudaHostUnregister.assert_called_once_with(layers[0].data_ptr())
 
 
 def test_budgets():
@@ -166,7 +188,9 @@ def test_sizes():
     assert {size: bytes_of(size) for size in sizes} == sizes
 
 
-@pytest.mark.parametrize("size", ["", "GB", "8 G", "-1GB", "0MB", True, float("nan"), float("inf"), None, -3])
+@pytest.mark.parametrize(
+    "size", ["", "GB", "8 G", "-1GB", "0MB", "0.5", 0.5, True, float("nan"), float("inf"), None, -3]
+)
 def test_no_sizes(size):
     with pytest.raises(ValueError, match="write it like '8GB'"):
         bytes_of(size)

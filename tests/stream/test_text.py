@@ -2,6 +2,7 @@
 
 import gc
 import threading
+import time
 
 import paceline
 import pytest
@@ -49,15 +50,17 @@ def pair(tmp_path_factory):
     return path, model, ModelDrafter(noisy_copy(model, 0.05))
 
 
+MEANS = [(0, 1), *((fetched, buffers) for fetched in range(2, LAYERS + 1) for buffers in range(1, min(fetched, 5)))]
 TREES = ["chain:1", "4x2x1", "16x2", "1x8", DynamicShape(7, 3, 2), DynamicShape(40, 4, 4)]
 
 
-@given(fetched=st.integers(0, LAYERS), buffers=st.integers(1, 4), tree=st.sampled_from(TREES), seeded=st.booleans())
+@given(means=st.sampled_from(MEANS), tree=st.sampled_from(TREES), seeded=st.booleans())
 @limits(max_examples=6)
-def test_budgets_buffers_and_trees_change_no_text(pair, prompts, fetched, buffers, tree, seeded):
+def test_budgets_buffers_and_trees_change_no_text(pair, prompts, means, tree, seeded):
+    """Of fewer buffers than layers that are fetched: with as many, all layers would fit."""
     path, here, drafter = pair
+    fetched, buffers = means
     away = streamed(path, fetched, buffers=buffers)
-    assert streamer_of(away).about.resident_layers >= LAYERS - fetched
     assert_same(here, away, prompts, drafter=drafter, tree=tree, **(SEEDED if seeded else {}))
 
 
@@ -124,12 +127,13 @@ class Immediate:
         pass
 
 
-def test_weights_that_wait_in_the_hosts_memory(pair, monkeypatch):
+def test_weights_that_wait_in_the_hosts_memory(pair, monkeypatch, capsys):
     path, here, drafter = pair
-    monkeypatch.setattr(load, "checked_kind", lambda kind, device: "host")
     monkeypatch.setattr(load, "CudaCopies", Immediate)
-    away = streamed(path, 5)
+    away = streamed(path, 5, kind="host")
     assert_same(here, away, torch.arange(3, 20)[None], drafter=drafter, **SEEDED)
+    said = capsys.readouterr().err
+    assert "in the GPU's memory are" in said and "the host keeps" in said and "this process takes" not in said
     about, record = streamer_of(away).about, streamer_of(away).record
     assert about.kind == "host" and record.bytes_read >= (record.forwards - 1) * about.bytes_per_forward
 
@@ -144,15 +148,19 @@ def test_a_model_that_is_gone_fetches_no_more(pair):
     assert fetching() == before + 1
     del away
     gc.collect()
+    for _ in range(100):  # until its last layer is there
+        if fetching() > before:
+            time.sleep(0.05)
     assert fetching() == before
 
 
 @pytest.mark.slow
 @pytest.mark.smollm2
-@pytest.mark.parametrize("way", [dict(), SEEDED])
-def test_smollm2(smollm2, way):
+def test_smollm2(smollm2):
     model, tokenizer = smollm2
-    away, _ = paceline.load_target("smollm2-135m", "float32", "cpu", stream="disk", resident="120MB")
+    folder = model.config.name_or_path  # by its name it would be fetched again, into this test's cache
+    away, _ = paceline.load_target(folder, "float32", "cpu", with_tokenizer=False, stream="disk", resident="120MB")
     assert streamer_of(away).about.resident_layers < 30
     ids = tokenizer("A bicycle stays upright because", return_tensors="pt")["input_ids"]
-    assert_same(model, away, ids, drafter="ngram", tree="8x2", **way)
+    for way in (dict(), SEEDED):
+        assert_same(model, away, ids, drafter="ngram", tree="8x2", **{"max_new_tokens": 8, **way})

@@ -1,4 +1,4 @@
-"""Runs a command of paceline, kills it with SIGKILL at random moments, and runs it to its end.
+"""Runs a command of paceline, kills it with SIGKILL at random moments spread over the run, and runs it to its end.
 
     python kills.py KILLS ARGUMENTS...
 
@@ -14,9 +14,9 @@ import signal
 import sys
 import time
 
-import datasets  # noqa: F401
 import torch
 from paceline.spec import cli
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
 
 def start(arguments):
@@ -44,8 +44,9 @@ def main():
         own = [part.replace("{}", f"trial{trial}") for part in arguments]
         while landed < kills:
             pid = start(own)
-            time.sleep(chance.uniform(0, 0.7 * whole))
+            time.sleep(chance.uniform(landed, landed + 1) / kills * 0.7 * whole)
             if os.waitpid(pid, os.WNOHANG) != (0, 0):
+                whole *= 0.8  # there was little left to do, or it is quicker by now
                 break
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

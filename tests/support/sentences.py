@@ -8,7 +8,12 @@ def sentence(call, *words):
     """What `call` is refused with: one sentence that holds the words."""
     with pytest.raises(ValueError) as caught:
         call()
-    text = str(caught.value)
+    return one_sentence(caught.value, *words)
+
+
+def one_sentence(error, *words):
+    """What an error says, in one sentence that holds the words."""
+    text = str(error)
     assert "\n" not in text and len(text) < 400 and all(word in text for word in words), text
     return text
 

@@ -10,7 +10,7 @@ from paceline.spec.target.wheels import model_file
 from transformers import AutoModelForCausalLM
 
 pytestmark = [pytest.mark.slow, pytest.mark.smollm2]
-TEXTS, LENGTH = 8, 125  # 1,000 positions
+TEXTS, LENGTH = 4, 125  # 500 positions
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_every_number_is_that_of_the_dequantised_model(pair):
     assert 96e6 < blocks_alone < 150e6, "at least 5 bits a weight in the layers, and 8.5 in the head"
 
 
-def test_the_tokenizer_is_that_of_the_converted_model(pair):
-    tokenizer, converted = pair[2], paceline.load_target("smollm2-135m")[1]
+def test_the_tokenizer_is_that_of_the_converted_model(pair, smollm2):
+    tokenizer, converted = pair[2], smollm2[1]
     assert tokenizer.get_vocab() == converted.get_vocab() and tokenizer.chat_template == converted.chat_template
     text = "Why is the sky blue?\n  def f(x): return 3.14 * x — naïve"
     assert tokenizer(text)["input_ids"] == converted(text)["input_ids"]

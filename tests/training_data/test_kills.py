@@ -1,4 +1,4 @@
-"""kill -9 at ten random moments each: nothing lost, nothing repeated, the same end."""
+"""kill -9 at four random moments each: nothing lost, nothing repeated, the same end."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ def killed(count, *arguments):
     return [f"trial{number}" for number in range(int(done.stdout.split()[-1]))]
 
 
-def test_generation_killed_ten_times_ends_with_the_same_records(folder, tmp_path):
+def test_generation_killed_four_times_ends_with_the_same_records(folder, tmp_path):
     source = tmp_path / "p.jsonl"
     entries = [{"turns": [f"A{chr(65 + i % 26)}", "B"] if i % 5 == 0 else [f"A{chr(65 + i % 26)}C"]} for i in range(26)]
     entries += [{"prompt": ""}, {"prompt": "A" * 250}]
@@ -56,7 +56,7 @@ def test_generation_killed_ten_times_ends_with_the_same_records(folder, tmp_path
         "--temperatures",
         "0,0.9",
     ]
-    trials = killed(10, "data", "generate", source, "-o", tmp_path / "{}.jsonl", *options)
+    trials = killed(4, "data", "generate", source, "-o", tmp_path / "{}.jsonl", *options)
     for kind in ("jsonl", "problems.jsonl"):
         truth = sorted((tmp_path / f"reference.{kind}").read_text().splitlines())
         assert len(truth) == len(set(truth)) == (52 if kind == "jsonl" else 4)
@@ -64,22 +64,22 @@ def test_generation_killed_ten_times_ends_with_the_same_records(folder, tmp_path
             assert sorted((tmp_path / f"{trial}.{kind}").read_text().splitlines()) == truth
 
 
-def test_self_made_prompts_killed_ten_times_are_the_same(folder, tmp_path):
+def test_self_made_prompts_killed_four_times_are_the_same(folder, tmp_path):
     options = ["--model", folder, "--max-new-tokens", 20, "--batch", 4, "--executor", "eager", "--temperatures", "0.9"]
     line = ["data", "generate", "--source", "self", "--count", 60, "-o", tmp_path / "{}.jsonl"]
-    trials = killed(10, *line, *options)
+    trials = killed(4, *line, *options)
     truth = sorted((tmp_path / "reference.jsonl").read_text().splitlines())
     assert len(truth) > 20
     for trial in trials:
         assert sorted((tmp_path / f"{trial}.jsonl").read_text().splitlines()) == truth
 
 
-def test_preparation_killed_ten_times_gives_the_same_bytes(folder, tmp_path):
+def test_preparation_killed_four_times_gives_the_same_bytes(folder, tmp_path):
     source = tmp_path / "d.jsonl"
     records = [{"text": "ABCDEFG" * (1 + i % 17) + chr(65 + i % 50)} for i in range(3000)]
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
     line = ["data", "prepare", source, "-o", tmp_path / "{}" / "set", "--tokenizer", folder, "--length", 64]
-    trials = killed(10, *line)
+    trials = killed(4, *line)
     truth = tree(tmp_path / "reference")
     assert "set/paceline.json" in truth
     for trial in trials:

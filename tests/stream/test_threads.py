@@ -1,0 +1,126 @@
+"""Threads: several that share a streamed model, those that read for it, and what is left of them in the end."""
+
+import errno
+import gc
+import os
+import threading
+import time
+
+import pytest
+import torch
+from paceline.spec.stream import disk
+from paceline.spec.stream.record import StreamError
+from stream.streaming import resident, streamed, text
+
+PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40, 5, 9, 33, 12]])
+
+
+def in_threads(*acts):
+    """What the acts return or raise, each in a thread of its own, which may not take more than 20 seconds."""
+    made = {}
+
+    def run(number, act):
+        torch.set_num_threads(1)
+        try:
+            made[number] = act()
+        except StreamError as error:
+            made[number] = error
+
+    threads = [threading.Thread(target=run, args=pair, daemon=True) for pair in enumerate(acts)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert not any(thread.is_alive() for thread in threads)
+    return [made[number] for number in range(len(acts))]
+
+
+def name_of(descriptor):
+    return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+
+def test_several_threads_share_a_streamed_model(path):
+    model = streamed(path, 5)
+    truths = [text(resident(path), PROMPT + shift)[0] for shift in range(3)]
+    texts = in_threads(*([lambda shift=shift: text(model, PROMPT + shift)[0] for shift in range(3)] * 2))
+    assert all(torch.equal(made, truths[number % 3]) for number, made in enumerate(texts))
+
+
+def test_a_read_that_fails_ends_one_forward_and_no_other(path, monkeypatch):
+    plain, failed = os.preadv, threading.Event()
+
+    def preadv(descriptor, *rest):
+        if name_of(descriptor) == "layer-002.bin" and not failed.is_set():
+            time.sleep(0.3)  # until the others wait too
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(descriptor, *rest)
+
+    model = streamed(path, 5)
+    truths = [text(resident(path), PROMPT + shift)[0] for shift in range(3)]
+    monkeypatch.setattr(os, "preadv", preadv)
+    texts = in_threads(*(lambda shift=shift: text(model, PROMPT + shift)[0] for shift in range(3)))
+    errors = [made for made in texts if isinstance(made, StreamError)]
+    assert len(errors) == 1 and "Input/output error" in str(errors[0])
+    assert all(made is errors[0] or torch.equal(made, truth) for made, truth in zip(texts, truths))
+
+
+@pytest.mark.parametrize("collector", ["paceline-read", "paceline-stream"])
+def test_a_model_in_a_cycle_is_let_go_by_the_thread_that_collects_it(collector, path, cache, monkeypatch):
+    """Also by those that read for it at this moment."""
+    plain_read, plain_fetch, going, collected = os.preadv, disk.LayerFiles.fetch, threading.Event(), []
+
+    def collect():
+        if gone and not collected and threading.current_thread().name.startswith(collector):
+            collected.append(gc.collect())
+
+    def preadv(descriptor, *rest):
+        going.wait(10)
+        collect()
+        return plain_read(descriptor, *rest)
+
+    def fetch(*arguments):
+        size = plain_fetch(*arguments)
+        collect()
+        return size
+
+    gc.collect()
+    before, gone = set(threading.enumerate()), []
+    monkeypatch.setattr(os, "preadv", preadv)
+    monkeypatch.setattr(disk.LayerFiles, "fetch", fetch)
+    going.set()
+    model = streamed(path, 5)
+    model.itself = {"model": model}
+    model.model.layers[5].register_forward_hook(lambda *ignored: going.clear())
+    gc.disable()
+    try:
+        with torch.no_grad():
+            model(PROMPT)
+        del model
+        gone.append(True)
+        going.set()
+        for thread in set(threading.enumerate()) - before:
+            thread.join(5)
+    finally:
+        gc.enable()
+    assert collected and set(threading.enumerate()) <= before
+    open_files = [os.readlink(each.path) for each in os.scandir("/proc/self/fd") if os.path.exists(each.path)]
+    assert not any(file.startswith(str(cache)) for file in open_files)
+
+
+def test_a_forked_process_is_told(path):
+    model = streamed(path, 5)
+    text(model, PROMPT)
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        try:
+            model(PROMPT)
+        except StreamError as error:
+            os.write(write, str(error).encode())
+        finally:
+            os._exit(0)
+    os.close(write)
+    with open(read) as said:
+        assert "cannot be used in a forked process" in said.read()
+    os.waitpid(child, 0)
+    assert torch.equal(text(model, PROMPT)[0], text(resident(path), PROMPT)[0])
