@@ -39,7 +39,8 @@ def load_streamed(
     buffers: int = BUFFERS,
 ) -> tuple["PreTrainedModel", Any]:
     """The model, in evaluation mode, its weights streamed from `kind`, with `resident` bytes of them in memory at most;
-    and its tokenizer, which is loaded first, as it belongs to the memory that is announced. Says on stderr what is repacked, and what is where.
+    and its tokenizer, which is loaded first, as it belongs to the memory that is announced. Says on stderr what is
+    repacked, and what is where.
 
     Raises ValueError for what cannot be streamed, and StreamError where files cannot be written or read."""
     budget = None if resident is None else bytes_of(resident)
