@@ -9,6 +9,8 @@ from importlib import import_module
 _PUBLIC = {
     "generate": ".spec.generate",
     **dict.fromkeys(("patch", "unpatch"), ".spec.patch"),
+    "generate_many": ".spec.serve.many",
+    "TextRequest": ".spec.serve.text_request",
     "load_target": ".spec.target.load",
     "load_drafter": ".drafters",
     "export_drafter": ".drafters.formats.export",

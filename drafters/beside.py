@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, EmptySession, Proposal, Share
+from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, Proposal, Share
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Resumable, Span, can_resume
 from ..spec.tree import TokenTree, TreeShape
@@ -48,16 +48,15 @@ class Beside:
             taps=next(iter(taps), ()),
             follows_any_tree=True,
             remembers=any(each.remembers for each in traits),
+            catches_up=all(each.catches_up or not each.remembers for each in traits),
             parts=self.parts,
         )
         self.default_shape = first.default_shape.beside(TreeShape.chain(COPIED))
 
-    def open(self, request: DraftRequest) -> "BesideSession | EmptySession":
+    def open(self, request: DraftRequest) -> "BesideSession":
         shape = request.fixed_shape
-        if len(shape) == 1:
-            return EmptySession(TokenTree.of(shape, request.device))
         first, second = divided(shape)
-        if len(first) == 1 or shape.part(second).max_children > 1:
+        if len(shape) > 1 and (len(first) == 1 or shape.part(second).max_children > 1):
             raise ValueError(
                 f"drafter {self.name!r} needs a tree of two or more branches, the last one a chain, which is "
                 f"{self.parts[1].name!r}'s; use one like '4x2x1+chain:6'"
@@ -97,6 +96,8 @@ class BesideSession:
             session.read(span, features)
 
     def propose(self, state: DecodeState) -> Proposal:
+        if self.tree.size == 1:
+            return Proposal(state.roots(), self.tree, "deterministic", "own")
         tokens = torch.full_like(self.tree.parents, NO_TOKEN).repeat(len(state.lengths), 1)  # (B, N)
         proposals = [session.propose(state) for session in self.sessions[: 1 if self.first_alone else 2]]
         for nodes, proposal in zip(self.nodes, proposals):
@@ -113,9 +114,9 @@ class BesideSession:
         for session in self.sessions:
             session.follow(base, path, count, features)
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
         for session, source in zip(self.sessions, other.sessions):
-            session.copy_rows(source, rows)
+            session.copy_rows(source, rows, into)
 
 
 class ResumableBesideSession(BesideSession):
@@ -134,7 +135,7 @@ class ResumableBesideSession(BesideSession):
 def divided(shape: TreeShape) -> tuple[list[int], list[int]]:
     """The nodes of the first drafter and of the second; both lists include the root. The second drafter's are the
     root's last child and everything below it."""
-    branch = {shape.children[0][-1]}
+    branch = set(shape.children[0][-1:])  # none in a tree of the root alone
     for node, parent in enumerate(shape.parents):
         if parent in branch:
             branch.add(node)

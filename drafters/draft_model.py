@@ -61,6 +61,7 @@ class ModelDrafter:
         self.traits = DrafterTraits(
             self.vocab_size, follows_any_tree=True, fills_dynamic=True, deepest=DEEPEST, modules=(self.model,),
             vocabulary=self.vocabulary, reads=self.reads, causal_lm=self._whole_model(), kind="draft_lm",
+            catches_up=True,
         )  # fmt: skip
 
     @classmethod

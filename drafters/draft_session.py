@@ -54,8 +54,8 @@ class NetworkSession(ABC):
         """Logits (B, n, V') at `nodes` (n,) of `tree`, whose `tokens` are (B, n); their parents were forwarded before
         them."""
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        self.slots.copy_rows(other.slots, rows)
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
+        self.slots.copy_rows(other.slots, rows, into)
 
 
 class ModelSession(NetworkSession):

@@ -76,7 +76,8 @@ class MedusaSession(Unremembering):
         self.hidden[slice(None) if rows is None else rows] = 0
 
     def read(self, span: Span, features: Tensor | None) -> None:
-        assert features is not None, "a drafter with taps is handed features"
+        if features is None:
+            return  # these positions were followed
         last = (span.positions >= 0).sum(1)[:, None] - 1  # (R, 1): the column of a row's last token, -1 for none
         states = features.gather(1, last.clamp(min=0)[..., None].expand(-1, 1, features.shape[2]))[:, 0]
         self.hidden[span.index] = torch.where(last >= 0, states, self.hidden[span.index])
@@ -96,5 +97,5 @@ class MedusaSession(Unremembering):
         states = features.gather(1, last[..., None].expand(-1, 1, features.shape[2]))[:, 0]
         self.hidden.copy_(torch.where(count[:, None] > 0, states, self.hidden))
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        self.hidden.copy_(other.hidden[rows])
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
+        self.hidden[slice(None) if into is None else into] = other.hidden[rows]

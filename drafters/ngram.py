@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, Proposal, Unremembering
+from ..spec.proposal import NO_TOKEN, DrafterTraits, DraftRequest, EmptySession, Proposal, Unremembering
 from ..spec.state import DecodeState
 from ..spec.tree import TokenTree, TreeShape
 
@@ -44,7 +44,9 @@ class NgramDrafter:
     def load(cls, source: str | Path, folder: "DrafterFolder | None", target: "PreTrainedModel") -> "NgramDrafter":
         return cls()  # for any target
 
-    def open(self, request: DraftRequest) -> "NgramSession":
+    def open(self, request: DraftRequest) -> "NgramSession | EmptySession":
+        if len(request.shape) == 1:
+            return EmptySession(TokenTree.of(request.fixed_shape, request.device))
         return NgramSession(self, request)
 
 
@@ -89,21 +91,24 @@ class NgramSession(Unremembering):
         """The best K matches: the D tokens after each (NO_TOKEN past the text), (B, K, D), and log weights (B, K).
 
         Position j matches with length m when the m tokens up to j equal the last m tokens of the text. A match has the
-        weight e**(2m); of two matches of one length the later has a slightly larger weight."""
-        text, last = state.tokens, state.lengths[:, None] - 1
+        weight e**(2m); of two matches of one length the later has a slightly larger weight. What is predicted of a row
+        counts as text that is later still, but for its own end."""
+        text, last = torch.cat([state.tokens, state.predicted], dim=1), state.lengths[:, None] - 1
         position = torch.arange(text.shape[1], device=text.device)  # (T,)
-        running = position < last  # (B, T)
+        begun = torch.where(position < state.tokens.shape[1], 0, state.tokens.shape[1])  # (T,): of the part it is in
+        final = torch.where(begun > 0, begun + state.foretold[:, None] - 1, last)  # (B, T): its last token
+        running = position < final  # (B, T)
         length = torch.zeros_like(text)
         for back in range(self.longest):
             suffix = text.gather(1, (last - back).clamp(min=0))
             shifted = text.roll(back, dims=1)
-            running = running & (shifted == suffix) & (position >= back) & (last >= back)
+            running = running & (shifted == suffix) & (position - begun >= back) & (last >= back)
             length = length + running
-        recency = position / state.lengths[:, None]  # (B, T), below 1
+        recency = position / (torch.where(begun > 0, text.shape[1], last + 1))  # (B, T), below 1
         score = torch.where(length > 0, 2.0 * length + recency, -torch.inf)
         weights, positions = score.topk(self.matches, dim=1)  # (B, K)
         steps = positions[:, :, None] + 1 + torch.arange(max(self.shape.max_depth, 1), device=text.device)
-        inside = steps <= last[:, :, None]
+        inside = steps <= final.gather(1, positions)[:, :, None]
         rows = text[:, None].expand(-1, self.matches, -1)
         continuations = rows.gather(2, steps.clamp(max=text.shape[1] - 1))
         return torch.where(inside, continuations, NO_TOKEN), weights

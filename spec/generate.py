@@ -15,7 +15,6 @@ What cannot be done is refused in one sentence before any token is decoded.
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ from .inputs.prompt_batch import PromptBatch
 from .loop import decode
 from .noise import stream_keys
 from .plan.store import automatic_shape, read_shape
-from .proposal import Drafter, NoDrafter, check_drafter
+from .proposal import Drafter, NoDrafter, loaded_drafter
 from .request import Request
 from .rows import Rows
 from .sampling import Sampler
@@ -138,7 +137,7 @@ def generate(
     check_input(model, input_ids, attention_mask, kwargs, own_forward)
     check_reuse(reuse)
     attach(model)
-    drafting = _drafter(drafter, model)
+    drafting = loaded_drafter(drafter, model)
     if trace_file is not None:
         check_writable(trace_file, appended=True)
     shape = None if isinstance(tree, str) and tree == "auto" else read_shape(tree, drafting)
@@ -155,15 +154,6 @@ def generate(
     if isinstance(out, SpeculativeOutput):
         out.seed = seed
     return out
-
-
-def _drafter(drafter: Any, model: PreTrainedModel) -> Drafter:
-    """The drafter object that `drafter` stands for. Raises ValueError for anything else."""
-    if drafter is None:
-        return NoDrafter()
-    if not isinstance(drafter, (str, Path, torch.nn.Module)):
-        return check_drafter(drafter)
-    return import_module("..drafters.kept", __package__).kept_drafter(drafter, model)
 
 
 @dataclass

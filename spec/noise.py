@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 TARGET, DRAFT, ACCEPT, BONUS = range(4)  # independent streams
+SILENT = -1, -1  # the key of a row that is greedy among others that are sampled: its Gumbel noise is 0
 
 _WORD = 0xFFFFFFFF
 
@@ -84,6 +85,7 @@ def gumbel(keys: Tensor, positions: Tensor, stream: int, tokens: Tensor) -> Tens
     """Standard Gumbel noise, float32, for keys (B, 2), positions (B, P), tokens (K,) or (B, P, K): (B, P, K).
 
     Equals -log(e) for the exponential variate e = -log(1 - u). The largest noise comes from u near 0, where float32
-    keeps the resolution of all 32 bits.
+    keeps the resolution of all 32 bits. A row whose key is `SILENT` has none.
     """
-    return -torch.log(-torch.log1p(-uniform(keys, positions, stream, tokens)))
+    drawn = -torch.log(-torch.log1p(-uniform(keys, positions, stream, tokens)))
+    return torch.where(keys[:, :1, None] < 0, 0.0, drawn)

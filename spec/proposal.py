@@ -6,6 +6,8 @@ A drafter knows nothing of verification and a rule nothing of drafters. The prop
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeGuard, get_args
 
 import torch
@@ -128,6 +130,7 @@ class DrafterTraits:
     causal_lm: "PreTrainedModel | None" = None  # the draft as an ordinary causal LM with logits of the whole vocabulary
     parts: tuple["Drafter", ...] = ()  # the drafters of which this one is a combination
     remembers: bool = True  # its sessions keep of a text what reading one more token would not give them
+    catches_up: bool = False  # its sessions can read, without features, what they followed but did not draft behind
     kind: str = ""  # its name in the registry of kinds (`paceline_drafter`); "": in none
 
 
@@ -147,7 +150,7 @@ class DraftSession(Protocol):
 
     def read(self, span: "Span", features: Tensor | None) -> None:
         """Append a span of committed text to what its rows hold. `features` (R, n, F) are the target's at these
-        positions, None for a drafter without taps."""
+        positions, None for a drafter without taps, and (`catches_up`) for positions that were followed before."""
 
     def propose(self, state: "DecodeState") -> Proposal:
         """Fill the tree behind the last committed token. Static shapes, no host reads."""
@@ -156,8 +159,9 @@ class DraftSession(Protocol):
         """Append the accepted nodes: the first `count` (B,) of each row's `path` (B, D+1), 0 for a row that is done.
         The root of the tree is at position `base` (B,); `features` (B, N, F) are the target's at all nodes."""
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        """Copy the contents of `rows` (B,) of `other`, a session of the same capacity, into this session's rows."""
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
+        """Copy `rows` (R,) of `other`, which may have another number of rows and another capacity, into the rows
+        `into` (R,) of this session; None: into all of them, in order."""
 
 
 class Unremembering:
@@ -180,7 +184,7 @@ class Unremembering:
     def follow(self, base: Tensor, path: Tensor, count: Tensor, features: Tensor | None) -> None:
         pass
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
         pass
 
 
@@ -226,6 +230,16 @@ def check_drafter(value: Any) -> Drafter:
     raise ValueError(
         f"drafter is a {type(value).__name__}; pass a name, a folder, a causal LM or what load_drafter returns"
     )
+
+
+def loaded_drafter(drafter: Any, model: "PreTrainedModel") -> Drafter:
+    """The drafter object that `drafter` stands for: an object, a causal LM, or a name or folder, which is kept loaded
+    with `model`; None drafts nothing. Raises ValueError for anything else."""
+    if drafter is None:
+        return NoDrafter()
+    if not isinstance(drafter, (str, Path, nn.Module)):
+        return check_drafter(drafter)
+    return import_module("..drafters.kept", __package__).kept_drafter(drafter, model)
 
 
 def parts_of(drafter: Drafter) -> tuple[Drafter, ...]:

@@ -12,9 +12,13 @@ class RowSampling:
     """The sampling settings of a row; which of them are applied is fixed by the sampler."""
 
     temperature: float = 1.0
-    top_k: int = 1
+    top_k: int = 1  # above the vocabulary: no limit
     tail: float = 0.0  # 1 - top_p, the probability that is cut off
     min_p: float = 0.0
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+    bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its score)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,4 +40,5 @@ class Request:
     ends: tuple[int, ...] = ()
     sampling: RowSampling = RowSampling()
     held: Held | None = None
+    predicted: tuple[int, ...] = ()  # what the text may copy, besides itself
     beside: int = 0  # how much longer the longest prompt of its batch is: some rotary embeddings look at that (rope.py)

@@ -9,7 +9,7 @@ arithmetic on logits, and knows no drafter and no rule.
 import itertools
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,9 +19,10 @@ from torch import Tensor
 from .engines.executors import Executor
 from .request import Request
 from .state import NO_TICKET
-from .step import RowReport, StepResult, begin, unpack_report
+from .step import Engine, RowReport, StepResult, begin, unpack_report
 from .stream.record import StreamRecord
 from .stream.streamer import Streamer, streamer_of
+from .target.protocol import spans
 from .trace import WAIT, Fetched
 
 if TYPE_CHECKING:
@@ -158,15 +159,7 @@ class Rows:
     def admit(self, requests: Mapping[int, Request], given: "GivenPrompt | None" = None) -> None:
         """Put each request into its row, which must be free, and read all their prompts together; or take over what the
         model's own forward has `given` of them, one for each row, and with it the first token of each text."""
-        (_, capacity), (_, ends) = self.engine.state.tokens.shape, self.engine.state.eos.shape
-        for row, request in requests.items():
-            assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
-            assert request.tokens and len(request.tokens) + request.new_tokens < capacity, "the text has no room"
-            assert len(request.ends) <= ends, "the engine was made for fewer ends of text"
-        for row in requests:
-            self.tickets[row] = next(self._next)
-        index = self._index(list(requests))
-        self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
+        index = self._enter(requests)
         with self.executor.packing:
             if given is not None:
                 watch = Stopwatch(index.device, self.streamer)
@@ -176,6 +169,26 @@ class Rows:
                 return
             held = {row: request.held for row, request in requests.items() if request.held is not None}
             self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index, held)
+
+    def insert(self, requests: Mapping[int, Request], engine: Engine, rows: Sequence[int]) -> None:
+        """Put each request into its row, which must be free, with what the `rows` of `engine`, an engine for the same
+        drafter, hold of its prompt."""
+        index, source = self._enter(requests), self._index(rows)
+        self.engine.target.copy_rows(engine.target, source, index)
+        self.engine.session.copy_rows(engine.session, source, index)
+
+    def _enter(self, requests: Mapping[int, Request]) -> Tensor:
+        """Write each request to the state of its row, with a ticket; returns the rows."""
+        (_, capacity), (_, ends) = self.engine.state.tokens.shape, self.engine.state.eos.shape
+        for row, request in requests.items():
+            assert self.tickets[row] == NO_TICKET, f"row {row} is taken"
+            assert request.tokens and len(request.tokens) + request.new_tokens < capacity, "the text has no room"
+            assert len(request.ends) <= ends, "the engine was made for fewer ends of text"
+        for row in requests:
+            self.tickets[row] = next(self._next)
+        index = self._index(list(requests))
+        self.engine.state.admit(index, list(requests.values()), [self.tickets[row] for row in requests])
+        return index
 
     def step(self) -> Arrival:
         """Advance all rows and return the oldest step not read yet, which is `executor.lag` steps behind."""
@@ -221,13 +234,22 @@ class Rows:
         return state.tokens[row, : int(state.lengths[row])].tolist()
 
     def moved(self, rows: list[int], executor: Executor) -> "Rows":
-        """Copy the requests of `rows` to the engine of another executor, which has the same drafter and capacity, once
-        all steps have been read."""
+        """Copy the requests of `rows` to the first rows of the engine of another executor, which has the same drafter,
+        once all steps have been read."""
         assert not self._waiting
         moved = Rows(executor, self.chunk)
-        moved.engine.copy_rows(self.engine, self._index(rows))
-        moved.tickets, moved._next = [self.tickets[row] for row in rows], self._next
+        if rows:
+            moved.engine.copy_rows(self.engine, self._index(rows), self._index(range(len(rows))))
+        moved.tickets[: len(rows)] = [self.tickets[row] for row in rows]
+        moved._next, moved._numbers = self._next, self._numbers
         return moved
 
-    def _index(self, rows: list[int]) -> Tensor:
-        return torch.tensor(rows, device=self.engine.state.done.device)
+    def catch_up(self, rows: list[int]) -> None:
+        """Let the drafter's session read the new tokens of `rows`, which it followed while nothing was drafted."""
+        state, index = self.engine.state, self._index(rows)
+        with self.executor.packing:
+            for span in spans(state.tokens, state.lengths, self.chunk, index, state.begun - 1, state.beside):
+                self.engine.session.read(span, None)
+
+    def _index(self, rows: Sequence[int]) -> Tensor:
+        return torch.tensor(list(rows), dtype=torch.long, device=self.engine.state.done.device)

@@ -58,7 +58,8 @@ class RowWarp:
         if self.most:
             best = scores.topk(min(self.most, scores.shape[-1]), dim=-1).values
             last = (state.top_k.clamp(max=best.shape[-1]) - 1)[:, None, None].expand(-1, scores.shape[1], 1)
-            scores = scores.masked_fill(scores < best.gather(-1, last), -torch.inf)
+            unlimited = (state.top_k > best.shape[-1])[:, None, None]
+            scores = scores.masked_fill((scores < best.gather(-1, last)) & ~unlimited, -torch.inf)
         if self.top_p:
             ascending, order = scores.sort(descending=False, dim=-1)
             cut = ascending.softmax(-1).cumsum(-1) <= state.tail[:, None, None]

@@ -14,6 +14,7 @@ from .request import Request
 
 NO_END = -2  # fills `eos`; neither a token nor NO_TOKEN, the value of an empty node
 NO_TICKET = 0  # of a row without a request
+MOST_BIASED = 64  # tokens of a row whose scores can be changed
 
 
 @dataclass(slots=True, eq=False)
@@ -34,11 +35,19 @@ class DecodeState:
     top_k: Tensor  # (B,): how many tokens the row is drawn from at most
     tail: Tensor  # (B,): 1 - top_p, the probability that is cut off
     min_p: Tensor  # (B,): the least probability, as a share of the likeliest token's
+    repetition: Tensor  # (B,): what scores of tokens of the text are divided by, or multiplied with below 0; 1 for none
+    presence: Tensor  # (B,): subtracted once from the scores of new tokens of the text
+    frequency: Tensor  # (B,): subtracted for each time that a token is among them
+    biased: Tensor  # (B, K): tokens whose scores are changed; 0 where there are fewer, by 0
+    bias: Tensor  # (B, K): what is added to these scores
+    predicted: Tensor  # (B, P): what the text may copy from, besides itself; P is 0 where nobody predicts
+    foretold: Tensor  # (B,): how many tokens of these there are
     committed: Tensor  # (B,): tokens committed by the last step
 
     @classmethod
-    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device) -> "DecodeState":
-        """Buffers for `batch` rows of at most `eos` end-of-text ids; every row is done until a text is admitted."""
+    def empty(cls, batch: int, capacity: int, eos: int, device: torch.device, predicted: int = 0) -> "DecodeState":
+        """Buffers for `batch` rows of at most `eos` end-of-text ids and `predicted` tokens; every row is done until a
+        text is admitted."""
 
         def numbers(*shape: int) -> Tensor:
             return torch.ones(shape, dtype=torch.int64, device=device)
@@ -59,6 +68,13 @@ class DecodeState:
             top_k=numbers(batch),
             tail=torch.zeros(batch, device=device),
             min_p=torch.zeros(batch, device=device),
+            repetition=torch.ones(batch, device=device),
+            presence=torch.zeros(batch, device=device),
+            frequency=torch.zeros(batch, device=device),
+            biased=numbers(batch, MOST_BIASED) * 0,
+            bias=torch.zeros(batch, MOST_BIASED, device=device),
+            predicted=numbers(batch, predicted),
+            foretold=numbers(batch) * 0,
             committed=numbers(batch),
         )
 
@@ -81,18 +97,31 @@ class DecodeState:
             (self.eos, torch.tensor(ends, dtype=torch.int64, device=device)),
         ):
             buffer[rows] = values
-        for name in ("temperature", "top_k", "tail", "min_p"):
+        most = self.predicted.shape[1]
+        foretold = [[*request.predicted[:most]] for request in requests]
+        filled = [[*tokens, *[0] * (most - len(tokens))] for tokens in foretold]
+        self.predicted[rows] = torch.tensor(filled, dtype=torch.int64, device=device).view(len(requests), most)
+        self.foretold[rows] = torch.tensor([len(tokens) for tokens in foretold], device=device)
+        biases = [[*request.sampling.bias, *[(0, 0.0)] * MOST_BIASED][:MOST_BIASED] for request in requests]
+        self.biased[rows] = torch.tensor([[token for token, _ in bias] for bias in biases], device=device)
+        self.bias[rows] = torch.tensor([[value for _, value in bias] for bias in biases], device=device)
+        for name in ("temperature", "top_k", "tail", "min_p", "repetition", "presence", "frequency"):
             buffer = getattr(self, name)
             numbers = [getattr(request.sampling, name) for request in requests]
             buffer[rows] = torch.tensor(numbers, dtype=buffer.dtype, device=device)
         for buffer in (self.done, self.failed, self.committed):
             buffer[rows] = 0
 
-    def copy_rows(self, other: "DecodeState", rows: Tensor) -> None:
-        """Copy the contents of `rows` (B,) of `other`, a state of the same capacity, into this state's rows."""
+    def copy_rows(self, other: "DecodeState", rows: Tensor, into: Tensor | None = None) -> None:
+        """Copy `rows` (R,) of `other`, which has as many ends of text, into the rows `into` (R,) of this state, None:
+        into all of them. Where the capacities differ, the columns that both have are copied."""
+        index = slice(None) if into is None else into
         for field in fields(self):
             target, source = getattr(self, field.name), getattr(other, field.name)
-            target.copy_(source[rows])
+            if field.name in ("tokens", "predicted"):
+                shared = min(target.shape[1], source.shape[1])
+                target, source = target[:, :shared], source[:, :shared]
+            target[index] = source[rows]
 
     def roots(self) -> Tensor:
         """The last committed token of each row, (B, 1)."""

@@ -7,7 +7,7 @@ be compiled or captured as it is (unless a logits processor looks at the history
 are computed along the accepted path only, node after node).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from .proposal import DraftSession, Proposal
 from .request import Held
 from .sampling import Sampler
 from .state import DecodeState
-from .target.protocol import Resumable, TakesPrompts, Target, Unscored, spans
+from .target.protocol import Resumable, Span, TakesPrompts, Target, Unscored, spans
 from .trace import Event, Fetched
 from .tree import TokenTree, TreeShape
 from .verify import Verdict, verify, walk
@@ -51,14 +51,18 @@ class Engine:
     def read(self, chunk: int, rows: Tensor | None = None, held: Mapping[int, Held] | None = None) -> None:
         """Prefill: clear all rows, or `rows` (R,), and read their texts in the state, except the last token of each
         and what is `held` [row], `chunk` tokens at a time."""
+        for span in self.spans(chunk, rows, held):
+            self.session.read(span, self.target.read(span))
+
+    def spans(self, chunk: int, rows: Tensor | None = None, held: Mapping[int, Held] | None = None) -> Iterator[Span]:
+        """What `read` reads, span by span: rows are cleared at the first one."""
         self.target.clear(rows)
         self.session.clear(rows)
         counts = torch.zeros_like(self.state.lengths)
         for row, part in (held or {}).items():
             self._resume(row, part)
             counts[row] = part.count
-        for span in spans(self.state.tokens, self.state.lengths, chunk, rows, counts, self.state.beside):
-            self.session.read(span, self.target.read(span))
+        yield from spans(self.state.tokens, self.state.lengths, chunk, rows, counts, self.state.beside)
 
     def _resume(self, row: int, held: Held) -> None:
         for part, saved in ((self.target, held.target), (self.session, held.session)):
@@ -66,19 +70,21 @@ class Engine:
                 assert isinstance(part, Resumable), "nothing is held of others"
                 part.load_row(row, saved, held.count)
 
-    def hold(self, row: int, session: bool) -> Held:
-        """A copy of what is known of a row's text, but for its last two tokens: the root, which is not absorbed, and
-        the one before it, which may be a drafter's to read again. With `session` the drafter's part, too."""
+    def hold(self, row: int, session: bool, count: int | None = None) -> Held:
+        """A copy of what is known of the first `count` tokens of a row's text, with `session` the drafter's part, too.
+        None is all but the last two: the root, which is not absorbed, and the one before it, which may be a drafter's
+        to read again."""
         assert isinstance(self.target, Resumable), "others are refused"
-        count = max(int(self.state.lengths[row]) - 2, 0)
+        count = max(int(self.state.lengths[row]) - 2, 0) if count is None else count
         part = self.session.save_row(row, count) if session and isinstance(self.session, Resumable) else None
         return Held(count, self.target.save_row(row, count), part)
 
-    def copy_rows(self, other: "Engine", rows: Tensor) -> None:
-        """Copy `rows` (B,) of `other`, an engine of the same capacity for the same drafter, into this engine's rows."""
-        self.state.copy_rows(other.state, rows)
-        self.target.copy_rows(other.target, rows)
-        self.session.copy_rows(other.session, rows)
+    def copy_rows(self, other: "Engine", rows: Tensor, into: Tensor | None = None) -> None:
+        """Copy `rows` (R,) of `other`, an engine for the same drafter, into the rows `into` (R,) of this one; None:
+        into all of them."""
+        self.state.copy_rows(other.state, rows, into)
+        self.target.copy_rows(other.target, rows, into)
+        self.session.copy_rows(other.session, rows, into)
 
     @property
     def packable(self) -> list[torch.nn.Module]:

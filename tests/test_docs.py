@@ -38,8 +38,8 @@ from support.pages import PAGES, ROOT, anchors, blocks, commands, prose, words_o
 from support.tape import tape_executor
 
 COMMANDS = (
-    "demo", "generate", "plan", "profile", "check", "bench", "report", "compare", "data generate", "data prepare",
-    "train", "evaluate", "export", "push", "quantise", "convert", "drafters", "models",
+    "demo", "generate", "serve", "plan", "profile", "check", "bench", "report", "compare", "data generate",
+    "data prepare", "train", "evaluate", "export", "push", "quantise", "convert", "drafters", "models",
 )  # fmt: skip
 OTHERS = {"--no-deps", "--debug", "--help", "--version"}  # options that are not of one command
 

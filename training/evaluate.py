@@ -25,7 +25,7 @@ from ..spec.plan.calibration import calibrate
 from ..spec.plan.store import plan_path, read_shape
 from ..spec.plan.trees import MODEST, Acceptance, Plan, best_tree
 from ..spec.prompts import BenchPrompt
-from ..spec.refill import Text, decode_texts
+from ..spec.serve.texts import Text, decode_texts
 from ..spec.tree import DynamicShape, TreeShape
 from .acceptance import WIDTH, record
 from .card import write_card

@@ -33,7 +33,7 @@ class EagleDrafter:
         self.traits = DrafterTraits(
             network.vocab_size, taps=tuple(network.settings.taps), follows_any_tree=True, fills_dynamic=True,
             deepest=DEEPEST, modules=(network,), vocabulary=network.vocabulary if network.trimmed else None,
-            kind="eagle",
+            kind="eagle", catches_up=True,
         )  # fmt: skip
         self.default_shape = default_tree(rates or _PRIOR, DEEPEST, network.device.type == "cpu")
 

@@ -43,11 +43,11 @@ class EagleSession(NetworkSession):
         self.features[slice(None) if rows is None else rows] = 0
 
     def read(self, span: Span, features: Tensor | None) -> None:
-        assert features is not None, "a drafter with taps is handed features"
         trash = self.features.shape[1] - 1
-        rows = torch.arange(len(self.features), device=features.device)[span.index]
-        slots = torch.where(span.positions >= 0, span.positions, trash)
-        self.features[rows[:, None], slots] = self.network.fused(features)
+        rows = torch.arange(len(self.features), device=self.features.device)[span.index]
+        if features is not None:  # else they were followed
+            slots = torch.where(span.positions >= 0, span.positions, trash)
+            self.features[rows[:, None], slots] = self.network.fused(features)
         pairs = span.positions - 1  # (R, n): of each token with the feature before it; the text's first has none
         before = self.features[rows[:, None], pairs.clamp(min=0)]  # (R, n, H)
         self.slots.read(replace(span, positions=pairs), before)
@@ -75,9 +75,10 @@ class EagleSession(NetworkSession):
         fused = self.network.fused(_at(features, path))  # (B, D+1, H)
         self.features.scatter_(1, slots[..., None].expand_as(fused), fused)
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        super().copy_rows(other, rows)
-        self.features.copy_(other.features[rows])
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
+        super().copy_rows(other, rows, into)
+        shared = min(self.features.shape[1], other.features.shape[1])
+        self.features[slice(None) if into is None else into, :shared] = other.features[rows, :shared]
 
     def save_row(self, row: int, count: int) -> Any:
         return self.features[row, :count].clone(), self.slots.save_row(row, count)

@@ -24,6 +24,12 @@ GROUPS = {
             "paceline check --shape qwen3-0.6b -o check.json",
         ),
     },
+    "Serve it": {
+        "serve": Command(
+            "..serve.command", "serve a model to OpenAI clients, several texts at a time", options.serve,
+            "paceline serve --model smollm2-135m --drafter auto --max-rows 8",
+        ),
+    },
     "Measure and decide": {
         "bench": Command(
             "..bench.measure", "measure methods on prompts, in turns, into a run file", options.bench,

@@ -1,7 +1,6 @@
 """The options of every command, in the order in which its help shows them. Knows nothing of what they do."""
 
-import argparse
-
+from .model_options import device_options, model_options, positive, seconds, stream_options
 from .outputs import AppendedOutput, DrafterInput, Input, OutputFolder, StreamedOutput
 from .parser import Parser, add_command
 
@@ -16,8 +15,8 @@ class AnswersOutput(AppendedOutput):
 
 
 def demo(parser: Parser) -> None:
-    parser.add_argument("--max-new-tokens", type=_positive, default=96, metavar="N", help="per prompt (default 96)")
-    _model_options(parser)
+    parser.add_argument("--max-new-tokens", type=positive, default=96, metavar="N", help="per prompt (default 96)")
+    model_options(parser)
     parser.set_defaults(executor="auto")
 
 
@@ -28,13 +27,40 @@ def generate(parser: Parser) -> None:
         "--prompt-file", type=Input, metavar="FILE", help="with the text to continue; - is standard input"
     )
     source.add_argument("--chat", metavar="TEXT", help="a user's message, put into the model's chat template")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="at most (default 128)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="at most (default 128)")
     _drawing_options(parser, "match, residual or typical")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="nucleus, when sampling (default 1)")
     parser.add_argument("--seed", type=int, metavar="S", help="of the sampling noise (default: drawn, and printed)")
     parser.writes("--trace", kind=AppendedOutput, metavar="FILE", help="append one JSON line per step to this file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of streaming")
-    _model_options(parser)
+    model_options(parser)
+
+
+def serve(parser: Parser) -> None:
+    parser.add_argument(
+        "--host", default="127.0.0.1", metavar="HOST", help="address to listen at (default %(default)s)"
+    )
+    parser.add_argument("--port", type=int, default=8000, metavar="PORT", help="0: any free one (default %(default)s)")
+    key = "that clients must send; repeatable; if not given, what PACELINE_API_KEY holds"
+    parser.add_argument("--api-key", action="append", metavar="KEY", help=key)
+    parser.add_argument("--insecure", action="store_true", help="serve other machines without a key")
+    parser.add_argument(
+        "--name", metavar="NAME", help="of the model for clients, the last part of --model if not given"
+    )
+    parser.add_argument("--max-rows", type=positive, default=8, metavar="N", help="texts at a time (default 8)")
+    room = "tokens of a text, prompt and answer; if not given 2048, or the model's context where that is shorter"
+    parser.add_argument("--room", type=positive, metavar="N", help=room)
+    usual = "of an answer in a chat whose request does not say how many (default 512)"
+    parser.add_argument("--max-tokens", type=positive, default=512, metavar="N", help=usual)
+    chunk = "prompt tokens between two steps; if not given 128, on a GPU 512"
+    parser.add_argument("--prefill-chunk", type=positive, metavar="N", help=chunk)
+    kept = "of beginnings of prompts that are kept; 0: none (default 512)"
+    parser.add_argument("--prefix-megabytes", type=float, default=512.0, metavar="MB", help=kept)
+    parser.add_argument("--queue", type=positive, default=64, metavar="N", help="texts that may wait (default 64)")
+    wait = "that a text may wait (default 60)"
+    parser.add_argument("--queue-seconds", type=seconds, default=60.0, metavar="SECONDS", help=wait)
+    model_options(parser)
+    parser.set_defaults(executor="auto")
 
 
 def check(parser: Parser) -> None:
@@ -47,10 +73,10 @@ def check(parser: Parser) -> None:
     what.add_argument("--config", type=Input, metavar="FILE", help="random weights in the shape of this config.json")
     parser.add_argument("--executors", default="all", metavar="LIST", help="some, with commas between (default all)")
     budget = "that the check may take, within a fifth (default 100)"
-    parser.add_argument("--budget", type=_seconds, default=100.0, metavar="SECONDS", help=budget)
+    parser.add_argument("--budget", type=seconds, default=100.0, metavar="SECONDS", help=budget)
     parser.writes("-o", "--output", metavar="FILE", help="everything that was found, raw, as JSON")
     parser.writes("--markdown", kind=StreamedOutput, metavar="FILE", help="tables as Markdown; - is standard output")
-    _device_options(parser)
+    device_options(parser)
 
 
 def bench(parser: Parser) -> None:
@@ -64,15 +90,15 @@ def bench(parser: Parser) -> None:
         "name=SHORT. Plain decoding and transformers' generate() are always there (default ngram)",
     )  # fmt: skip
     _record_options(parser)
-    parser.add_argument("--limit", type=_positive, metavar="N", help="take N prompts, spread over the file")
-    parser.add_argument("--turns", type=_positive, metavar="N", help="and the first N turns of each (default: all)")
-    parser.add_argument("--repeats", type=_positive, default=1, metavar="N", help="of every measurement (default 1)")
-    parser.add_argument("--batch", type=_positive, default=1, metavar="N", help="texts at a time (default 1)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per turn (default 64)")
+    parser.add_argument("--limit", type=positive, metavar="N", help="take N prompts, spread over the file")
+    parser.add_argument("--turns", type=positive, metavar="N", help="and the first N turns of each (default: all)")
+    parser.add_argument("--repeats", type=positive, default=1, metavar="N", help="of every measurement (default 1)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="texts at a time (default 1)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="per turn (default 64)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
-    parser.add_argument("--threads", type=_positive, metavar="N", help="that torch uses (default: its own choice)")
-    _model_options(parser, drafter=False, tree="")
+    parser.add_argument("--threads", type=positive, metavar="N", help="that torch uses (default: its own choice)")
+    model_options(parser, drafter=False, tree="")
 
 
 def report(parser: Parser) -> None:
@@ -94,16 +120,16 @@ def plan(parser: Parser) -> None:
     source.add_argument(
         "--from", dest="run", type=Input, metavar="RUN", help="take the acceptance that paceline bench measured"
     )
-    parser.add_argument("--prompts", type=_positive, metavar="N", help="how many: 24, or with --stream 8, if not given")
+    parser.add_argument("--prompts", type=positive, metavar="N", help="how many: 24, or with --stream 8, if not given")
     _record_options(parser)
-    parser.add_argument("--max-new-tokens", type=_positive, default=64, metavar="N", help="per prompt (default 64)")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="per prompt (default 64)")
     _drawing_options(parser, "match or residual")
     parser.writes("-o", "--output", metavar="FILE", help="write the plan here too, for --tree FILE.json")
-    _model_options(parser, tree="")
+    model_options(parser, tree="")
 
 
 def profile(parser: Parser) -> None:
-    _model_options(parser, tree="")
+    model_options(parser, tree="")
 
 
 def data(parser: Parser) -> None:
@@ -124,21 +150,21 @@ def data_generate(parser: Parser) -> None:
     parser.writes("-o", "--output", kind=AnswersOutput, metavar="FILE", help=again)
     parser.add_argument("--source", choices=["self"], help="self: the target invents the user turns too")
     parser.reads("--beginnings", metavar="FILE", help="of invented turns: a text file, one on each line")
-    parser.add_argument("--count", type=_positive, default=1000, metavar="N", help="of those (default 1000)")
+    parser.add_argument("--count", type=positive, default=1000, metavar="N", help="of those (default 1000)")
     _record_options(parser)
     parser.add_argument("--temperatures", default="0,0.7,1.0", metavar="LIST", help="default 0,0.7,1.0")
-    parser.add_argument("--repeats", type=_positive, default=1, metavar="N", help="per sampled temperature (default 1)")
+    parser.add_argument("--repeats", type=positive, default=1, metavar="N", help="per sampled temperature (default 1)")
     parser.add_argument("--top-p", type=float, default=0.95, metavar="P", help="nucleus, when sampling (default 0.95)")
-    parser.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="per turn (default 256)")
-    parser.add_argument("--batch", type=_positive, default=16, metavar="N", help="texts at a time (default 16)")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N", help="per turn (default 256)")
+    parser.add_argument("--batch", type=positive, default=16, metavar="N", help="texts at a time (default 16)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the sampling noise (default 0)")
-    parser.add_argument("--limit-tokens", type=_positive, metavar="N", help="begin no text beyond this many tokens")
+    parser.add_argument("--limit-tokens", type=positive, metavar="N", help="begin no text beyond this many tokens")
     parser.reads("--exclude", metavar="FILE", help="prompts of this file are left out, wherever they occur")
     parser.add_argument("--server", metavar="URL", help="ask this OpenAI-compatible server (.../v1) instead")
     parser.add_argument(
         "--compare-transformers", action="store_true", help="time transformers' generate() beside ours, write nothing"
     )
-    _model_options(parser)
+    model_options(parser)
     parser.set_defaults(drafter="none", executor="auto")
 
 
@@ -150,9 +176,9 @@ def data_prepare(parser: Parser) -> None:
     parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
     parser.reads("--tokenizer", metavar="NAME", help="folder or hub id of a tokenizer, instead")
     _record_options(parser)
-    parser.add_argument("--tokens", type=_positive, metavar="N", help="how many to take of a mixture")
+    parser.add_argument("--tokens", type=positive, metavar="N", help="how many to take of a mixture")
     longest = "of a row (default 1024, or the target's context where that is shorter)"
-    parser.add_argument("--length", type=_positive, metavar="N", help=longest)
+    parser.add_argument("--length", type=positive, metavar="N", help=longest)
     parser.add_argument("--held-out", type=float, default=0.02, metavar="SHARE", help="of documents (default 0.02)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the split (default 0)")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the tokenizer")
@@ -171,10 +197,10 @@ def evaluate(parser: Parser) -> None:
     parser.reads("--prompts", required=True, metavar="FILE", help=f"to decode: {_PROMPTS}")
     _record_options(parser)
     parser.reads("--data", metavar="FOLDER", help="judge on the held-out rows of this prepared data")
-    parser.add_argument("--max-new-tokens", type=_positive, default=128, metavar="N", help="per prompt (default 128)")
+    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N", help="per prompt (default 128)")
     _drawing_options(parser, "match or residual")
     parser.writes("-o", "--output", metavar="FILE", help="write here, and leave the drafter's folder as it is")
-    _model_options(parser, drafter=False, tree="the plan that is kept, or one made of what is counted")
+    model_options(parser, drafter=False, tree="the plan that is kept, or one made of what is counted")
 
 
 def push(parser: Parser) -> None:
@@ -190,8 +216,8 @@ def export(parser: Parser) -> None:
     parser.writes("-o", "--output", kind=OutputFolder, required=True, metavar="OUT", help="folder to make")
     target = "the target that it was trained for (default %(default)s)"
     parser.reads("--model", default="smollm2-135m", metavar="NAME", help=target)
-    _device_options(parser)
-    _stream_options(parser)
+    device_options(parser)
+    stream_options(parser)
 
 
 def quantise(parser: Parser) -> None:
@@ -206,9 +232,9 @@ def quantise(parser: Parser) -> None:
     parser.reads("--calibrate", metavar="FILE", help=texts)
     _record_options(parser)
     several = "to calibrate on, and half as many to measure on (default 48)"
-    parser.add_argument("--texts", type=_positive, default=48, metavar="N", help=several)
+    parser.add_argument("--texts", type=positive, default=48, metavar="N", help=several)
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the rotations (default 0)")
-    _device_options(parser)
+    device_options(parser)
     parser.set_defaults(dtype="float32", stream=None, resident=None)
 
 
@@ -236,64 +262,3 @@ def _drawing_options(parser: Parser, rules: str) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default 0)")
     kept = f"how guesses are judged: {rules} (default match)"
     parser.add_argument("--verify", default="match", metavar="RULE", help=kept)
-
-
-def _model_options(parser: Parser, drafter: bool = True, tree: str = "the drafter's own") -> None:
-    group = parser.add_argument_group("model and drafter" if drafter else "model")
-    group.add_argument(
-        "--model",
-        type=Input,
-        default="smollm2-135m",
-        metavar="NAME",
-        help="folder, GGUF file, short name or hub id (default %(default)s)",
-    )
-    if drafter:
-        named = (
-            "auto: the best drafter of the package, and ngram; ngram; a folder or model; X+ngram; none "
-            "(default %(default)s)"
-        )
-        group.add_argument("--drafter", type=DrafterInput, default="auto", metavar="NAME", help=named)
-        coarse = "of the drafter: 16, q4 or q4-int8 (rounded to 4 bits), or auto, the quickest here (default 16)"
-        group.add_argument("--draft-weights", default="16", metavar="FORM", help=coarse)
-    if tree:
-        shapes = (
-            "of guesses: chain:5, children per level like 4x2x1, both: 4x2x1+chain:5, FILE.json, auto "
-            f"(default: {tree})"
-        )
-        group.add_argument("--tree", type=Input, metavar="SHAPE", help=shapes)
-    executors = ("auto", "eager", "compiled", "cuda_graph", "cuda_graph_eager", "cuda_graph_compiled")
-    how = f"how steps are run: {', '.join(executors)} (default %(default)s)"
-    group.add_argument("--executor", default="eager", choices=executors, metavar="HOW", help=how)
-    _device_options(group)
-    _stream_options(group)
-
-
-def _stream_options(group) -> None:
-    kinds = "fetch weights layer by layer, from disk, or beside a GPU from host memory: disk or host"
-    group.add_argument("--stream", metavar="KIND", help=kinds)
-    group.add_argument("--resident", metavar="SIZE", help="of weights that stay in memory all the same, such as 4GB")
-
-
-def _device_options(group) -> None:
-    dtypes = "float32, bfloat16, float16 or auto (default %(default)s)"
-    group.add_argument("--dtype", default="auto", metavar="TYPE", help=dtypes)
-    weights = "16, or the blocks of a quantised model: q4, q8, and faster by 8-bit activations q4-int8, q8-int8"
-    group.add_argument("--weights", default="16", metavar="FORM", help=f"{weights} (default 16)")
-    group.add_argument("--device", metavar="DEVICE", help="cpu, cuda, cuda:1 ... (default: cuda where there is one)")
-    group.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 1 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds from 1 to 86400")
-    return seconds

@@ -41,7 +41,7 @@ class KeptText:
 
     @property
     def nbytes(self) -> int:
-        return _nbytes(self.held.target) + _nbytes(self.held.session)
+        return nbytes_of(self.held.target) + nbytes_of(self.held.session)
 
 
 class PromptCache:
@@ -170,8 +170,8 @@ def _common(one: list[int], other: list[int]) -> int:
     return low
 
 
-def _nbytes(saved: Any) -> int:
+def nbytes_of(saved: Any) -> int:
     """Bytes of the tensors in nested lists and tuples."""
     if isinstance(saved, Tensor):
         return saved.nbytes
-    return sum(map(_nbytes, saved)) if isinstance(saved, (list, tuple)) else 0
+    return sum(map(nbytes_of, saved)) if isinstance(saved, (list, tuple)) else 0

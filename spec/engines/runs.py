@@ -44,6 +44,7 @@ class RunSpec:
     eos: int  # how many end-of-text ids
     keep_scores: bool
     sampling: tuple  # the sampler's signature
+    predicted: int = 0  # tokens that a row may copy from, besides its text
 
     def settled(self, executor: str) -> "RunSpec":
         """The spec with `executor`, and with capacity and number of end-of-text ids rounded up for it."""
@@ -178,7 +179,8 @@ def make_engine(model: PreTrainedModel, drafter: Drafter, spec: RunSpec, sampler
     unscored = spec.executor == "eager" and many_scores(model, *sizes)
     target = SlotModel(model, spec.batch, spec.capacity, drafter.traits.taps, unscored=unscored)
     drawing = draft_sampling(spec.rule, sampler.do_sample)
-    return open_engine(target, drafter, spec.shape, sampler, drawing, spec.rule, spec.eos, spec.keep_scores)
+    sizes_of_rows = spec.eos, spec.keep_scores, spec.predicted
+    return open_engine(target, drafter, spec.shape, sampler, drawing, spec.rule, *sizes_of_rows)
 
 
 def open_engine(
@@ -190,10 +192,12 @@ def open_engine(
     rule: str,
     eos: int,
     keep_scores: bool = False,
+    predicted: int = 0,
 ) -> Engine:
     """An engine with fresh buffers for as many rows as the target has; every row is done until a text is admitted.
 
-    `eos` is how many end-of-text ids a row may have. Raises ValueError for a shape that the drafter cannot fill."""
+    `eos` is how many end-of-text ids a row may have, `predicted` how many tokens to copy from besides its text.
+    Raises ValueError for a shape that the drafter cannot fill."""
     if isinstance(shape, DynamicShape) and not drafter.traits.fills_dynamic:
         raise ValueError(
             f"drafter {drafter.name!r} fills fixed trees only; use a tree like '4x2x1', or a draft model or EAGLE"
@@ -204,7 +208,7 @@ def open_engine(
         *sizes, traits.vocab_size, traits.device, shape, drawing, target.model, may_wait=not traits.static
     )
     return Engine(
-        state=DecodeState.empty(*sizes, eos, traits.device),
+        state=DecodeState.empty(*sizes, eos, traits.device, predicted),
         target=target,
         session=drafter.open(request),
         sampler=sampler,

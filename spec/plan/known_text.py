@@ -19,9 +19,9 @@ from ..engines.runs import open_engine
 from ..kernels.linears import Packing
 from ..noise import stream_key
 from ..proposal import Drafter, DraftSampling, Proposal
-from ..refill import Text, decode_texts
 from ..request import Request
 from ..sampling import Sampler, warpers
+from ..serve.texts import Text, decode_texts
 from ..step import Engine
 from ..stream.streamer import prompt_chunk
 from ..target.protocol import spans

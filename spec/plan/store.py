@@ -32,6 +32,12 @@ def curve_path(model: "PreTrainedModel") -> Path:
     return _kept("curves", _circumstances(model))
 
 
+def serving_path(model: "PreTrainedModel", drafter: Drafter, executor: str, room: int) -> Path:
+    """The file of the step times of a served target on this device, by rows and tree, with texts of `room` tokens."""
+    weights = [fingerprint(part.traits.modules) or repr(part) for part in parts_of(drafter)]
+    return _kept("serving", [*_circumstances(model), drafter.name, weights, executor, room])
+
+
 def _circumstances(model: "PreTrainedModel") -> list:
     """What step times depend on, but for the drafter: target and its kind of weights, how they are streamed, device."""
     cuda, streamer = model.device.type == "cuda", streamer_of(model)

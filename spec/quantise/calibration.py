@@ -11,7 +11,7 @@ from ..data.content import Unfit
 from ..data.forms import Record
 from ..data.reading import Reading
 from ..prompts import check_ids, templated_ids
-from ..refill import Text, decode_texts
+from ..serve.texts import Text, decode_texts
 from ..target.load import context_length
 from .quality import HeldOut
 

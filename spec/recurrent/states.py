@@ -5,16 +5,12 @@ them stands how many tokens of each row they hold, and which nodes were forwarde
 forwarded, so that a node that a drafter never saw is read as text later. Knows nothing of keys and values.
 """
 
-from typing import TypeVar
-
 import torch
 from torch import Tensor
 
 from ..tree import Ancestry, TokenTree
 from .parts import Part, Window
 from .passes import NodePass, Run, TextPass, chain
-
-AnyPart = TypeVar("AnyPart", bound=Part)
 
 
 class LayerStates:
@@ -101,16 +97,18 @@ class States:
         for tensor in (self.held, self.forwarded, *(tensor for part in self.parts for tensor in part.tensors)):
             tensor[index] = 0
 
-    def copy_rows(self, other: "States", rows: Tensor) -> None:
-        """Copy the states of `rows` (B,) of `other` into these rows. Between steps no node is forwarded."""
-        self.held.copy_(other.held[rows])
+    def copy_rows(self, other: "States", rows: Tensor, into: Tensor | None = None) -> None:
+        """Copy the states of `rows` (R,) of `other` into the rows `into` (R,), None: into all. Between steps no node is
+        forwarded."""
+        index = slice(None) if into is None else into
+        self.held[index] = other.held[rows]
         for layer, source in zip(self.layers, other.layers):
-            layer.windows = {number: _copied(part, rows) for number, part in source.windows.items()}
-            layer.memories = [_copied(part, rows) for part in source.memories]
+            for number, window in source.windows.items():
+                _copy(layer.window(number), window, rows, index)
+            for call, memory in enumerate(source.memories):
+                _copy(layer.memory(call, type(memory)), memory, rows, index)
 
 
-def _copied(part: AnyPart, rows: Tensor) -> AnyPart:
-    copied = type(part)(len(rows))
-    copied.state = None if part.state is None else part.state[rows]
-    copied.kept = [kept[rows] for kept in part.kept]
-    return copied
+def _copy(part: Part, source: Part, rows: Tensor, index: Tensor | slice) -> None:
+    if source.state is not None:
+        part.start(*source.state.shape[1:], like=source.state)[index] = source.state[rows]

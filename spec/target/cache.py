@@ -173,14 +173,21 @@ class SlotCache(Cache):
                 for buffer in layer.buffers:
                     layer.by_row(buffer)[rows] = 0
 
-    def copy_rows(self, other: "SlotCache", rows: Tensor) -> None:
-        """Copy the contents of `rows` (B,) of `other`, a cache of the same capacity, into this cache's rows."""
+    def copy_rows(self, other: "SlotCache", rows: Tensor, into: Tensor | None = None) -> None:
+        """Copy `rows` (R,) of `other` into the rows `into` (R,) of this cache, None: into all of them. Where the
+        capacities differ, the slots that both have are copied; what else the rows held is zeroed."""
+        index, shared = slice(None) if into is None else into, min(self.capacity, other.capacity)
         if self.states is not None and other.states is not None:
-            self.states.copy_rows(other.states, rows)
+            self.states.copy_rows(other.states, rows, into)
         for layer, source in zip(self.layers, other.layers):
-            if source.is_initialized:
-                layer.keys, layer.values = (source.by_row(buffer)[rows].flatten(0, 1) for buffer in source.buffers)
-                layer.heads, layer.is_initialized = source.heads, True
+            if not source.is_initialized:
+                continue
+            if not layer.is_initialized:
+                layer.allocate(source.heads, source.keys[:0], source.values[:0])
+            for buffer, filled in zip(layer.buffers, source.buffers):
+                lines = layer.by_row(buffer)
+                lines[index, shared:] = 0
+                lines[index, :shared] = source.by_row(filled)[rows, :shared]
 
     def save_row(self, row: int, count: int) -> list[tuple[int, Tensor, Tensor] | None]:
         """Of each layer the heads and copies of the first `count` slots of `row`, None where it has no slots."""

@@ -149,5 +149,6 @@ class Target(Protocol):
         """Append the accepted nodes of the last forward, the first `count` (B,) of each row's `path` (B, D+1), 0 for a
         row that is done, at positions base, base + 1, ..."""
 
-    def copy_rows(self, other: Self, rows: Tensor) -> None:
-        """Copy the contents of `rows` (B,) of `other`, a target of the same capacity, into this target's rows."""
+    def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
+        """Copy `rows` (R,) of `other`, which may have another number of rows and another capacity, into the rows
+        `into` (R,) of this target; None: into all of them, in order."""

@@ -102,12 +102,19 @@ class SlotModel:
         self.beside.copy_(prompt.pads - prompt.pads.min())
 
     def read(self, span: Span, features: Tensor | None = None) -> Tensor | None:
+        return self._read(span, logits=False, features=features).features
+
+    def read_scored(self, span: Span) -> Seen:
+        """Like `read`, with the logits (R, n, V) of all positions besides the features."""
+        return self._read(span, logits=True, every=True)
+
+    def _read(self, span: Span, **how: Any) -> Seen:
         self.cache.rows = span.rows
         states = self.cache.states
         at = None if states is None else states.text(span.rows, span.positions >= 0)
         self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
-            return self.forward_text(span.tokens, span.positions, span.reach, False, features, at).features
+            return self.forward_text(span.tokens, span.positions, span.reach, at=at, **how)
         finally:
             self.cache.rows = None
 
@@ -131,10 +138,10 @@ class SlotModel:
     def commit(self, base: Tensor, path: Tensor, count: Tensor) -> None:
         self.cache.compact(base, path, count)
 
-    def copy_rows(self, other: "SlotModel", rows: Tensor) -> None:
-        self.cache.copy_rows(other.cache, rows)
+    def copy_rows(self, other: "SlotModel", rows: Tensor, into: Tensor | None = None) -> None:
+        self.cache.copy_rows(other.cache, rows, into)
         for name in ("shift", "begun", "beside"):
-            getattr(self, name).copy_(getattr(other, name)[rows])
+            getattr(self, name)[slice(None) if into is None else into] = getattr(other, name)[rows]
 
     @property
     def resumable(self) -> bool:
@@ -193,19 +200,20 @@ class SlotModel:
         logits: bool = True,
         features: Tensor | None = None,
         at: TextPass | None = None,
+        every: bool = False,
     ) -> Seen:
         """Forward committed text (B, n): each token is written at the slot of its position and sees all slots up to its
         own. All slots are below `reach`. A model that reads `features` (B, n, F) with its tokens is given them.
 
         Negative slots mean padding, which is written to the last slot. Layers with states read the text as `at` says;
         without it they absorb what they do not hold yet, and other tokens are padding. Returns the logits of the last
-        column; with `logits=False` the features of all columns instead, where there are taps."""
+        column, or of `every` one; with `logits=False` the features of all columns instead, where there are taps."""
         padding = slots < 0
         positions = slots.clamp(min=0)
         seen = self.slot_index[:reach]
         visible = seen <= positions[:, :, None]  # (B, n, reach)
         view = SlotView(positions, seen.expand(len(tokens), -1), visible)
-        whole = not logits and bool(self.traits.taps)
+        whole = every or (not logits and bool(self.traits.taps))
         keep, columns = 0 if whole else 1, NONE if self.can_idle and not logits else None
         states, first, again = self.cache.states, slots[:, 0], None
         if states is not None and at is None:

@@ -1,6 +1,5 @@
 """The report and the picture in headless Chromium: no error, nothing beyond the screen, nothing on top of another."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -28,20 +27,6 @@ OVERLAPS = """() => {
   });
   return found.concat(lines);
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install -e '.[browser]')")
-    names = ("chromium", "chromium-browser", "google-chrome")
-    path = next(filter(None, map(shutil.which, names)), None)
-    with api.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except api.Error as error:
-            pytest.skip(f"no Chromium can be started: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
 
 
 BARS = """() => [...document.querySelectorAll('.gain:not(.axis)')].map(row => {

@@ -192,7 +192,7 @@ def test_a_prompt_file_is_text_whatever_it_holds(folder, tmp_path, capsys, monke
 
 
 def test_texts_that_decoding_cannot_read_are_refused():
-    from paceline.spec.refill import Text, decode_texts
+    from paceline.spec.serve.texts import Text, decode_texts
 
     for token in (KNOWN, -1):
         with pytest.raises(ValueError, match="a token id beyond the model's vocabulary of 57; leave it out"):

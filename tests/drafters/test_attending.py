@@ -63,9 +63,10 @@ class AttendingSession:
         self.features.scatter_(1, places[..., None].expand(-1, -1, features.shape[2]), states)
         self.known += count[:, None]
 
-    def copy_rows(self, other, rows):
-        self.features.copy_(other.features[rows])
-        self.known.copy_(other.known[rows])
+    def copy_rows(self, other, rows, into=None):
+        into, shared = slice(None) if into is None else into, min(self.features.shape[1], other.features.shape[1])
+        self.features[into, :shared] = other.features[rows, :shared]
+        self.known[into] = other.known[rows]
 
 
 def test_a_drafter_attends_over_features_of_the_whole_prompt(ragged, monkeypatch):

@@ -20,7 +20,7 @@ from paceline.spec.check.record import HOLDS
 from paceline.spec.check.subject import Subject
 from paceline.spec.engines import executors, pool, runs
 from paceline.spec.proposal import NoDrafter
-from paceline.spec.refill import Text, decode_texts
+from paceline.spec.serve.texts import Text, decode_texts
 
 from support.models import eagle_copy, fitted_heads, noisy_copy, tiny_llama
 from support.tape import tape_executor

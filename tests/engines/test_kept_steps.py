@@ -19,7 +19,7 @@ from paceline.spec.engines.executors import CompiledLater
 from paceline.spec.engines.module_state import fingerprint
 from paceline.spec.kernels.linears import Packing
 from paceline.spec.proposal import NoDrafter
-from paceline.spec.refill import Text, decode_texts
+from paceline.spec.serve.texts import Text, decode_texts
 from paceline.spec.trace import COMPILING
 
 from support.kept_steps import IDS, SAMPLED, assert_eager_text, decode

@@ -4,7 +4,7 @@ import numpy as np
 import paceline
 import pytest
 import torch
-from paceline.spec.refill import Text, decode_texts
+from paceline.spec.serve.texts import Text, decode_texts
 from transformers import GenerationConfig
 
 from support.sentences import sentence

@@ -61,8 +61,8 @@ class Recurrent:
             moved = self.next(self.states, self.inputs.gather(1, node)[:, 0])
             self.states.copy_(torch.where((column < count)[:, None], moved, self.states))
 
-    def copy_rows(self, other, rows):
-        self.states.copy_(other.states[rows])
+    def copy_rows(self, other, rows, into=None):
+        self.states[slice(None) if into is None else into] = other.states[rows]
 
 
 class Guessing:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ...spec.console import Bar
 from ...spec.data.content import Unfit
 from ...spec.prompts import check_ids, templated_ids
-from ...spec.refill import Text, decode_texts
+from ...spec.serve.texts import Text, decode_texts
 from ...spec.target.load import context_length, end_ids
 from .ledger import Job, Ledger, job_seed
 from .prompts import Prompt, Unusable, user_prefix

@@ -12,7 +12,7 @@ from ...spec.data.content import Unfit
 from ...spec.engines.executors import choose
 from ...spec.plan.step_times import wait_for
 from ...spec.prompts import check_ids, left_padded, pad_id, templated_ids
-from ...spec.refill import Text, decode_texts
+from ...spec.serve.texts import Text, decode_texts
 from ...spec.target.load import end_ids
 from .answers import Sampling
 from .prompts import Prompt

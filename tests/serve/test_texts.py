@@ -8,8 +8,8 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import executors, runs
-from paceline.spec.refill import Text, decode_texts
-from paceline.spec.rows import Rows
+from paceline.spec.serve.lanes import Lane
+from paceline.spec.serve.texts import Text, decode_texts
 from paceline.spec.target.selftest import attach
 from paceline.spec.tree import TreeShape
 
@@ -113,20 +113,20 @@ def test_a_row_goes_on_with_the_text_that_follows(model, texts):
 
 
 def test_reading_a_prompt_leaves_the_others_alone(model, texts, monkeypatch):
-    """It runs the rows that are admitted only."""
-    shapes = []
-    admit = Rows.admit
+    """It runs the rows of prompts that are read together only, which are of similar length."""
+    shapes, advance = [], Lane.advance
 
-    def watched(self, requests):
-        seen = []
-        handle = model.register_forward_pre_hook(lambda m, a, k: seen.append(k["input_ids"].shape), with_kwargs=True)
-        admit(self, requests)
+    def watched(self):
+        lengths = [len(job.request.tokens) for job in self.jobs.values()]
+        hook = lambda m, a, k: shapes.append((k["input_ids"].shape[0], lengths))  # noqa: E731
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        advance(self)
         handle.remove()
-        shapes.append((len(requests), {shape[0] for shape in seen}))
 
-    monkeypatch.setattr(Rows, "admit", watched)
+    monkeypatch.setattr(Lane, "advance", watched)
     collect(model, texts, batch=3)
-    assert len(shapes) > 4 and all(seen <= {rows} for rows, seen in shapes)
+    assert len(shapes) >= 4 and all(rows == len(lengths) <= 3 for rows, lengths in shapes)
+    assert all(length <= 1.25 * lengths[0] + 8 for _, lengths in shapes for length in lengths)
 
 
 def test_few_rows_left_go_on_in_a_smaller_batch(model, texts):

@@ -1,0 +1,171 @@
+"""What `paceline serve` gives on this machine, beside `generate()` and beside itself without drafts.
+
+    python docs/cpu/serving.py --model smollm2-135m --drafter auto -o serving.json
+
+Clients are threads that stream answers of --new-tokens tokens to prompts of --prompt-tokens tokens, one after another.
+Reported are tokens a second of 1 and of --clients clients with drafts and without (each a server of its own, in turns),
+`generate()` on the same prompts in this process, the time to the first token of 4 clients, and how many turns a row
+stays taken after its client has gone.
+"""
+
+import argparse
+import contextlib
+import http.client
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).parent
+WORDS = ["river", "stone", "light", "garden", "engine", "winter", "paper", "signal", "market", "bridge"]
+
+
+@contextlib.contextmanager
+def server(args, drafter: str):
+    """The port of a server of its own."""
+    command = [sys.executable, "-m", "paceline.spec.cli", "serve", "--model", args.model, "--drafter", drafter]
+    command += ["--port", "0", "--max-rows", str(args.clients), "--room", "512", "--dtype", args.dtype]
+    command += ["--executor", args.executor, "--prefix-megabytes", "0"]
+    if drafter != "none" and args.tree:
+        command += ["--tree", args.tree]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            for line in process.stderr:
+                if line.startswith("serving "):
+                    break
+            else:
+                raise SystemExit(f"the server has ended: {' '.join(command)}")
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield int(line.partition("/v1")[0].rpartition(":")[2])
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def prompt(args, number: int) -> list[int]:
+    """Token ids, no two prompts alike."""
+    return [200 + (number * 7919 + place * 104729) % 20_000 for place in range(args.prompt_tokens)]
+
+
+def stream(port: int, body: dict):
+    """The seconds at which each event of an answer came, with what it said."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    started = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}))
+    reply = connection.getresponse()
+    if reply.status != 200:
+        raise SystemExit(reply.read().decode())
+    for line in reply:
+        if line.startswith(b"data: {"):
+            yield time.perf_counter() - started, json.loads(line[6:])
+    connection.close()
+
+
+def asked(args, number: int) -> dict:
+    more = {
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+    }
+    return {"prompt": prompt(args, number), "max_tokens": args.new_tokens, **more}
+
+
+def load(args, port: int, clients: int, each: int, first: int = 0) -> dict:
+    """`clients` threads with `each` requests one after another."""
+    firsts, tokens, lock = [], [], threading.Lock()
+
+    def client(index: int) -> None:
+        for turn in range(each):
+            events = list(stream(port, asked(args, first + index * each + turn)))
+            with lock:
+                firsts.append(next(seconds for seconds, event in events if event["usage"]["completion_tokens"]))
+                tokens.append(events[-1][1]["usage"]["completion_tokens"])
+
+    threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
+    began = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds, firsts = time.perf_counter() - began, sorted(firsts)
+    return {
+        "clients": clients,
+        "tokens_per_second": sum(tokens) / seconds,
+        "first_token_median": statistics.median(firsts),
+        "first_token_p95": firsts[max(0, -(-95 * len(firsts) // 100) - 1)],
+        "tokens": sum(tokens),
+    }
+
+
+def figure(port: int, name: str) -> float:
+    """A figure of the server, summed over its labels."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request("GET", "/metrics")
+    lines = connection.getresponse().read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name + "{"))
+
+
+def steps_after_leaving(args, port: int) -> float:
+    """Steps of the batch between a client's going and the end of its row's work."""
+    events = stream(port, {**asked(args, 9999), "max_tokens": 300})
+    for _ in range(5):
+        next(events)
+    before = figure(port, "vllm:iteration_tokens_total_count")
+    events.close()
+    time.sleep(2)
+    return figure(port, "vllm:iteration_tokens_total_count") - before
+
+
+def alone(args, numbers: range, drafter: str) -> float:
+    """Tokens a second of `generate()` in this process."""
+    import paceline
+    import torch
+
+    model, _ = paceline.load_target(args.model, args.dtype)
+    drafting, began, tokens = None if drafter == "none" else paceline.load_drafter(drafter, model), 0.0, 0
+    for number in numbers:
+        ids = torch.tensor([prompt(args, number)])
+        if number == numbers[1]:
+            began, tokens = time.perf_counter(), 0
+        out = paceline.generate(
+            model, ids, torch.ones_like(ids), drafter=drafting, max_new_tokens=args.new_tokens, do_sample=False,
+            eos_token_id=None, pad_token_id=0, executor=args.executor,
+        )  # fmt: skip
+        tokens += out.shape[1] - ids.shape[1]
+    return tokens / (time.perf_counter() - began)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--tree", default="auto")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--executor", default="eager")
+    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--requests", type=int, default=3, help="of each client")
+    parser.add_argument("--repeats", type=int, default=2, help="of all servers, in turns")
+    parser.add_argument("--prompt-tokens", type=int, default=100)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("-o", "--output")
+    args, told = parser.parse_args(), []
+    for repeat in range(args.repeats):
+        for drafter in (args.drafter, "none"):
+            numbers = range(100 * repeat, 100 * repeat + 1 + args.requests)
+            record = {"repeat": repeat, "drafter": drafter, "generate": alone(args, numbers, drafter)}
+            with server(args, drafter) as port:
+                load(args, port, 1, 1, first=5000)
+                for clients in sorted({1, 4, args.clients}):
+                    record[f"{clients} clients"] = load(args, port, clients, args.requests, first=100 * repeat)
+                record["steps after leaving"] = steps_after_leaving(args, port)
+            told.append(record)
+            print(json.dumps(record), flush=True)
+    if args.output:
+        Path(args.output).write_text(json.dumps({"arguments": vars(args), "records": told}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""In-flight batching: requests come and go while others are decoded; `generate_many` and the server are its clients."""

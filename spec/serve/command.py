@@ -1,0 +1,158 @@
+"""`paceline serve`: one model behind an OpenAI-compatible endpoint, until a signal ends it.
+
+SIGTERM or Ctrl-C: no more requests, those under way get `GRACE` seconds, exit code 0; a second one ends it at once.
+Where the engine fails the server ends with exit code 1.
+"""
+
+import asyncio
+import os
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from ..inputs.numbers import whole_number
+
+GRACE = 30.0  # seconds
+KEY = "PACELINE_API_KEY"  # in the environment: a key, or several with commas between
+LOCAL = ("127.0.0.1", "localhost", "::1")
+CHUNK = {"cpu": 128, "cuda": 512}  # prompt tokens between two steps
+STEPS = 32  # that are kept, where they are compiled or captured
+ROOM = 2048  # tokens of a text, where the context is longer
+
+
+def serve(args: Namespace) -> int:
+    keys = args.api_key or [key for key in os.environ.get(KEY, "").split(",") if key]
+    if args.host not in LOCAL and not keys and not args.insecure:
+        raise ValueError(
+            f"--host {args.host} would serve everybody who can reach it; set --api-key, or --insecure if that is meant"
+        )
+    try:
+        import uvicorn  # noqa: F401
+
+        from .app import make_app
+        from .figures import Figures
+    except ImportError as error:
+        raise ValueError(f"paceline serve needs {error.name}; pip install 'paceline[serve]' brings it") from error
+    from ..cli.commands import load
+
+    model, tokenizer, drafter = load(args)
+    figures = Figures(args.name or Path(args.model).name)
+    worker, limits, about = assemble(args, model, tokenizer, drafter, figures)
+    from .serving import Serving
+
+    serving = Serving(model, tokenizer, worker, limits, figures, keys, about)
+    worker.start()
+    try:
+        return asyncio.run(_run(serving, make_app(serving), args.host, args.port))
+    finally:
+        worker.close()
+
+
+def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures: Any) -> tuple[Any, Any, dict]:
+    """The worker, the limits, and what `/version` tells."""
+    from ... import __version__
+    from ..engines import runs
+    from ..engines.executors import choose
+    from ..proposal import NoDrafter
+    from ..stream.streamer import prompt_chunk, streamer_of
+    from ..target.load import context_length
+    from ..target.selftest import attach
+    from .gears import Gears
+    from .lanes import Lane
+    from .prefixes import KeptPrefixes, can_resume
+    from .scheduler import Scheduler
+    from .serving import Limits
+    from .worker import Worker
+
+    attach(model)
+    drafting = drafter or NoDrafter()
+    rows, context = whole_number("--max-rows", args.max_rows, 1), context_length(model)
+    room = min(args.room or ROOM, context or args.room or ROOM)
+    if args.room and context and args.room > context:
+        raise ValueError(f"--room {args.room} is more than the model's context of {context}; give at most that")
+    usual = CHUNK.get(model.device.type, 512) if streamer_of(model) is None else prompt_chunk(model)
+    chunk = args.prefill_chunk or usual
+    executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
+    if executor != "eager":
+        runs.keep(model, STEPS)  # by size, tree and kind of sampling
+    gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor)
+    plan, learn = _plan(args, model, drafting, executor, room, rows)
+    lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
+    prefixes = None
+    if args.prefix_megabytes and can_resume(lanes[0].engine, drafting.traits.remembers):
+        prefixes = KeptPrefixes(model, drafting, chunk, args.prefix_megabytes, figures.prefix)
+
+    def on_step(arrival: Any, gear: Any) -> None:
+        figures.step(arrival, gear)
+        learn(arrival, gear)
+        figures.shifts = gears.shifts
+
+    scheduler = Scheduler(gears, lanes, plan, prefixes, on_step)
+    limits = Limits(room, min(args.max_tokens, room), args.queue, args.queue_seconds)
+    about = {"version": __version__, "drafter": drafting.name, "rows": rows, "room": room, "executor": executor}
+    return Worker(scheduler), limits, about
+
+
+def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, rows: int) -> tuple[Any, Any]:
+    """The tree for a number of rows, and what is to be told of each step."""
+    from ..console import waiting
+    from ..plan.store import read_shape, serving_path
+    from .gears import sizes
+    from .planner import RowPlanner, measured
+
+    if args.tree != "auto":
+        shape = read_shape(args.tree, drafter)
+        return lambda rows: shape, lambda arrival, gear: None
+    with waiting("timing steps, by rows and tree"):
+        path = serving_path(model, drafter, executor, room)
+        planner = RowPlanner(measured(model, drafter, executor, sizes(rows), room, path))
+
+    def learn(arrival: Any, gear: Any) -> None:
+        planner.learn(gear.shape, [report for report in arrival.reports.values() if report.committed])
+
+    return planner, learn
+
+
+async def _run(serving: Any, app: Any, host: str, port: int) -> int:
+    server = make_server(serving, app, host, port)
+    watching = asyncio.create_task(_watch(server, serving))
+    await server.serve()
+    watching.cancel()
+    return 1 if serving.status == "failed" else 0
+
+
+async def _watch(server: Any, serving: Any) -> None:
+    """Tell where the server is once it listens, and end it where the engine has failed."""
+    while not server.started:
+        await asyncio.sleep(0.01)
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    print(f"serving {serving.name} at http://{where}:{port}/v1 (a page to try it at /)", file=sys.stderr, flush=True)
+    while serving.status != "failed":
+        await asyncio.sleep(0.5)
+    print(f"paceline: the engine has failed: {serving.worker.failure or 'it is stuck'}", file=sys.stderr, flush=True)
+    server.should_exit = server.force_exit = True
+
+
+def make_server(serving: Any, app: Any, host: str, port: int) -> Any:
+    """uvicorn's server, which lets what is under way end."""
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: Any) -> None:
+            if serving.draining:  # the second signal
+                self.should_exit = self.force_exit = True
+                return
+            serving.draining = True
+            loop.call_soon_threadsafe(lambda: draining.append(loop.create_task(self._drain())))
+
+        async def _drain(self) -> None:
+            await serving.drain(GRACE)
+            self.should_exit = True
+
+    loop, draining = asyncio.get_running_loop(), list[asyncio.Task]()  # a task is kept, lest it be collected
+    config = uvicorn.Config(
+        app, host=host, port=port, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="off"
+    )
+    return Server(config)

@@ -1,0 +1,96 @@
+"""Gears: the sizes in which a batch is stepped.
+
+A gear is a number of rows, a tree, and the kind of sampling that the rows need; each has an engine and an executor of
+its own, as for a call of `generate`. Going over to another gear copies the live rows from one engine to the other.
+Where steps are compiled or captured, those of a gear are kept in the pool of the model. Knows nothing of requests.
+"""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from ..engines.executors import Eager
+from ..engines.runs import RunSpec, make_engine, open_run
+from ..proposal import Drafter
+from ..rows import Rows
+from ..tree import DynamicShape, TreeShape
+from .row_sampler import RowSampler, SamplingKind
+from .text_request import ENDS
+
+Shape = TreeShape | DynamicShape
+
+
+@dataclass(frozen=True, slots=True)
+class Gear:
+    rows: int
+    shape: Shape
+    kind: SamplingKind
+
+
+def sizes(most: int) -> list[int]:
+    """The numbers of rows of gears: powers of two, and `most`."""
+    return [*(1 << power for power in range((most - 1).bit_length())), most]
+
+
+class Gears:
+    """The engines of a batch of at most `most` rows, each with room for `room` tokens of text.
+
+    `executor` is that of the widest gear, `narrower` that of the others; `new_tokens` is how many are expected in all.
+    Rows are changed by whoever holds it; `rows` is None until the first shift."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        drafter: Drafter,
+        room: int,
+        most: int,
+        chunk: int,
+        executor: str = "eager",
+        narrower: str = "eager",
+        new_tokens: int = 0,
+    ):
+        self.model, self.drafter, self.room, self.most, self.chunk = model, drafter, room, most, chunk
+        self.executor, self.narrower, self.new_tokens = executor, narrower, new_tokens
+        self.current: Gear | None = None
+        self.rows: Rows | None = None
+        self.shifts = 0
+        self._open = ExitStack()
+
+    def spec(self, gear: Gear) -> RunSpec:
+        """What an engine of `gear` is made for."""
+        executor = self.executor if gear.rows == self.most else self.narrower
+        sampler, capacity = self._sampler(gear), self.room + gear.shape.slots + 1
+        kept, predicted = gear.kind.logits, self.room if gear.kind.predicted else 0
+        return RunSpec(
+            gear.shape, "match", executor, gear.rows, capacity, ENDS, kept, sampler.signature, predicted
+        )  # fmt: skip
+
+    def _sampler(self, gear: Gear) -> RowSampler:
+        return RowSampler(gear.kind, gear.rows, self.model.device)
+
+    def shift(self, gear: Gear) -> None:
+        """Go over to `gear`, with all live rows, whose steps have all been read."""
+        opened = ExitStack()
+        sampler = self._sampler(gear)
+        executor = opened.enter_context(open_run(self.model, self.drafter, self.spec(gear), sampler, self.new_tokens))
+        live = [] if self.rows is None else self.rows.live
+        if self.rows is None:
+            self.rows = Rows(executor, self.chunk)
+        else:
+            missed = self.current is not None and len(self.current.shape) == 1 < len(gear.shape)
+            self.rows = self.rows.moved(live, executor)
+            if missed and live and self.drafter.traits.catches_up:
+                self.rows.catch_up(list(range(len(live))))
+        self._open.close()
+        self._open, self.current, self.shifts = opened, gear, self.shifts + 1
+
+    def lane_engine(self, rows: int, shape: Shape) -> Eager:
+        """An engine in which prompts are read, and whose step is never run."""
+        gear = Gear(rows, shape, SamplingKind())
+        spec = RunSpec(shape, "match", "eager", rows, self.room + shape.slots + 1, ENDS, False, ())
+        return Eager(make_engine(self.model, self.drafter, spec.settled("eager"), self._sampler(gear)))
+
+    def close(self) -> None:
+        self._open.close()
+        self.current = self.rows = None

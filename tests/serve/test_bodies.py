@@ -1,0 +1,145 @@
+"""Bodies that the server does not take: each is refused in one sentence that names what is wrong."""
+
+import http.client
+import json
+
+import pytest
+from paceline.spec.serve.bodies import CHAT, COMPLETION
+from serve.served import CONTENTED, ask, listening, serving_of
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _(one_thread):
+    pass
+
+
+@pytest.fixture(scope="module")
+def url():
+    with listening(serving_of()) as address:
+        yield address
+
+
+CHAT_FIELDS = {
+    "model": [3, "", "gpt", [], "\ud800"],
+    "messages": [3, "hello", [], [3], [{}], [{"role": "user"}], [{"content": "x"}], [{"role": "tool", "content": "x"}],
+                 [{"role": "user", "content": 3}], [{"role": "user", "content": []}],
+                 [{"role": "user", "content": [3]}],
+                 [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}],
+                 [{"role": "user", "content": "x", "tool_calls": [{}]}], [{"role": "user", "content": "@" * 70}],
+                 [{"role": "user", "content": "\udc00"}], {"role": "user", "content": "x"}],
+    "temperature": ["hot", -0.1, 1e9, True, [], {}],
+    "top_p": [0, 1.1, "x", -1],
+    "top_k": [1.5, "x", -2, True],
+    "min_p": [-1, 2, "x"],
+    "repetition_penalty": [0, -1, "x"],
+    "presence_penalty": [-2.1, 2.1, "x"],
+    "frequency_penalty": [-2.1, 2.1, "x", {}],
+    "logit_bias": [3, [], {"x": 1}, {"3": "y"}, {"3": 101}, {"61": 1}, {"-1": 1}, {str(n): 1 for n in range(65)}],
+    "seed": ["x", 1.5, True, 2**70, []],
+    "n": [0, -1, 1.5, "2", 129, 9, True],
+    "stop": [3, [3], [""], "", ["a"] * 5, {}],
+    "stop_token_ids": [3, ["x"], [-1], list(range(20)), [1.5]],
+    "ignore_eos": [1, "true", []],
+    "stream": [1, "true", {}],
+    "stream_options": [3, {"include_usage": True}, {"x": 1}],
+    "user": [3, []],
+    "max_tokens": [0, -1, 1.5, "x", 100, True, 1e30],
+    "max_completion_tokens": [0, -1, "x", 65],
+    "logprobs": [1, "x"],
+    "top_logprobs": [1, -1, 21, "x"],
+    "response_format": [{"type": "json_object"}, "text", 3],
+    "tools": [[{"type": "function"}], 3],
+    "tool_choice": ["auto", {"type": "function"}],
+    "modalities": [["audio"], "text"],
+    "service_tier": ["flex", 3],
+    "store": [True, 1.5],
+    "prediction": [3, {"type": "content"}, {"type": "x", "content": "y"}],
+    "reasoning_effort": ["low"], "functions": [[]], "audio": [{}], "web_search_options": [{}], "verbosity": ["low"],
+    "parallel_tool_calls": [True], "max_token": [3], "guided_json": [{}], "chat_template": ["x"], "prompt": ["x"],
+    "echo": [True],
+}  # fmt: skip
+COMPLETION_FIELDS = {
+    "prompt": [
+        3,
+        "",
+        [],
+        [[]],
+        ["x", 3],
+        [1.5],
+        [[1, "x"]],
+        [-1],
+        [61],
+        ["x"] * 129,
+        ["x"] * 9,
+        {},
+        "@" * 70,
+        "\ud800",
+    ],
+    "logprobs": [-1, 21, True, "x"],
+    "echo": [1, "x"],
+    "best_of": [2, "x"],
+    "suffix": ["tail", 3],
+    "messages": [[{"role": "user", "content": "x"}]],
+    "max_tokens": [0, -1, "x", 99],
+}
+RAW = [
+    b"",
+    b"{",
+    b"[]",
+    b"3",
+    b"null",
+    b'"x"',
+    b"\xff\xfe",
+    b'{"messages": NaN',
+    b"[" * 100_000,
+    b"{}",
+    b'{"model": "toy"}',
+]
+
+
+def bad_bodies():
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    for fields, path, good in (
+        (CHAT_FIELDS, "/v1/chat/completions", chat),
+        (COMPLETION_FIELDS, "/v1/completions", {"prompt": "x"}),
+    ):
+        for name, values in fields.items():
+            yield from ((path, name, {**good, name: value}) for value in values if value is not None)
+        yield from ((path, None, raw) for raw in RAW)
+    common = {**CHAT_FIELDS, **COMPLETION_FIELDS}
+    for name in ("temperature", "top_p", "seed", "stop", "n", "logit_bias", "stream", "stream_options"):
+        yield from (("/v1/completions", name, {"prompt": "x", name: value}) for value in common[name])
+
+
+def test_two_hundred_bad_bodies_are_each_refused_in_a_sentence(url):
+    bodies, fields = [*bad_bodies()], set()
+    for path, name, body in bodies:
+        status, said = ask(url, body, path)
+        told = json.loads(said)["error"]
+        assert 400 <= status < 500 and told.keys() == {"message", "type", "param", "code"}, (name, body, status)
+        message = told["message"]
+        assert "\n" not in message and 10 < len(message) < 300 and "Traceback" not in message, message
+        if name is not None:
+            root = (told["param"] or "").split(".")[0].split("[")[0]
+            assert root == name or name in message, (name, body, told)
+            fields.add(name)
+    assert len(bodies) >= 200 and fields >= {*CHAT, *COMPLETION} - {"user"}
+    assert ask(url, CONTENTED)[0] == 200, "and the server goes on"
+
+
+def test_wrong_paths_methods_and_sizes(url):
+    assert ask(url, {}, "/v1/embeddings")[0] == 404
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    connection.request("GET", "/v1/completions")
+    reply = connection.getresponse()
+    assert reply.status == 405 and "error" in json.loads(reply.read())
+    connection.close()
+    status, said = ask(url, b'{"x": "' + b"y" * (5 << 20) + b'"}')
+    assert status == 413 and "4,194,304 bytes" in json.loads(said)["error"]["message"]
+
+
+def test_what_is_predicted_and_null_is_as_if_it_were_not_there(url):
+    nothing = dict.fromkeys(("top_p", "stop", "logit_bias", "stream", "n", "tools", "response_format"), None)
+    harmless = dict(user="me", tools=[], tool_choice="none", response_format={"type": "text"}, store=False, top_k=-1)
+    answers = [json.loads(ask(url, {**CONTENTED, **more})[1]) for more in ({}, nothing, harmless)]
+    assert len({answer["choices"][0]["message"]["content"] for answer in answers}) == 1

@@ -1,0 +1,123 @@
+"""Which tree for how many rows, from times and from what was accepted."""
+
+import itertools
+import random
+from types import SimpleNamespace
+
+import pytest
+from paceline.drafters.beside import Beside
+from paceline.drafters.draft_model import ModelDrafter
+from paceline.drafters.ngram import NgramDrafter
+from paceline.spec.plan.trees import expected_tokens
+from paceline.spec.proposal import NoDrafter
+from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, measured
+from paceline.spec.tree import TreeShape
+from serve.playing import Play, scheduler_of, toy
+
+from support.models import noisy_copy
+
+NONE, CHAIN, TREE = TreeShape.chain(0), TreeShape.chain(3), TreeShape.parse("3x2x1")
+
+
+def times_of(node, fixed=10.0, rows=(1, 2, 4, 8)):
+    """A device on which rows and nodes cost alike beyond 8 of them."""
+    return {
+        (size, shape): fixed + node * max(0, size * len(shape) - 8)
+        for size, shape in itertools.product(rows, (NONE, CHAIN, TREE))
+    }
+
+
+def report(shape, accepted):
+    """Of a step in which the first child was accepted `accepted` times."""
+    path = [0]
+    for _ in range(accepted):
+        path.append(shape.children[path[-1]][0])
+    levels = shape.max_depth + 1
+    return SimpleNamespace(path=[*path, *[path[-1]] * (levels - len(path))], accepted=accepted)
+
+
+def test_large_trees_for_few_rows_and_none_for_many():
+    planner = RowPlanner(times_of(2.0))
+    assert [planner(rows) for rows in (1, 8)] == [CHAIN, NONE]
+    assert [RowPlanner(times_of(0.0))(rows) for rows in (1, 8)] == [TREE, TREE]
+    assert [RowPlanner(times_of(90.0))(rows) for rows in (1, 2, 4, 8)] == [CHAIN, CHAIN, NONE, NONE]
+
+
+def test_it_is_the_best_of_all_by_hand():
+    draw = random.Random(3)
+    for _ in range(30):
+        times = {key: draw.uniform(5, 20) for key in times_of(1.0)}
+        planner = RowPlanner(times)
+        for rows in (1, 2, 4, 8):
+            speeds = {
+                shape: rows * expected_tokens(planner.seen.rates(), shape) / times[rows, shape]
+                for shape in (NONE, CHAIN, TREE)
+            }
+            assert planner(rows) == max(speeds, key=speeds.get)
+
+
+def test_what_is_accepted_changes_the_plan_after_a_while():
+    """Where nothing is accepted drafting ends, where all is it goes on with more rows; never to and fro."""
+    planner = RowPlanner(times_of(1.0))
+    assert planner(4) != NONE
+    turns = 0
+    while planner(4) != NONE:
+        planner.learn(planner(4), [report(planner(4), 0)])
+        turns += 1
+        assert turns < 400
+    assert turns > STEADY
+    shapes = []
+    for _ in range(300):
+        planner.learn(CHAIN, [report(CHAIN, 3)])
+        shapes.append(planner(4))
+    assert shapes[-1] != NONE and sum(before != after for before, after in itertools.pairwise(shapes)) <= 3
+
+
+def test_a_small_gain_and_a_short_one_change_nothing():
+    times = {(1, NONE): 10.0, (1, CHAIN): 10.0 * expected_tokens(Seen().rates(), CHAIN) * 1.01}
+    planner = RowPlanner(times)
+    assert planner(1) == NONE
+    times[1, CHAIN] *= 0.97
+    assert [planner(1) for _ in range(50)] == [NONE] * 50, "two in a hundred"
+    times[1, CHAIN] *= 0.8
+    assert [planner(1) for _ in range(STEADY)] == [NONE] * (STEADY - 1) + [CHAIN]
+    times[1, CHAIN] *= 2
+    assert [planner(1) for _ in range(STEADY - 1)] == [CHAIN] * (STEADY - 1)
+    times[1, CHAIN] /= 2
+    assert [planner(1) for _ in range(20)] == [CHAIN] * 20
+
+
+def test_counts_are_those_of_the_slots_of_a_tree():
+    """Empty nodes, and second children of nodes whose first was accepted, are trials that failed."""
+    seen = Seen([[0.5, 0.1]] * 3)
+    shape = TreeShape.parse("2x2")
+    seen.learn(shape, [report(shape, 2)])
+    assert seen.hits == [[1, 0], [1, 0], [0, 0]] and seen.trials == [[1, 1], [1, 1], [0, 0]]
+    for _ in range(3000):
+        seen.learn(shape, [report(shape, 1)])
+    rates = seen.rates()
+    assert rates[0][0] > 0.95 and rates[1][0] < 0.05 and rates[2][0] == 0.5
+
+
+def test_trees_that_are_tried():
+    model = toy()
+    draft = ModelDrafter(noisy_copy(model))
+    assert candidates(NoDrafter()) == [NONE]
+    for drafter in (NgramDrafter(), draft, Beside(draft, NgramDrafter())):
+        shapes = candidates(drafter)
+        assert NONE in shapes and drafter.default_shape in shapes and len({*shapes}) == len(shapes) >= 5
+
+
+@pytest.mark.parametrize("drafter", ["ngram", "both"])
+def test_times_are_measured_once_and_a_plan_by_them_serves(drafter, tmp_path):
+    model = toy()
+    drafting = NgramDrafter() if drafter == "ngram" else Beside(ModelDrafter(noisy_copy(model)), NgramDrafter())
+    path = tmp_path / "kept" / "times.json"
+    times = measured(model, drafting, "eager", (1, 2), 40, path)
+    assert {rows for rows, _ in times} == {1, 2} and min(times.values()) > 0
+    assert measured(model, drafting, "eager", (1, 2), 40, path) == times
+    planner = RowPlanner(times)
+    learn = lambda arrival, gear: planner.learn(gear.shape, [*arrival.reports.values()])  # noqa: E731
+    scheduler = scheduler_of(model, drafting, planner, rows=2, on_step=learn)
+    for seed in range(3):
+        assert Play(model, scheduler, seed).run().faults() == []

@@ -1,0 +1,88 @@
+"""`paceline serve` as a process: how it begins, and how it ends."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from argparse import Namespace
+
+import pytest
+from paceline.spec.serve import command
+from serve.playing import toy
+from serve.served import chatting
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("toy")
+    toy().save_pretrained(path)
+    chatting().save_pretrained(path)
+    return path
+
+
+class Served:
+    def __init__(self, folder, port=0):
+        options = ["--model", folder, "--drafter", "ngram", "--port", port, "--name", "toy", "--dtype", "float32"]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "paceline.spec.cli", "serve", *map(str, options)], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        line = next(line for line in self.process.stderr if line.startswith("serving "))
+        self.port = int(line.partition("/v1")[0].rpartition(":")[2])
+
+    def ask(self, new_tokens):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        body = {"prompt": "@IU", "max_tokens": new_tokens, "ignore_eos": True, "temperature": 0}
+        with contextlib.closing(connection):
+            connection.request("POST", "/v1/completions", json.dumps(body))
+            return json.loads(connection.getresponse().read())
+
+    def status(self):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.request("GET", "/health")
+            return connection.getresponse().status
+
+
+@pytest.mark.slow
+def test_a_signal_lets_texts_end_and_a_killed_server_can_be_started_again(folder):
+    first, told = Served(folder), []
+    whole = first.ask(200)["choices"][0]["text"]
+    asking = threading.Thread(target=lambda: told.append(first.ask(200)))
+    asking.start()
+    time.sleep(0.15)
+    first.process.send_signal(signal.SIGTERM)
+    asking.join(60)
+    assert told[0]["choices"][0]["text"] == whole and first.process.wait(60) == 0
+    second = Served(folder, first.port)
+
+    def ask_in_vain():
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            second.ask(240)
+
+    asking = threading.Thread(target=ask_in_vain)
+    asking.start()
+    second.process.kill()
+    second.process.wait(60)
+    asking.join(60)
+    third = Served(folder, first.port)
+    assert third.status() == 200 and third.ask(200)["choices"][0]["text"] == whole
+    third.process.send_signal(signal.SIGTERM)
+    assert third.process.wait(60) == 0
+
+
+def test_other_machines_are_served_with_a_key_only(monkeypatch):
+    monkeypatch.delenv(command.KEY, raising=False)
+    with pytest.raises(ValueError, match="set --api-key, or --insecure"):
+        command.serve(Namespace(host="0.0.0.0", api_key=None, insecure=False))
+
+
+def test_what_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(ValueError, match=r"needs uvicorn; pip install 'paceline\[serve\]'"):
+        command.serve(Namespace(host="127.0.0.1", api_key=None, insecure=False))
