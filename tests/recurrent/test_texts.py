@@ -6,7 +6,7 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
-from paceline.spec.refill import Text, decode_texts
+from paceline.spec.serve.texts import Text, decode_texts
 from paceline.spec.step import step
 from paceline.spec.target.given import cache_name
 from paceline.spec.target.slots import SlotModel

@@ -237,8 +237,9 @@ def test_ctrl_c_in_the_middle_of_a_forward(path):
 REPACK = """
 import os, sys
 import paceline, torch
-from paceline.spec.stream import layout
+from paceline.spec.stream import layout, reader
 from transformers import LlamaForCausalLM
+layout.PIECE = reader.PIECE = 4 * reader.PAGE
 plain, written = layout.FileWriter.finish, []
 def finish(writer):
     made = plain(writer)
