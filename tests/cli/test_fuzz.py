@@ -22,7 +22,7 @@ from support.data_runs import ENDS, TEMPLATE
 from support.models import fitted_heads, noisy_copy, tiny_llama
 
 LINES = 500
-LONG = {"demo", "plan", "profile", "check", "quantise"}
+LONG = {"demo", "plan", "profile", "check", "quantise", "serve"}
 LIKELY = {"max_new_tokens", "output", "prompts", "count", "temperatures"}
 RIGHT = {  # values that make sense, by the name of the option
     "prompts": ["p.jsonl", "other.jsonl", "link.jsonl"], "calibrate": ["p.jsonl"], "exclude": ["other.jsonl"],
