@@ -31,6 +31,8 @@ from paceline.spec.tree import TreeShape
 
 from support.models import noisy_copy, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def dynamic_programme(rates, nodes, depth):
     """Most expected tokens of a tree of at most `nodes` nodes and `depth` levels (Sequoia, section 3.1, with p by

@@ -10,6 +10,8 @@ from paceline.spec.tree import TreeShape
 
 from support.models import noisy_copy, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHAPES = [TreeShape.parse(tree) for tree in ("chain:1", "chain:4", "chain:8", "4", "2x1x1x1x1")]
 SHAPES += [WIDE, TreeShape(WIDE.parents[:12])]
 

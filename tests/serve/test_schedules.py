@@ -31,7 +31,7 @@ from serve.playing import Play, alone, letters, pool, scheduler_of, toy
 
 from support.models import eagle_copy, fitted_heads, noisy_copy
 
-SOME, MANY = 8, int(os.environ.get("PACELINE_SCHEDULES", "400"))
+SOME, MANY = 8, int(os.environ.get("PACELINE_SCHEDULES", "100"))
 BOTH = "2x1+chain:2"
 
 

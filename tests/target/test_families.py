@@ -13,6 +13,8 @@ from paceline.spec.tree import TokenTree, TreeShape
 
 from support.families import REFUSED, SIZES, STATEFUL, SUPPORTED, build
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", [*SUPPORTED, *STATEFUL])
