@@ -76,7 +76,7 @@ def test_every_option_that_names_a_file_says_whether_it_is_read_or_written():
     named = {"FILE", "FOLDER", "RUN", "PROMPTS", "SOURCE", "CONFIG", "DRAFTER", "MODEL"}
     actions = [(names, action) for names, parser in commands for action in parser._actions if action.metavar in named]
     unsaid = [(names, action.dest) for names, action in actions if action.type is None]
-    assert unsaid == [(("push",), "folder")] and len(commands) == 18 and len(PAIRS) > 45
+    assert unsaid == [(("push",), "folder")] and len(commands) == 19 and len(PAIRS) > 45
 
 
 @pytest.mark.parametrize("names", [("a.html", "a.html"), ("a.html", "./a.html"), ("a.html", "A.HTML"), ("-", "-")])
