@@ -23,6 +23,8 @@ ROOM = 2048  # tokens of a text, where the context is longer
 
 def serve(args: Namespace) -> int:
     keys = args.api_key or [key for key in os.environ.get(KEY, "").split(",") if key]
+    if not all(keys):
+        raise ValueError("--api-key is empty, which everybody could send; give a key of some length, or leave it out")
     if args.host not in LOCAL and not keys and not args.insecure:
         raise ValueError(
             f"--host {args.host} would serve everybody who can reach it; set --api-key, or --insecure if that is meant"

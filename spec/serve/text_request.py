@@ -86,10 +86,16 @@ class TextRequest:
         """What a row of the batch is given, for a request that was checked, of which `tokens` are the prompt, and
         `predicted` the prediction.
 
-        Raises ValueError for more ends of text than a row can have, and for a bias of tokens that there are not."""
+        Raises ValueError for too many ends of text, and for ends and biases of tokens that there are not."""
+        model_ends = ends
         ends = tuple(dict.fromkeys(ends if self.end_ids is None else map(int, self.end_ids)))
         if len(ends) > ENDS:
             raise ValueError(f"end_ids names {len(ends)} tokens; at most {ENDS} can end a text")
+        if outside := [token for token in {*(self.end_ids or ())} - {*model_ends} if not 0 <= token < vocabulary]:
+            raise ValueError(
+                f"end_ids (for clients stop_token_ids) names token {outside[0]}, and the vocabulary ends at "
+                f"{vocabulary - 1}"
+            )
         beyond = [token for token in self.logit_bias if not 0 <= token < vocabulary]
         if beyond:
             raise ValueError(f"logit_bias names token {beyond[0]}, and the vocabulary ends at {vocabulary - 1}")

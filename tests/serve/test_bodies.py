@@ -38,7 +38,7 @@ CHAT_FIELDS = {
     "seed": ["x", 1.5, True, 2**70, []],
     "n": [0, -1, 1.5, "2", 129, 9, True],
     "stop": [3, [3], [""], "", ["a"] * 5, {}],
-    "stop_token_ids": [3, ["x"], [-1], list(range(20)), [1.5]],
+    "stop_token_ids": [3, ["x"], [-1], [61], [2**63], list(range(20)), [1.5]],
     "ignore_eos": [1, "true", []],
     "stream": [1, "true", {}],
     "stream_options": [3, {"include_usage": True}, {"x": 1}],

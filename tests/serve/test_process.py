@@ -80,6 +80,8 @@ def test_other_machines_are_served_with_a_key_only(monkeypatch):
     monkeypatch.delenv(command.KEY, raising=False)
     with pytest.raises(ValueError, match="set --api-key, or --insecure"):
         command.serve(Namespace(host="0.0.0.0", api_key=None, insecure=False))
+    with pytest.raises(ValueError, match="--api-key is empty"):
+        command.serve(Namespace(host="0.0.0.0", api_key=[""], insecure=False))
 
 
 def test_what_is_not_installed_is_named(monkeypatch):
