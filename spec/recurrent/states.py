@@ -100,6 +100,7 @@ class States:
     def copy_rows(self, other: "States", rows: Tensor, into: Tensor | None = None) -> None:
         """Copy the states of `rows` (R,) of `other` into the rows `into` (R,), None: into all. Between steps no node is
         forwarded."""
+        self.clear(into)  # a source that has read nothing yet has no parts to copy
         index = slice(None) if into is None else into
         self.held[index] = other.held[rows]
         for layer, source in zip(self.layers, other.layers):

@@ -39,6 +39,13 @@ def test_a_refilled_row_begins_anew_and_a_moved_one_goes_on(stateful):
     assert fewer.step(TREE, (1, 6)) < CLOSE and fewer.step(TREE, (0, 0)) < CLOSE
 
 
+def test_a_row_that_is_taken_by_a_text_without_states_forgets_what_it_had(stateful):
+    rows, empty = CheckedRows(stateful, (9, 5)), CheckedRows(stateful, (1,))
+    rows.slots.copy_rows(empty.slots, torch.tensor([0]), torch.tensor([1]))
+    rows.texts[1] = empty.texts[0]
+    assert rows.step(TREE, (4, 2)) < CLOSE
+
+
 @torch.no_grad()
 def test_what_is_held_does_not_depend_on_chunks_and_padding(stateful):
     states = [
