@@ -8,11 +8,6 @@ from paceline.spec.serve.bodies import CHAT, COMPLETION
 from serve.served import CONTENTED, ask, listening, serving_of
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
 @pytest.fixture(scope="module")
 def url():
     with listening(serving_of()) as address:

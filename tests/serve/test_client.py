@@ -6,18 +6,8 @@ import openai
 import pytest
 import torch
 from paceline.spec.serve.text_request import TextRequest
-from serve.playing import LETTERS, alone, letters, toy
+from serve.playing import LETTERS, alone, letters
 from serve.served import CONTENTED, listening, serving_of, truth
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy()
 
 
 @pytest.fixture(scope="module")

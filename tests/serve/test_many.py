@@ -5,20 +5,10 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.spec.engines import runs
-from serve.playing import ENDS, LETTERS, letters, pool, toy
+from serve.playing import ENDS, LETTERS, letters, pool
 
 from support.models import noisy_copy, tiny_llama
 from support.tape import tape_executor
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy()
 
 
 @pytest.fixture(scope="module")

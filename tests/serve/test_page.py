@@ -8,11 +8,6 @@ from serve.playing import toy
 from serve.served import listening, serving_of, truth
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
 @pytest.fixture(scope="module")
 def url():
     with listening(serving_of(room=200), turn_seconds=0.005) as address:

@@ -8,21 +8,11 @@ from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.serve.many import make_job
 from paceline.spec.serve.prefixes import KeptPrefixes, can_resume
-from serve.playing import scheduler_of, toy
+from serve.playing import scheduler_of
 
 from support.models import eagle_copy, fitted_heads, noisy_copy
 
 LONG = [31 + (number * 7) % 30 for number in range(30)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy()
 
 
 MAKERS = {

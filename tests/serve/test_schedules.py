@@ -35,16 +35,6 @@ SOME, MANY = 8, int(os.environ.get("PACELINE_SCHEDULES", "100"))
 BOTH = "2x1+chain:2"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy()
-
-
 @pytest.fixture(scope="module")
 def drafters(model):
     eagle = EagleDrafter(eagle_copy(model))

@@ -10,19 +10,7 @@ import urllib.request
 
 import openai
 import pytest
-from serve.playing import toy
 from serve.served import CONTENTED, ask, listening, serving_of, truth
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _(one_thread):
-    pass
-
-
-@pytest.fixture(scope="module")
-def model():
-    return toy()
-
 
 # Limits, keys, refusals.
 
