@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..spec.proposal import DraftRequest, Proposal, Unremembering
-from ..spec.state import DecodeState
+from ..spec.state import DecodeState, index_of
 from ..spec.target.protocol import Span
 from ..spec.target.taps import linear_head
 from ..spec.target.weights import linear_shape
@@ -73,7 +73,7 @@ class MedusaSession(Unremembering):
         return self.heads.linears()
 
     def clear(self, rows: Tensor | None = None) -> None:
-        self.hidden[slice(None) if rows is None else rows] = 0
+        self.hidden[index_of(rows)] = 0
 
     def read(self, span: Span, features: Tensor | None) -> None:
         if features is None:
@@ -98,4 +98,4 @@ class MedusaSession(Unremembering):
         self.hidden.copy_(torch.where(count[:, None] > 0, states, self.hidden))
 
     def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
-        self.hidden[slice(None) if into is None else into] = other.hidden[rows]
+        self.hidden[index_of(into)] = other.hidden[rows]

@@ -87,12 +87,17 @@ def check_model(model: Any, role: str = "model") -> PreTrainedModel:
     return model
 
 
+def check_executor(executor: str) -> None:
+    """Raise ValueError for a name that no executor has."""
+    if executor not in (names := executor_names()):
+        raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(names)}")
+
+
 def check_arguments(model: PreTrainedModel, kwargs: dict[str, Any], verify: str, executor: str) -> None:
     """Raise ValueError for arguments that `generate` does not support. `kwargs` loses those without meaning here, and
     numbers in it become Python's."""
     check_rule(verify)
-    if executor not in (names := executor_names()):
-        raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(names)}")
+    check_executor(executor)
     if kwargs.pop("assistant_model", None) is not None:
         raise ValueError("assistant_model= is transformers' own speculation; pass the draft model as drafter=")
     if kwargs.pop("synced_gpus", None):

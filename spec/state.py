@@ -17,6 +17,11 @@ NO_TICKET = 0  # of a row without a request
 MOST_BIASED = 64  # tokens of a row whose scores can be changed
 
 
+def index_of(rows: Tensor | None) -> Tensor | slice:
+    """Index of `rows` (R,) in a buffer whose first axis is the batch; None: of all rows."""
+    return slice(None) if rows is None else rows
+
+
 @dataclass(slots=True, eq=False)
 class DecodeState:
     """B rows of at most `capacity - 1` tokens; writes that must have no effect go to the last column."""
@@ -115,7 +120,7 @@ class DecodeState:
     def copy_rows(self, other: "DecodeState", rows: Tensor, into: Tensor | None = None) -> None:
         """Copy `rows` (R,) of `other`, which has as many ends of text, into the rows `into` (R,) of this state, None:
         into all of them. Where the capacities differ, the columns that both have are copied."""
-        index = slice(None) if into is None else into
+        index = index_of(into)
         for field in fields(self):
             target, source = getattr(self, field.name), getattr(other, field.name)
             if field.name in ("tokens", "predicted"):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...spec.proposal import DraftRequest
-from ...spec.state import DecodeState
+from ...spec.state import DecodeState, index_of
 from ...spec.target.protocol import Span
 from ...spec.target.slots import SlotModel
 from ...spec.tree import Ancestry
@@ -40,7 +40,7 @@ class EagleSession(NetworkSession):
 
     def clear(self, rows: Tensor | None = None) -> None:
         super().clear(rows)
-        self.features[slice(None) if rows is None else rows] = 0
+        self.features[index_of(rows)] = 0
 
     def read(self, span: Span, features: Tensor | None) -> None:
         trash = self.features.shape[1] - 1
@@ -78,7 +78,7 @@ class EagleSession(NetworkSession):
     def copy_rows(self, other: Self, rows: Tensor, into: Tensor | None = None) -> None:
         super().copy_rows(other, rows, into)
         shared = min(self.features.shape[1], other.features.shape[1])
-        self.features[slice(None) if into is None else into, :shared] = other.features[rows, :shared]
+        self.features[index_of(into), :shared] = other.features[rows, :shared]
 
     def save_row(self, row: int, count: int) -> Any:
         return self.features[row, :count].clone(), self.slots.save_row(row, count)

@@ -8,6 +8,7 @@ forwarded, so that a node that a drafter never saw is read as text later. Knows 
 import torch
 from torch import Tensor
 
+from ..state import index_of
 from ..tree import Ancestry, TokenTree
 from .parts import Part, Window
 from .passes import NodePass, Run, TextPass, chain
@@ -93,7 +94,7 @@ class States:
         self.forwarded.fill_(False)
 
     def clear(self, rows: Tensor | None = None) -> None:
-        index = slice(None) if rows is None else rows
+        index = index_of(rows)
         for tensor in (self.held, self.forwarded, *(tensor for part in self.parts for tensor in part.tensors)):
             tensor[index] = 0
 
@@ -101,7 +102,7 @@ class States:
         """Copy the states of `rows` (R,) of `other` into the rows `into` (R,), None: into all. Between steps no node is
         forwarded."""
         self.clear(into)  # a source that has read nothing yet has no parts to copy
-        index = slice(None) if into is None else into
+        index = index_of(into)
         self.held[index] = other.held[rows]
         for layer, source in zip(self.layers, other.layers):
             for number, window in source.windows.items():

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from ..arguments import check_length, check_model
-from ..engines.executors import executor_names
+from ..arguments import check_executor, check_length, check_model
 from ..inputs.numbers import whole_number
 from ..inputs.prompt_batch import PromptBatch
 from ..plan.store import read_shape
@@ -76,8 +75,7 @@ def generate_many(
     model = check_model(model)
     attach(model)
     rows = whole_number("rows", rows, 1)
-    if executor not in executor_names():
-        raise ValueError(f"executor={executor!r} is not an executor; choose one of {', '.join(executor_names())}")
+    check_executor(executor)
     drafting = loaded_drafter(drafter, model)
     shape = read_shape(tree, drafting)
     jobs = []

@@ -81,24 +81,19 @@ class TextRequest:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
     def for_row(
-        self, tokens: list[int], ends: Sequence[int], vocabulary: int, predicted: Sequence[int] = ()
+        self, tokens: list[int], model_ends: Sequence[int], vocabulary: int, predicted: Sequence[int] = ()
     ) -> Request:
         """What a row of the batch is given, for a request that was checked, of which `tokens` are the prompt, and
-        `predicted` the prediction.
+        `predicted` the prediction; `model_ends` end the text where the request does not say what does.
 
         Raises ValueError for too many ends of text, and for ends and biases of tokens that there are not."""
-        model_ends = ends
-        ends = tuple(dict.fromkeys(ends if self.end_ids is None else map(int, self.end_ids)))
+        ends = tuple(dict.fromkeys(model_ends if self.end_ids is None else map(int, self.end_ids)))
         if len(ends) > ENDS:
             raise ValueError(f"end_ids names {len(ends)} tokens; at most {ENDS} can end a text")
-        if outside := [token for token in {*(self.end_ids or ())} - {*model_ends} if not 0 <= token < vocabulary]:
-            raise ValueError(
-                f"end_ids (for clients stop_token_ids) names token {outside[0]}, and the vocabulary ends at "
-                f"{vocabulary - 1}"
-            )
-        beyond = [token for token in self.logit_bias if not 0 <= token < vocabulary]
-        if beyond:
-            raise ValueError(f"logit_bias names token {beyond[0]}, and the vocabulary ends at {vocabulary - 1}")
+        named = {"end_ids (for clients stop_token_ids)": {*ends} - {*model_ends}, "logit_bias": self.logit_bias}
+        for name, ids in named.items():
+            if beyond := [token for token in ids if not 0 <= token < vocabulary]:
+                raise ValueError(f"{name} names token {beyond[0]}, and the vocabulary ends at {vocabulary - 1}")
         draws = self.temperature > 0
         sampling = RowSampling(
             temperature=self.temperature if draws else 1.0,

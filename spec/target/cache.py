@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..recurrent.passes import NodePass, TextPass
 from ..recurrent.states import States
+from ..state import index_of
 
 # One operator for all layers, so that torch.compile has nothing to trace, fuse and compile for each.
 _library = torch.library.Library("paceline", "FRAGMENT")
@@ -176,7 +177,7 @@ class SlotCache(Cache):
     def copy_rows(self, other: "SlotCache", rows: Tensor, into: Tensor | None = None) -> None:
         """Copy `rows` (R,) of `other` into the rows `into` (R,) of this cache, None: into all of them. Where the
         capacities differ, the slots that both have are copied; what else the rows held is zeroed."""
-        index, shared = slice(None) if into is None else into, min(self.capacity, other.capacity)
+        index, shared = index_of(into), min(self.capacity, other.capacity)
         if self.states is not None and other.states is not None:
             self.states.copy_rows(other.states, rows, into)
         for layer, source in zip(self.layers, other.layers):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..proposal import Proposal
+from ..state import index_of
 from .taps import Tap
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Span:
     @property
     def index(self) -> Tensor | slice:
         """Index of the rows in a buffer whose first axis is the batch."""
-        return slice(None) if self.rows is None else self.rows
+        return index_of(self.rows)
 
 
 def spans(

@@ -19,6 +19,7 @@ from ..proposal import Proposal
 from ..recurrent import hooks
 from ..recurrent.passes import NodePass, TextPass
 from ..recurrent.states import States
+from ..state import index_of
 from ..stream.streamer import streamer_of
 from ..tree import Ancestry
 from . import attention, masks, rope
@@ -93,7 +94,7 @@ class SlotModel:
     def clear(self, rows: Tensor | None = None) -> None:
         self.cache.clear(rows)
         for numbers in (self.shift, self.begun, self.beside):
-            numbers[slice(None) if rows is None else rows] = 0
+            numbers[index_of(rows)] = 0
 
     def take_over(self, prompt: GivenPrompt) -> None:
         self.cache.load_columns(prompt.layers(), prompt.pads, prompt.width)
@@ -128,8 +129,7 @@ class SlotModel:
         # The first time the logits of the first and the last node are computed, too, and must come out the same.
         trial = self.last_part.agrees is None
         columns = slice(None, None, max(tree.size - 1, 1)) if trial else NONE
-        slots, view = base[:, None] + index, self.view_of_nodes(base, tree, index)
-        logits, heard = self._run(tokens, slots, view, self._pass_of_nodes(base, tree, None), columns=columns)
+        logits, heard = self._run_nodes(tokens, base, tree, columns=columns)
         if trial and not self.last_part.check(heard, tokens, index[columns], logits):
             self.last_part = None
             return self.forward_nodes(tokens, base, tree)
@@ -141,7 +141,7 @@ class SlotModel:
     def copy_rows(self, other: "SlotModel", rows: Tensor, into: Tensor | None = None) -> None:
         self.cache.copy_rows(other.cache, rows, into)
         for name in ("shift", "begun", "beside"):
-            getattr(self, name)[slice(None) if into is None else into] = getattr(other, name)[rows]
+            getattr(self, name)[index_of(into)] = getattr(other, name)[rows]
 
     @property
     def resumable(self) -> bool:
@@ -172,7 +172,7 @@ class SlotModel:
         hearing: AbstractContextManager[dict[Tap | str, Any]] = nullcontext({})
         if self.traits.taps or columns is not None:
             hearing = listening(columns)
-        rows = slice(None) if self.cache.rows is None else self.cache.rows
+        rows = index_of(self.cache.rows)
         positions = view.query_positions + self.shift[rows, None]
         if self.follows_lengths:
             lengths = torch.maximum(positions + 1, self.begun[rows, None]) + self.beside[rows, None]
@@ -225,8 +225,13 @@ class SlotModel:
             states.commit_text(first, slots.shape[1])
         return Seen(scores, self._features(heard, keep))
 
-    def _pass_of_nodes(self, base: Tensor, tree: Ancestry, nodes: Tensor | None) -> NodePass | None:
-        return None if self.cache.states is None else self.cache.states.nodes(base, tree, nodes)
+    def _run_nodes(
+        self, tokens: Tensor, base: Tensor, tree: Ancestry, nodes: Tensor | None = None, **how: Any
+    ) -> tuple[Tensor, dict[Tap | str, Any]]:
+        """Forward nodes as `_run` does, which is told `how`."""
+        index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
+        at = None if self.cache.states is None else self.cache.states.nodes(base, tree, nodes)
+        return self._run(tokens, base[:, None] + index, self.view_of_nodes(base, tree, index), at, **how)
 
     def forward_nodes(
         self,
@@ -237,9 +242,7 @@ class SlotModel:
         features: Tensor | None = None,
     ) -> Seen:
         """Forward tree nodes, all or a subset `nodes` (n,), after the committed text in the first `base` (B,) slots."""
-        index = torch.arange(tree.size, device=base.device) if nodes is None else nodes
-        slots, view = base[:, None] + index, self.view_of_nodes(base, tree, index)
-        logits, heard = self._run(tokens, slots, view, self._pass_of_nodes(base, tree, nodes), features)
+        logits, heard = self._run_nodes(tokens, base, tree, nodes, features=features)
         return Seen(logits, self._features(heard))
 
     def view_of_nodes(self, base: Tensor, tree: Ancestry, index: Tensor) -> SlotView:
