@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..spec.kernels.block_linear import BlockLinear
 from ..spec.quantise.grid import nearest
-from ..spec.target.weights import Weights
+from ..spec.target.weights import Weights, may_be_packed
 
 GROUP = 32  # inputs that share a scale
 
@@ -26,5 +26,5 @@ def put_in_blocks(model: nn.Module, weights: Weights, kept: nn.Module | None = N
     """Replace the linear layers of `model` whose inputs fall into groups, except for `kept`. Embeddings stay, those of
     a tied head too."""
     for path, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer is not kept and layer.in_features % GROUP == 0:
+        if may_be_packed(path, layer) and layer is not kept and layer.in_features % GROUP == 0:
             model.set_submodule(path, in_blocks(layer.weight, layer.bias, weights))

@@ -138,6 +138,12 @@ class BlockLinear(nn.Module):
         bias = None if self.bias is None else self.bias.detach()[rows]
         return BlockLinear(self.blocks.of_rows(rows), bias, self.int8_activations, self.rotation)
 
+    @property
+    def weight(self) -> Tensor:
+        """Only of a shape and dtype, without numbers: models ask for those of their LM head."""
+        dtype = torch.float32 if self.bias is None else self.bias.dtype
+        return torch.empty(self.out_features, self.in_features, dtype=dtype, device="meta")
+
     def forward(self, x: Tensor) -> Tensor:
         if self.rotation is not None:
             x = self.rotation(x)

@@ -32,6 +32,11 @@ class PanelLinear(nn.Module):
             return None
         return packed_biases(self.packed, self.out_features, native.panel_width()).to(self.dtype)
 
+    @property
+    def weight(self) -> Tensor:
+        """Only of a shape and dtype, without numbers: models ask for those of their LM head."""
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device="meta")
+
     def dense(self, rows: Tensor | None = None) -> Tensor:
         """The weight (N, K), or `rows` (n,) of it, in the layer's dtype."""
         width = native.panel_width()

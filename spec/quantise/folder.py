@@ -24,7 +24,7 @@ from ..kernels.block_linear import BlockLinear
 from ..kernels.blocks import GROUPS, Blocks
 from ..kernels.cpu import emulates_bfloat16
 from ..kernels.rotation import Rotation
-from ..target.weights import Weights, refuse_saving
+from ..target.weights import Weights, may_be_packed, refuse_saving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -210,10 +210,12 @@ def _put_blocks(
 ) -> None:
     """Replace the layers that config.json lists by `BlockLinear`s, with their tensors taken out of `tensors`."""
     rotations: dict[tuple[int, int], Rotation] = {}  # shared, so that a compiler sees that they are the same
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    linears = {name: module for name, module in model.named_modules() if may_be_packed(name, module)}
     for name, form in layers.items():
         if name not in linears:
-            raise ValueError(f"{folder}/config.json lists {name}, which is no linear layer of the model; {REMEDY}")
+            raise ValueError(
+                f"{folder}/config.json lists {name}, which is no linear layer that can be in blocks; {REMEDY}"
+            )
         made = block_layer(folder, name, form, linears[name], tensors, int8_activations, rotations)
         made.bias = linears[name].bias  # still empty, and filled like all that is not in blocks
         model.set_submodule(name, made)

@@ -16,6 +16,7 @@ from ..kernels.block_linear import BlockLinear
 from ..kernels.blocks import Blocks
 from ..kernels.rotation import Rotation, random_rotation
 from ..target.taps import layer_stacks
+from ..target.weights import may_be_packed
 from .descent import descend
 from .gptq import Hessian, gptq
 from .grid import nearest
@@ -96,7 +97,7 @@ def _stack(model: "PreTrainedModel") -> nn.ModuleList:
 
 def _suitable(layer: nn.Module, recipe: Recipe) -> dict[str, nn.Linear]:
     """The linear layers of a decoder layer, by their paths in it, whose inputs fall into groups."""
-    linears = {name: module for name, module in layer.named_modules() if type(module) is nn.Linear}
+    linears = {name: module for name, module in layer.named_modules() if may_be_packed(name, module)}
     return {name: linear for name, linear in linears.items() if linear.in_features % recipe.group == 0}
 
 

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..console import Bar
 from ..files import cache_folder
+from ..target.weights import may_be_packed
 from .forms import Device, write_blocks, write_panels
 from .layout import FORMAT, FileWriter, StreamFolder, is_full, not_written
 from .origin import Origin
@@ -138,7 +139,7 @@ class _Job:
 
     def _kind(self, path: str, module: nn.Module) -> Literal["blocks", "panels"] | None:
         """The form in which a module is written; None where its parameters are written as they are."""
-        if type(module) is not nn.Linear:
+        if not may_be_packed(path, module):
             return None
         if self.source.in_blocks(path):
             return "blocks"

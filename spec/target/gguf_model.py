@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..files import cache_folder
 from ..kernels.block_linear import BlockLinear
 from ..kernels.blocks import Blocks
 from .gguf_blocks import TYPES, unpacked
 from .gguf_file import GgufError, GgufFile, StoredTensor
-from .weights import Weights, refuse_saving
+from .weights import Weights, may_be_packed, refuse_saving
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -153,7 +153,7 @@ class BlockReader:
         for name, tensor in file.tensors.items():
             self.tensors_of.setdefault(self.names.get(name, ""), []).append(tensor)
         self._check(frame, tensors)
-        paths = {path: module for path, module in frame.named_modules() if type(module) is nn.Linear}
+        paths = {path: module for path, module in frame.named_modules() if may_be_packed(path, module)}
         head, embeddings = frame.get_output_embeddings(), frame.get_input_embeddings()
         self.head = next((path for path, module in paths.items() if module is head), None)
         found = {path: tensors[f"{path}.weight"] for path in paths if f"{path}.weight" in tensors}

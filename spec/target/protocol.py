@@ -6,7 +6,7 @@ position of the prompt and every node of the tree. Knows nothing of drafters and
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -74,6 +74,16 @@ def spans(
         positions = torch.where(columns < left[:, None], held[:, None] + columns, -1)  # (R, n)
         reach = max(first + min(count, start + len(columns)) for first, count in ends)
         yield Span(rows, tokens.gather(1, positions.clamp(min=0)), positions, reach, lengths, beside)
+
+
+def unread(span: Span, held: Tensor) -> Span:
+    """What of `span` lies behind the first `held` (R,) tokens of its texts, moved to the front; the rest is padding."""
+    width = span.tokens.shape[1]
+    passed = (held - span.positions[:, 0]).clamp(min=0)  # (R,): columns
+    columns = torch.arange(width, device=held.device) + passed[:, None]  # (R, n)
+    source = columns.clamp(max=width - 1)
+    positions = torch.where(columns < width, span.positions.gather(1, source), -1)
+    return replace(span, tokens=span.tokens.gather(1, source), positions=positions)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

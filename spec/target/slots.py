@@ -27,7 +27,7 @@ from .cache import SlotCache
 from .given import GivenPrompt
 from .last_part import LastPart
 from .masks import SlotView, showing
-from .protocol import Seen, Span, TargetTraits, Unscored
+from .protocol import Seen, Span, TargetTraits, Unscored, unread
 from .taps import NONE, Tap, feature_sizes, joined, listening, put_idle_head, put_taps
 
 
@@ -111,8 +111,10 @@ class SlotModel:
 
     def _read(self, span: Span, **how: Any) -> Seen:
         self.cache.rows = span.rows
-        states = self.cache.states
-        at = None if states is None else states.text(span.rows, span.positions >= 0)
+        states, at = self.cache.states, None
+        if states is not None:  # which may have absorbed tokens of it when they were drafted
+            span = unread(span, states.held[span.index])
+            at = states.text(span.rows, span.positions >= 0)
         self.begun[span.index], self.beside[span.index] = span.lengths, span.beside
         try:
             return self.forward_text(span.tokens, span.positions, span.reach, at=at, **how)

@@ -144,17 +144,25 @@ def joined(heard: Mapping[Any, Any], taps: tuple[Tap, ...]) -> Tensor:
 
 
 def hidden_states(
-    model: "PreTrainedModel", taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor
+    model: "PreTrainedModel", taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor, at_once: bool = False
 ) -> dict[Tap, Tensor]:
     """The hidden states at `taps`, (B, T, H) each, of packed rows (B, T), without computing logits.
 
     Documents of a pack do not see each other: without mask and cache, transformers builds a block mask from position
-    ids that restart. Where layers keep states, each document is read in a row of its own."""
+    ids that restart. Where layers keep states, each document is read in a row of its own, those of like lengths
+    together; or `at_once`, as processes that share a model must all do as many forwards."""
     put_taps(model, (*taps, HEAD))
-    documents = Documents(position_ids) if keeps_states(model) else None
-    if documents is not None:
-        input_ids, position_ids = documents.apart(input_ids), documents.apart(position_ids)
+    if not keeps_states(model):
+        return _heard(model, taps, input_ids, position_ids)
+    documents = Documents(position_ids, at_once)
+    read = [_heard(model, taps, *rows) for rows in zip(documents.apart(input_ids), documents.apart(position_ids))]
+    return {tap: documents.packed([heard[tap] for heard in read]) for tap in taps}
+
+
+def _heard(
+    model: "PreTrainedModel", taps: tuple[Tap, ...], input_ids: Tensor, position_ids: Tensor
+) -> dict[Tap, Tensor]:
     with listening(NONE) as heard:
         model(input_ids=input_ids, position_ids=position_ids, attention_mask=None, use_cache=False)
     joined(heard, taps)  # raises where one is missing
-    return {tap: heard[tap] if documents is None else documents.packed(heard[tap]) for tap in taps}
+    return {tap: heard[tap] for tap in taps}

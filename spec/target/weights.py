@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 Linear = nn.Linear | PanelLinear | BlockLinear  # and embeddings, whose weight is as dense
 CHOICES = ("16", "q4", "q8", "q4-int8", "q8-int8")
+READ_BY_LAYERS = ("dt_proj",)  # of Mamba-1, whose layers multiply with the weight instead of calling the linear layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +40,17 @@ class Weights:
         return self.name.endswith("-int8")
 
 
+def may_be_packed(path: str, module: nn.Module) -> bool:
+    """Whether a module at `path` is a linear layer that its model only calls, so that it need not have a weight."""
+    return type(module) is nn.Linear and path.rpartition(".")[2] not in READ_BY_LAYERS
+
+
 def is_in_blocks(layer: object) -> bool:
     return isinstance(layer, BlockLinear)
 
 
 def is_packed(layer: object) -> bool:
-    """Whether a linear layer has no `weight`, because it is in panels or in blocks."""
+    """Whether a linear layer has a `weight` without numbers, because it is in panels or in blocks."""
     return isinstance(layer, (BlockLinear, PanelLinear))
 
 

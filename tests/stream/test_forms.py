@@ -34,7 +34,7 @@ from paceline.spec.target.weights import (
 from stream.streaming import assert_same, resident, saved, streamed, text
 
 from support.blocks import some_texts, write_tiny
-from support.families import tiny
+from support.families import STATEFUL, build, tiny
 from support.models import random_eagle
 from support.sentences import sentence
 
@@ -54,6 +54,24 @@ def test_a_quantised_folder(bits, weights, tokenizer, tmp_path):
     here, away = resident(folder, weights=weights), streamed(folder, 3, weights=weights)
     assert_same(here, away, PROMPT, drafter="ngram")
     assert target_fingerprint(here) == target_fingerprint(away) and stored_bytes(here) == stored_bytes(away)
+
+
+@pytest.mark.parametrize(("name", "bits"), [("mamba", 4), ("mamba", 16), ("jamba", 8), ("jamba", 16), ("mamba2", 8)])
+def test_layers_that_look_at_weights_themselves(name, bits, tokenizer, tmp_path):
+    """Those of Mamba-1 multiply with one, which stays dense; Mamba and Mamba-2 ask for the dtype of the head."""
+    ranks = {"mamba": dict(time_step_rank=32), "jamba": dict(mamba_dt_rank=32), "mamba2": {}}
+    model = build(name, STATEFUL[name] | ranks[name] | dict(num_hidden_layers=4))
+    folder = tmp_path / "model"
+    if bits == 16:
+        model.save_pretrained(folder)
+    else:
+        quantise_model(model, Recipe(bits=bits, group=32, method="nearest"), [])
+        folder.mkdir()
+        write_model(model, tokenizer, folder, {"base": "tiny", "bits": bits, "group": 32})
+    here = resident(folder)
+    plain = here.generate(PROMPT, max_new_tokens=12, do_sample=False, eos_token_id=None)
+    for model in (here, streamed(folder, 4)):
+        assert torch.equal(plain, text(model, PROMPT, drafter="ngram", eos_token_id=None)[0])
 
 
 @pytest.mark.parametrize(

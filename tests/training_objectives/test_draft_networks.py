@@ -11,7 +11,8 @@ from paceline.training.objectives.target import OnlineTarget
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from support.draft_lms import SIZES, build
-from support.families import tiny
+from support.families import STATEFUL, tiny
+from support.families import build as build_target
 from support.models import tiny_llama
 
 
@@ -59,6 +60,16 @@ def test_shared_weights_are_the_targets_and_stay(model, batch):
     assert torch.equal(untied.model.get_input_embeddings().weight, model.get_input_embeddings().weight)
     own = build(model, sizes=SIZES)
     assert set(own.parameter_groups()) == {"embeddings", "layers"} and own.model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba"])
+def test_a_target_without_positions_gets_a_draft_that_has_some(name, tmp_path):
+    target = build_target(name, STATEFUL[name])
+    build(target, sizes=SIZES).save(tmp_path)
+    ids = torch.randint(3, 61, (1, 6))
+    plain = target.generate(ids, max_new_tokens=6, do_sample=False, eos_token_id=None)
+    drafter = paceline.load_drafter(str(tmp_path), target)
+    assert torch.equal(plain, paceline.generate(target, ids, max_new_tokens=6, eos_token_id=None, drafter=drafter))
 
 
 def test_an_untied_targets_head_is_its_own(tmp_path):

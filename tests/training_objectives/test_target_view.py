@@ -4,8 +4,13 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from paceline.spec.recurrent.documents import Documents
+from paceline.spec.target import taps
 from paceline.spec.target.taps import HEAD, hidden_states
 from paceline.training.data.rows import open_data
+from paceline.training.objectives.heads import MedusaObjective
 from paceline.training.objectives.target import (
     ROWS_PER_FILE,
     OfflineTarget,
@@ -40,6 +45,28 @@ def test_documents_of_a_pack_do_not_see_each_other(name):
         alone = [model.base_model(input_ids=torch.tensor([text])).last_hidden_state[0] for text in texts]
     torch.testing.assert_close(hidden[0, :17], torch.cat(alone), rtol=1e-5, atol=1e-5)
     assert hidden.isfinite().all(), "padding too"
+
+
+@settings(max_examples=50)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=12))
+def test_no_more_than_half_of_what_is_read_of_documents_apart_is_padding(lengths):
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    documents = Documents(positions)
+    tokens = torch.arange(1, positions.shape[1] + 1)[None]
+    read = documents.apart(tokens)
+    assert 2 * sum(lengths) >= sum(rows.numel() for rows in read)
+    assert torch.equal(documents.packed([rows[..., None] for rows in read])[..., 0], tokens)
+
+
+def test_losses_are_those_of_documents_read_at_once(monkeypatch):
+    model = build("lfm2", STATEFUL["lfm2"])
+    batch = {name: torch.tensor([row[name] for row in random_rows(3)]) for name in random_rows(1)[0]}
+    objective = MedusaObjective.build({"kind": "medusa", "heads": 2}, model)
+    target = OnlineTarget(model)
+    with torch.no_grad():
+        grouped = objective(batch, target.view(batch, "train", [])).total
+        monkeypatch.setattr(taps, "Documents", lambda positions, at_once: Documents(positions, at_once=True))
+        assert torch.allclose(grouped, objective(batch, target.view(batch, "train", [])).total, rtol=1e-5)
 
 
 def test_no_logits_are_computed():

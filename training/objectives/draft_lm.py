@@ -175,7 +175,8 @@ def _known(settings: Settings, started: DrafterFolder | None, rows: Iterable[dic
 
 def last_hidden_states(model, batch: Batch) -> Tensor:
     """The LM head's input at every token except the last, (B, T-1, H)."""
-    return hidden_states(model, (HEAD,), batch["input_ids"], batch["position_ids"])[HEAD][:, :-1]
+    rows = batch["input_ids"], batch["position_ids"]
+    return hidden_states(model, (HEAD,), *rows, at_once=True)[HEAD][:, :-1]
 
 
 def next_tokens(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ from ...drafters.shipped import shipped_folder
 from ...spec.target.taps import layer_stacks
 from ...spec.target.weights import dense_parameters, dense_state, linear_shape
 
+UNBOUNDED = 8192  # the context of a draft for a target that has no positions, such as Mamba
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
@@ -66,7 +68,7 @@ def make_network(settings, target) -> nn.Module:
         num_hidden_layers=sizes.num_hidden_layers,
         num_attention_heads=sizes.num_attention_heads,
         num_key_value_heads=sizes.num_key_value_heads or sizes.num_attention_heads,
-        max_position_embeddings=target_config.max_position_embeddings,
+        max_position_embeddings=getattr(target_config, "max_position_embeddings", None) or UNBOUNDED,
         rope_parameters={"rope_type": "default", "rope_theta": _rope_theta(target_config)},
         tie_word_embeddings=settings.embeddings == settings.head
         and (settings.head == "own" or target_config.tie_word_embeddings),
