@@ -12,6 +12,8 @@ from paceline.spec.stream import disk
 from paceline.spec.stream.record import StreamError
 from stream.streaming import resident, streamed, text
 
+from support.sentences import one_sentence
+
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40, 5, 9, 33, 12]])
 
 
@@ -37,6 +39,11 @@ def in_threads(*acts):
 
 def name_of(descriptor):
     return os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}"))
+
+
+def ours():
+    """The threads that read for streamed models."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("paceline-")}
 
 
 def test_several_threads_share_a_streamed_model(path):
@@ -106,6 +113,32 @@ def test_a_model_in_a_cycle_is_let_go_by_the_thread_that_collects_it(collector, 
     assert collected and set(threading.enumerate()) <= before
     open_files = [os.readlink(each.path) for each in os.scandir("/proc/self/fd") if os.path.exists(each.path)]
     assert not any(file.startswith(str(cache)) for file in open_files)
+
+
+def test_a_read_that_fails_in_the_middle_of_a_prompt(path, monkeypatch):
+    """Of the second chunk of four: the text is empty, the next call reads all of it, and no thread stays behind."""
+    gc.collect()
+    before, model = ours(), streamed(path, 5)
+    truth, plain, forwards, failed = text(resident(path), PROMPT)[0], os.preadv, [], []
+    model.model.layers[0].register_forward_pre_hook(lambda *ignored: forwards.append(1))
+
+    def preadv(descriptor, *rest):
+        if name_of(descriptor) == "layer-002.bin" and len(forwards) == 2:
+            failed.append(1)
+            raise OSError(errno.EIO, "Input/output error")
+        return plain(descriptor, *rest)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    with pytest.raises(StreamError) as caught:
+        text(model, PROMPT, prefill_chunk=3)
+    one_sentence(caught.value, "layer-002.bin", "Input/output error", "check the disk")
+    assert failed and torch.equal(caught.value.output.sequences, PROMPT) and not caught.value.output.trace.events
+    assert torch.equal(text(model, PROMPT, prefill_chunk=3)[0], truth)
+    del model, caught
+    gc.collect()
+    for thread in ours() - before:
+        thread.join(5)
+    assert ours() <= before
 
 
 def test_a_forked_process_is_told(path):

@@ -1,10 +1,13 @@
-"""`paceline plan` on a target that is streamed from the disk: curves, texts, replay, and decoding with the plan."""
+"""`paceline plan`, `profile` and `bench` on a target that is streamed from the disk: curves, texts, replay, decoding with
+the plan, and what a run file keeps."""
 
 import json
 
 import pytest
 from paceline.spec import cli
+from paceline.spec.bench.runfile import read_run
 from paceline.spec.kernels import native
+from paceline.spec.plan import streamed as timing
 from paceline.spec.plan.trees import Plan
 from paceline.spec.tree import DynamicShape
 
@@ -13,7 +16,7 @@ from support.models import noisy_copy, tiny_llama
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch, tokenizer, one_thread):
-    """Options that name a target of four layers, of which two are streamed, and a draft model; and prompts."""
+    """Options that name a target of four layers, all of which are streamed with 100 kB, and a draft; and prompts."""
     native.prepare()  # from the usual cache folder, where it has been built before
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "cache"))
     model = tiny_llama(max_position_embeddings=2048, num_hidden_layers=4)
@@ -54,6 +57,46 @@ def test_a_streamed_target_is_planned_and_decoded_by_the_plan(pair, tmp_path, ca
     assert "make one with paceline plan" in capsys.readouterr().err, "a plan is for the layers that are resident"
     assert cli.main(["plan", *streamed, *calibrate, "--executor", "compiled"]) == 2
     assert "use 'eager'" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_bench_of_a_streamed_target_keeps_what_was_fetched(pair, tmp_path, capsys):
+    names, prompts = pair
+    out, length = tmp_path / "run.jsonl", ["--max-new-tokens", "8"]
+    methods = ["--methods", "ngram", f"{names[3]}:tree=dynamic:12x4x2,name=draft"]
+    command = ["bench", str(prompts), "-o", str(out), *names[:2], *length, *methods]
+    assert cli.main([*command, "--stream", "disk", "--resident", "100kB"]) == 0
+    run = read_run(out)
+    setup = run.header["setup"]
+    assert (setup["stream_kind"], setup["stream_layers"], setup["stream_resident_layers"]) == ("disk", 4, 0)
+    each = setup["stream_bytes_per_forward"]
+    assert {record.method for record in run.records} == {"ar", "ngram", "draft", "transformers"}
+    assert all(record.identical in (None, True) for record in run.records)
+    for record in run.records:
+        assert bool(record.events) == (record.method != "transformers")
+        assert all(event.fetched is not None and "wait" in event.seconds for event in record.events)
+    plain = [event for record in run.of("ar") for event in record.events]
+    assert sum(event.fetched.bytes for event in plain) == pytest.approx(each * len(plain), rel=0.2)
+    assert "streamed from disk" in capsys.readouterr().out
+    assert cli.main([*command, "--stream", "disk", "--resident", "140kB"]) == 2, "a run is of one way to stream"
+    assert f"{out} was begun with stream_resident_layers = 0 and now" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_profile_of_a_streamed_target_times_its_steps_anew(pair, tmp_path, capsys, monkeypatch):
+    names, _ = pair
+    monkeypatch.setattr(timing, "SIZES", (1, 8))
+    command = ["profile", *names[:2], "--drafter", "ngram", "--stream", "disk", "--resident", "100kB"]
+    assert cli.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "4 of 4 layers streamed from disk" in shown and "steps timed" in shown
+    assert "an eager step of" in shown and "\nwait " in shown, "a step's phases, and what it waits"
+    (curve,) = (tmp_path / "cache" / "curves").iterdir()
+    kept = json.loads(curve.read_text())
+    assert [*kept["seconds"]] == ["1", "8"]
+    curve.write_text(json.dumps({**kept, "measured": "long ago"}))
+    assert cli.main(command) == 0
+    assert "long ago" not in curve.read_text() + capsys.readouterr().out
 
 
 @pytest.mark.parametrize("options, sentence", [
