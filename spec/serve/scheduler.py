@@ -7,6 +7,7 @@ ends. What a request's text is depends on nothing that happens here. There is no
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from itertools import count
 from operator import or_
 
 from ..request import Held
@@ -53,6 +54,7 @@ class Scheduler:
         self.waiting = Waiting()
         self.running: dict[int, Job] = {}  # [ticket]
         self.sizes = sizes(gears.most)
+        self._begun = count(1)  # numbers what the lanes begin with
         self._better = 0  # turns for which another gear has been the better one
 
     @property
@@ -106,7 +108,8 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let the jobs whose prompts have been read enter free rows, in another gear where that is better."""
-        ready = [(lane, row, job) for lane in self.lanes for row, job in lane.ready.items()]
+        lanes = sorted(self.lanes, key=lambda lane: lane.begun)
+        ready = [(lane, row, job) for lane in lanes for row, job in lane.ready.items()]
         self._settle([job for _, _, job in ready])
         for (lane, lane_row, job), row in zip(ready, self._rows.free if ready else ()):
             self._rows.insert({row: job.request}, lane.engine, [lane_row])
@@ -140,17 +143,15 @@ class Scheduler:
         self.gears.shift(gear)
 
     def _read(self) -> None:
-        """Fill the free lanes, and read one chunk; while no row is live, up to the end of a prompt."""
+        """Fill the free lanes, and read one chunk, so that whoever comes or goes meanwhile is heard before the next."""
         for lane in self.lanes:
             if not lane.jobs and self.waiting:
                 jobs = self.waiting.take(lane.width)
-                lane.begin(jobs, [self.prefixes.find(job) for job in jobs])
+                lane.begin(jobs, [self.prefixes.find(job) for job in jobs], next(self._begun))
                 self._finished(lane)
-        while (chosen := next_lane(self.lanes)) is not None:
+        if (chosen := next_lane(self.lanes)) is not None:
             chosen.advance()
             self._finished(chosen)
-            if self.live or chosen.ready:
-                break
 
     def _finished(self, lane: Lane) -> None:
         """What comes of a lane whose prompts have been read, if they have."""
