@@ -48,7 +48,6 @@ class Lane:
         for row, job in self.jobs.items():
             job.phase = Phase.READING
             job.reused = kept[row].count if row in kept else 0
-            job.tell()
         self.left = max(len(job.request.tokens) - 1 - job.reused for job in jobs)
         self.waited, self.begun = 0, begun
         self.engine.state.admit(rows, [job.request for job in jobs], [0] * len(jobs))
@@ -76,16 +75,25 @@ class Lane:
         for row, job in self.jobs.items():
             if (count := job.asked.prompt_logprobs) is None:
                 continue
-            for column, position in enumerate(span.positions[row].tolist()):
-                if position >= 0:
-                    token = job.request.tokens[position + 1]
-                    job.prompt_logprobs.append(TokenLogprobs.of(seen.logits[row, column], token, count))
+            try:
+                for column, position in enumerate(span.positions[row].tolist()):
+                    if position >= 0:
+                        token = job.request.tokens[position + 1]
+                        job.prompt_logprobs.append(TokenLogprobs.of(seen.logits[row, column], token, count))
+            except Exception as error:
+                self.fail(job, error)
 
     def drop(self, job: Job) -> None:
         """Forget a job; a lane without any is free."""
         self.jobs = {row: other for row, other in self.jobs.items() if other is not job}
         if not self.jobs:
             self.left = 0
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error that is its alone."""
+        self.drop(job)
+        job.fail(error)
+        job.end("error")
 
 
 def next_lane(lanes: Sequence[Lane]) -> Lane | None:
