@@ -68,7 +68,7 @@ def whole_number(name: str, value: Any, least: int) -> int:
 def _real_number(name: str, value: Any, low: float, high: float) -> float:
     try:
         number = math.nan if _is_bool(value) or isinstance(value, str) else float(value)
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError, RuntimeError, OverflowError):
         number = math.nan
     if not low <= number <= high or number == math.inf:
         bounds = f"of at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"

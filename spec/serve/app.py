@@ -22,11 +22,13 @@ from starlette.routing import Route
 from .answers import Answer, problem
 from .bodies import BadBody, Body
 from .job import Phase
+from .json_text import read_json
 from .serving import Serving
-from .worker import Reader
+from .worker import Progress, Reader
 
 PING = 15.0  # seconds of silence after which a comment says that the connection lives
 STALLED = 60.0  # seconds for which a client may take nothing
+FAILED = "the server has failed to answer this request"
 GONE = 499  # the status of an answer that nobody waits for
 _PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -100,12 +102,13 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
 
 
 async def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse(problem("the server has failed to answer this request", "server_error"), 500)
+    return JSONResponse(problem(FAILED, "server_error"), 500)
 
 
 def _check_key(keys: Sequence[str], request: Request) -> None:
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    alike = [hmac.compare_digest(given, key.encode()) for key in keys]  # all, so that time tells nothing
+    given = request.headers.get("authorization", "").encode("latin-1").removeprefix(b"Bearer ")
+    # All of them, so that time tells nothing; keys from a command line may have bytes that are no text.
+    alike = [hmac.compare_digest(given, key.encode(errors="surrogateescape")) for key in keys]
     if keys and not any(alike):
         raise BadBody(None, "there is no such API key; send one as Authorization: Bearer KEY", 401, "invalid_api_key")
 
@@ -121,10 +124,7 @@ async def _read(request: Request, most: int) -> Any:
         data += part
         if len(data) > most:
             raise BadBody(None, f"the body has more than {most:,} bytes; send less", 413)
-    try:
-        return json.loads(bytes(data))
-    except (ValueError, RecursionError):
-        raise BadBody(None, "the body is no JSON") from None
+    return read_json(bytes(data))
 
 
 async def _answer(serving: Serving, request: Request, chat: bool) -> Response:
@@ -244,19 +244,26 @@ class EventStream(Response):
             progress = await reader.more(PING)
             if progress is None:
                 continue
-            failed = progress.reason in ("error", "abort")
-            if failed:
-                queue.put_nowait(problem(reader.job.problem or self.serving.closing, "server_error"))
-            else:
-                if not begun and (progress.tokens or progress.reason):
-                    begun = True
-                    if (first := self.answer.first(index)) is not None:
-                        queue.put_nowait(first)
-                if (event := self.answer.more(index, progress)) is not None:
-                    queue.put_nowait(event)
+            try:
+                events = self._told(index, progress, not begun)
+            except Exception:  # else the client would wait for ever
+                queue.put_nowait(problem(FAILED, "server_error"))
+                queue.put_nowait(None)
+                raise
+            begun = begun or bool(progress.tokens)
+            for event in events:
+                queue.put_nowait(event)
             if progress.reason:
                 queue.put_nowait(None)
                 return
+
+    def _told(self, index: int, progress: Progress, first: bool) -> list[dict[str, Any]]:
+        """The events of one choice that bring it as far as `progress`; `first`: where there were no tokens before."""
+        if progress.reason in ("error", "abort"):
+            return [problem(self.readers[index].job.problem or self.serving.closing, "server_error")]
+        begins = first and (progress.tokens or progress.reason)
+        events = [self.answer.first(index) if begins else None, self.answer.more(index, progress)]
+        return [event for event in events if event is not None]
 
 
 def _event(data: dict[str, Any]) -> str:

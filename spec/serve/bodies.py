@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..state import MOST_BIASED
+from .row_sampler import MOST_TOP_K
 from .text_request import ENDS, MOST_LOGPROBS
 
 MOST_STOPS = 4
@@ -27,7 +28,7 @@ Check = Callable[[str, Any], Any]
 
 def number(low: float, high: float) -> Check:
     def check(name: str, value: Any) -> float:
-        real = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not real or not low <= value <= high:
             raise BadBody(name, f"{name}={_shown(value)} is not a number from {low:g} to {high:g}")
         return float(value)
@@ -56,10 +57,6 @@ def flag(name: str, value: Any) -> bool:
 def text(name: str, value: Any) -> str:
     if not isinstance(value, str):
         raise BadBody(name, f"{name}={_shown(value)} is no text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise BadBody(name, f"{name} has half a character (a lone surrogate), which no text has") from None
     return value
 
 
@@ -82,9 +79,12 @@ def biases(name: str, value: Any) -> dict[int, float]:
     if not isinstance(value, dict) or len(value) > MOST_BIASED:
         raise BadBody(name, f"{name} is no object of at most {MOST_BIASED} token ids with numbers")
     try:
-        return {int(token): number(-100, 100)(name, bias) for token, bias in value.items()}
-    except ValueError as error:
-        raise error if isinstance(error, BadBody) else BadBody(name, f"{name} has a key that is no token id") from None
+        tokens = [int(token) if token.isdecimal() and token.isascii() else -1 for token in value]
+    except ValueError:  # more digits than Python reads
+        tokens = [-1]
+    if min(tokens, default=0) < 0 or len({*tokens}) < len(tokens):
+        raise BadBody(name, f"{name} has a key that is no token id, or has one twice")
+    return dict(zip(tokens, (number(-100, 100)(name, bias) for bias in value.values())))
 
 
 def stream_options(name: str, value: Any) -> dict[str, bool]:
@@ -145,7 +145,8 @@ def only(*allowed: Any) -> Check:
     """A field of which nothing but what happens anyway can be asked."""
 
     def check(name: str, value: Any) -> Any:
-        if value not in allowed:
+        alike = (value == each and isinstance(value, bool) == isinstance(each, bool) for each in allowed)
+        if not any(alike):
             raise BadBody(name, f"{name}={_shown(value)} is not supported; leave {name} out")
         return value
 
@@ -176,7 +177,7 @@ _COMMON: dict[str, Check] = {
     "model": text,
     "temperature": number(0, 100),
     "top_p": number(1e-6, 1),
-    "top_k": whole(-1, 1 << 30),
+    "top_k": whole(-1, MOST_TOP_K),
     "min_p": number(0, 1),
     "repetition_penalty": number(1e-3, 100),
     "presence_penalty": number(-2, 2),

@@ -1,7 +1,7 @@
 """`paceline serve`: one model behind an OpenAI-compatible endpoint, until a signal ends it.
 
 SIGTERM or Ctrl-C: no more requests, those under way get `GRACE` seconds, exit code 0; a second one ends it at once.
-Where the engine fails the server ends with exit code 1.
+Where the engine fails, or is stuck, the server ends with exit code 1.
 """
 
 import asyncio
@@ -13,7 +13,8 @@ from typing import Any
 
 from ..inputs.numbers import whole_number
 
-GRACE = 30.0  # seconds
+GRACE = 30.0  # seconds for texts that are under way
+CLOSING = 10.0  # seconds for the engine to end its turn
 KEY = "PACELINE_API_KEY"  # in the environment: a key, or several with commas between
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHUNK = {"cpu": 128, "cuda": 512}  # prompt tokens between two steps
@@ -48,7 +49,17 @@ def serve(args: Namespace) -> int:
     try:
         return asyncio.run(_run(serving, make_app(serving), args.host, args.port))
     finally:
-        worker.close()
+        _end(worker)
+
+
+def _end(worker: Any) -> None:
+    """End the engine; the process too, with exit code 1, where the engine does not end."""
+    if not worker.close(CLOSING):
+        print(
+            f"paceline: the engine has not ended its turn within {CLOSING:g} s; the process ends without it",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)  # an exit would wait for what the thread holds
 
 
 def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures: Any) -> tuple[Any, Any, dict]:
@@ -63,6 +74,7 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     from .gears import Gears
     from .lanes import Lane
     from .prefixes import KeptPrefixes, can_resume
+    from .row_sampler import KEPT_KINDS, KINDS
     from .scheduler import Scheduler
     from .serving import Limits
     from .worker import Worker
@@ -78,7 +90,8 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     if executor != "eager":
         runs.keep(model, STEPS)  # by size, tree and kind of sampling
-    gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor)
+    kinds = KINDS if executor == "eager" else KEPT_KINDS
+    gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor, kinds=kinds)
     plan, learn = _plan(args, model, drafting, executor, room, rows)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
     prefixes = None

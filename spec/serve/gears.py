@@ -5,6 +5,7 @@ its own, as for a call of `generate`. Going over to another gear copies the live
 Where steps are compiled or captured, those of a gear are kept in the pool of the model. Knows nothing of requests.
 """
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from ..engines.runs import RunSpec, make_engine, open_run
 from ..proposal import Drafter
 from ..rows import Rows
 from ..tree import DynamicShape, TreeShape
-from .row_sampler import RowSampler, SamplingKind
+from .row_sampler import KINDS, RowSampler, SamplingKind
 from .text_request import ENDS
 
 Shape = TreeShape | DynamicShape
@@ -37,6 +38,8 @@ class Gears:
     """The engines of a batch of at most `most` rows, each with room for `room` tokens of text.
 
     `executor` is that of the widest gear, `narrower` that of the others; `new_tokens` is how many are expected in all.
+    Gears have one of `kinds`, of which a later one serves whatever an earlier one does: so there are no more of them
+    than sizes times trees times kinds, whatever is asked for.
     Rows are changed by whoever holds it; `rows` is None until the first shift."""
 
     def __init__(
@@ -49,13 +52,21 @@ class Gears:
         executor: str = "eager",
         narrower: str = "eager",
         new_tokens: int = 0,
+        kinds: Sequence[SamplingKind] = KINDS,
     ):
         self.model, self.drafter, self.room, self.most, self.chunk = model, drafter, room, most, chunk
-        self.executor, self.narrower, self.new_tokens = executor, narrower, new_tokens
+        self.executor, self.narrower, self.new_tokens, self.kinds = executor, narrower, new_tokens, kinds
         self.current: Gear | None = None
         self.rows: Rows | None = None
         self.shifts = 0
+        self.making: Callable[[bool], None] = lambda begins: (
+            None
+        )  # told when an engine begins to be made, and when it is
         self._open = ExitStack()
+
+    def kind(self, asked: SamplingKind) -> SamplingKind:
+        """The first kind that serves what is asked for."""
+        return next(kind for kind in self.kinds if kind.serves(asked))
 
     def spec(self, gear: Gear) -> RunSpec:
         """What an engine of `gear` is made for."""
@@ -73,7 +84,9 @@ class Gears:
         """Go over to `gear`, with all live rows, whose steps have all been read."""
         opened = ExitStack()
         sampler = self._sampler(gear)
+        self.making(True)
         executor = opened.enter_context(open_run(self.model, self.drafter, self.spec(gear), sampler, self.new_tokens))
+        self.making(False)
         live = [] if self.rows is None else self.rows.live
         if self.rows is None:
             self.rows = Rows(executor, self.chunk)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..request import Request
 from ..step import RowReport
+from .row_sampler import SamplingKind
 from .running_text import RunningText
 from .text_request import TextRequest
 
@@ -45,9 +46,11 @@ class Job:
     request: Request
     listener: "Callable[[Job], None] | None" = None  # called when reading begins, when there are tokens, and at the end
     running_text: RunningText | None = None  # None without a tokenizer
+    kind: SamplingKind = field(init=False)  # what steps it needs
     phase: Phase = Phase.WAITING
     reason: str = ""
     problem: str = ""  # of an error, in a sentence
+    shown: str = ""  # the text so far, without an end that may become a stop string
     tokens: list[int] = field(default_factory=list)  # the new ones
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of these
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the prompt's, from the second on
@@ -56,6 +59,9 @@ class Job:
     steps: int = 0
     drafted: int = 0
     reused: int = 0  # tokens of the prompt that were not read again
+
+    def __post_init__(self) -> None:
+        self.kind = SamplingKind.of(self.asked)
 
     @property
     def text(self) -> str | None:
@@ -90,6 +96,8 @@ class Job:
             if self.running_text is not None and not ends and self.running_text.put(token):
                 self.reason = "stop"
                 return
+        if self.running_text is not None:
+            self.shown = self.running_text.shown
         if report.done:
             self.reason = "error" if report.failed else "stop" if self._at_end else "length"
             if report.failed:
@@ -99,10 +107,19 @@ class Job:
     def _at_end(self) -> bool:
         return bool(self.tokens) and self.tokens[-1] in self.request.ends
 
+    def fail(self, error: Exception) -> None:
+        """Take note of an error that is this job's alone."""
+        said = next(iter(str(error).splitlines()), "")
+        self.reason, self.problem = "error", f"this text has failed ({type(error).__name__}: {said})"
+
     def end(self, reason: str) -> None:
         self.reason, self.phase = reason, Phase.ENDED
         if self.running_text is not None:
-            self.running_text.end()
+            try:
+                self.running_text.end()
+                self.shown = self.running_text.text
+            except Exception as error:
+                self.fail(error)
         self.tell()
 
     def tell(self) -> None:

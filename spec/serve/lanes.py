@@ -2,7 +2,8 @@
 
 Between two steps of the batch at most one chunk is read, so that no text waits longer than for that. Of several lanes
 the one goes on that has the least left to read, so that a short prompt passes a long one; whoever has waited for
-`PATIENCE` chunks of others comes first. Knows nothing of how texts are decoded.
+`PATIENCE` chunks of others comes first. Texts whose prompts have been read enter the batch in the order in which their
+lanes began, which is that of the queue. Knows nothing of how texts are decoded.
 """
 
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,7 @@ class Lane:
         self.engine, self.packing, self.chunk = executor.engine, executor.packing, chunk
         self.width = len(self.engine.state.done)
         self.jobs: dict[int, Job] = {}  # [row], until they leave it
+        self.begun = 0  # which turn of all lanes this is: who began earlier enters the batch earlier
         self.left = 0  # tokens to be read
         self.waited = 0  # chunks that other lanes have read meanwhile
         self._spans: Iterator[Span] = iter(())
@@ -38,17 +40,16 @@ class Lane:
         """The jobs that can enter the batch."""
         return {} if self.reading else self.jobs
 
-    def begin(self, jobs: Sequence[Job], held: Sequence[Held | None]) -> None:
-        """Begin with the prompts of `jobs`, of which `held` is known."""
+    def begin(self, jobs: Sequence[Job], held: Sequence[Held | None], begun: int) -> None:
+        """Begin with the prompts of `jobs`, of which `held` is known, as turn number `begun` of all lanes."""
         rows = torch.arange(len(jobs), device=self.engine.state.done.device)
         self.jobs = dict(enumerate(jobs))
         kept = {row: part for row, part in enumerate(held) if part is not None}
         for row, job in self.jobs.items():
             job.phase = Phase.READING
             job.reused = kept[row].count if row in kept else 0
-            job.tell()
         self.left = max(len(job.request.tokens) - 1 - job.reused for job in jobs)
-        self.waited = 0
+        self.waited, self.begun = 0, begun
         self.engine.state.admit(rows, [job.request for job in jobs], [0] * len(jobs))
         with self.packing:
             self._spans = self.engine.spans(self.chunk, None if len(jobs) == self.width else rows, kept)
@@ -74,16 +75,25 @@ class Lane:
         for row, job in self.jobs.items():
             if (count := job.asked.prompt_logprobs) is None:
                 continue
-            for column, position in enumerate(span.positions[row].tolist()):
-                if position >= 0:
-                    token = job.request.tokens[position + 1]
-                    job.prompt_logprobs.append(TokenLogprobs.of(seen.logits[row, column], token, count))
+            try:
+                for column, position in enumerate(span.positions[row].tolist()):
+                    if position >= 0:
+                        token = job.request.tokens[position + 1]
+                        job.prompt_logprobs.append(TokenLogprobs.of(seen.logits[row, column], token, count))
+            except Exception as error:
+                self.fail(job, error)
 
     def drop(self, job: Job) -> None:
         """Forget a job; a lane without any is free."""
         self.jobs = {row: other for row, other in self.jobs.items() if other is not job}
         if not self.jobs:
             self.left = 0
+
+    def fail(self, job: Job, error: Exception) -> None:
+        """End a job with an error that is its alone."""
+        self.drop(job)
+        job.fail(error)
+        job.end("error")
 
 
 def next_lane(lanes: Sequence[Lane]) -> Lane | None:

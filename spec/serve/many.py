@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,7 +122,8 @@ def offline(
     so many tokens, if that is more than the jobs need."""
     room = max(room, *(len(job.request.tokens) + job.request.new_tokens for job in jobs))
     most, new_tokens = min(rows, len(jobs)), sum(job.request.new_tokens for job in jobs)
-    gears = Gears(model, drafter, room, most, chunk, executor, new_tokens=new_tokens)
+    kind = reduce(or_, (job.kind for job in jobs))
+    gears = Gears(model, drafter, room, most, chunk, executor, new_tokens=new_tokens, kinds=[kind])
     lane = Lane(gears.lane_engine(min(most, LANE_ROWS), shape), chunk)
     return Scheduler(gears, [lane], lambda live: shape, steady=1)  # rows only become fewer, once no job waits
 

@@ -1,7 +1,8 @@
 """From logits to scores where every row has settings of its own.
 
 All settings are data of the row, so that requests of any kind share a step. Which operations a step has (sorting a
-vocabulary, counting tokens) is its `SamplingKind`: no more than what the live rows ask for. Penalties and biases are
+vocabulary, counting tokens) is its `SamplingKind`: of a few that are fixed, the first that does what the live rows ask
+for. Penalties and biases are
 computed from the row's text, and at a node of the tree from the tokens of its path, so that nothing has to be kept,
 moved or cleared. Order: bias, repetition, presence and frequency, temperature, top-k, top-p, min-p.
 """
@@ -17,6 +18,7 @@ from ..state import DecodeState
 from .text_request import TextRequest
 
 LEAST_TOP_K = 64  # steps are made for this bound of top-k, or a power of two above it
+MOST_TOP_K = 1024  # for this one where it is not known who will come
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +55,14 @@ class SamplingKind:
 
     def serves(self, other: "SamplingKind") -> bool:
         return self | other == self
+
+
+# What a server makes steps for. They are few, and none follows from a request, so that no client can have others made.
+GREEDY, DRAWN = SamplingKind(), SamplingKind(draws=True)
+CUT = replace(DRAWN, top_k=MOST_TOP_K, top_p=True, min_p=True)
+EVERY = replace(CUT, penalties=True, bias=True, logits=True, predicted=True)
+KINDS = GREEDY, DRAWN, CUT, EVERY  # of eager steps, which cost nothing to make
+KEPT_KINDS = DRAWN, EVERY  # of steps that are compiled or captured, and keep their buffers
 
 
 class RowSampler(Sampler):

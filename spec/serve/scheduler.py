@@ -1,12 +1,15 @@
 """The scheduler: a client of the rows of an engine for which requests come and go.
 
 Each turn (`tick`) admits what is ready, reads a chunk of a prompt in a lane (lanes.py), steps the batch once, and
-delivers what the step brought. A request is taken only if its whole text has room, so that what is admitted always
-ends. What a request's text is depends on nothing that happens here. There is no clock: a turn is the unit of time.
+delivers what the step brought. What goes wrong with one job alone (its text, its log-probabilities, its settings) ends
+that job with the reason "error"; what goes wrong with a chunk or a step is raised. A request is taken only if its whole
+text has room, so that what is admitted always ends. What a request's text is depends on nothing that happens here.
+There is no clock: a turn is the unit of time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import reduce
+from itertools import count
 from operator import or_
 
 from ..request import Held
@@ -14,7 +17,6 @@ from ..rows import Arrival, Rows
 from .gears import Gear, Gears, Shape, sizes
 from .job import Job, Phase
 from .lanes import Lane, next_lane
-from .row_sampler import SamplingKind
 from .waiting import Waiting
 
 STEADY = 8  # turns, so that a batch whose size goes to and fro is not moved each time
@@ -53,6 +55,7 @@ class Scheduler:
         self.waiting = Waiting()
         self.running: dict[int, Job] = {}  # [ticket]
         self.sizes = sizes(gears.most)
+        self._begun = count(1)  # numbers what the lanes begin with
         self._better = 0  # turns for which another gear has been the better one
 
     @property
@@ -106,10 +109,16 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Let the jobs whose prompts have been read enter free rows, in another gear where that is better."""
-        ready = [(lane, row, job) for lane in self.lanes for row, job in lane.ready.items()]
+        lanes = sorted(self.lanes, key=lambda lane: lane.begun)
+        ready = [(lane, row, job) for lane in lanes for row, job in lane.ready.items()]
         self._settle([job for _, _, job in ready])
         for (lane, lane_row, job), row in zip(ready, self._rows.free if ready else ()):
-            self._rows.insert({row: job.request}, lane.engine, [lane_row])
+            try:
+                self._rows.insert({row: job.request}, lane.engine, [lane_row])
+            except Exception as error:
+                self._rows.evict([row])
+                lane.fail(job, error)
+                continue
             lane.drop(job)
             job.phase = Phase.RUNNING
             self.running[self._rows.tickets[row]] = job
@@ -121,7 +130,7 @@ class Scheduler:
             return
         coming = len(self.running) + len(self.in_lanes) + len(self.waiting)
         size = next(size for size in self.sizes if size >= min(coming, self.gears.most))
-        wish = Gear(size, self.plan(size), reduce(or_, (SamplingKind.of(job.asked) for job in jobs)))
+        wish = Gear(size, self.plan(size), self.gears.kind(reduce(or_, (job.kind for job in jobs))))
         current = self.gears.current
         if wish == current:
             self._better = 0
@@ -140,22 +149,34 @@ class Scheduler:
         self.gears.shift(gear)
 
     def _read(self) -> None:
-        """Fill the free lanes, and read one chunk; while no row is live, up to the end of a prompt."""
+        """Fill the free lanes, and read one chunk, so that whoever comes or goes meanwhile is heard before the next."""
         for lane in self.lanes:
             if not lane.jobs and self.waiting:
-                jobs = self.waiting.take(lane.width)
-                lane.begin(jobs, [self.prefixes.find(job) for job in jobs])
-                self._finished(lane)
-        while (chosen := next_lane(self.lanes)) is not None:
+                self._begin(lane, self.waiting.take(lane.width))
+        if (chosen := next_lane(self.lanes)) is not None:
             chosen.advance()
             self._finished(chosen)
-            if self.live or chosen.ready:
-                break
+
+    def _begin(self, lane: Lane, jobs: Sequence[Job]) -> None:
+        """Begin to read prompts; where they cannot be begun with, all of these jobs end."""
+        try:
+            lane.begin(jobs, [self.prefixes.find(job) for job in jobs], next(self._begun))
+        except Exception as error:
+            for job in jobs:
+                lane.fail(job, error)
+            return
+        for job in jobs:
+            job.tell()
+        self._finished(lane)
 
     def _finished(self, lane: Lane) -> None:
         """What comes of a lane whose prompts have been read, if they have."""
         for row, job in lane.ready.items():
-            self.prefixes.keep(lane, row, job)
+            try:
+                self.prefixes.keep(lane, row, job)
+            except Exception as error:
+                lane.fail(job, error)
+                continue
             if not job.request.new_tokens:
                 lane.drop(job)
                 job.end("length")
@@ -164,7 +185,10 @@ class Scheduler:
         self.on_step(arrival, gear)
         for row, report in arrival.reports.items():
             job = self.running[report.ticket]
-            job.take(report, None if arrival.logits is None else arrival.logits[row])
+            try:
+                job.take(report, None if arrival.logits is None else arrival.logits[row])
+            except Exception as error:
+                job.fail(error)
             if report.done or job.reason:
                 self._rows.evict([row] if not report.done else [])
                 del self.running[report.ticket]

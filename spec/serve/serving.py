@@ -25,7 +25,6 @@ from .many import make_job
 from .text_request import TextRequest
 from .worker import Reader, Worker
 
-STUCK = 30.0  # seconds without a turn, with work to do, after which the engine counts as dead
 SHORT_ANSWER = 16  # new tokens of a completion that does not say how many, as OpenAI has it
 
 
@@ -65,7 +64,7 @@ class Serving:
 
     @property
     def status(self) -> str:
-        if self.worker.failure is not None or self.worker.stuck(STUCK):
+        if self.worker.failure is not None or self.worker.stuck:
             return "failed"
         return "closing" if self.draining else "ok"
 

@@ -94,12 +94,12 @@ class TextRequest:
         for name, ids in named.items():
             if beyond := [token for token in ids if not 0 <= token < vocabulary]:
                 raise ValueError(f"{name} names token {beyond[0]}, and the vocabulary ends at {vocabulary - 1}")
-        draws = self.temperature > 0
+        draws = self.temperature > 0  # else the first of the best tokens is taken, which none of these settings is for
         sampling = RowSampling(
             temperature=self.temperature if draws else 1.0,
-            top_k=self.top_k or vocabulary + 1,
-            tail=1 - self.top_p,
-            min_p=self.min_p,
+            top_k=min(self.top_k or vocabulary + 1, vocabulary + 1) if draws else vocabulary + 1,
+            tail=1 - self.top_p if draws else 0.0,
+            min_p=self.min_p if draws else 0.0,
             repetition=self.repetition_penalty,
             presence=self.presence_penalty,
             frequency=self.frequency_penalty,
@@ -113,7 +113,7 @@ class TextRequest:
 def _finite(name: str, value: Any) -> float:
     try:
         number = math.nan if isinstance(value, (bool, str)) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name}={value!r} is not a number; pass one, or leave it out")

@@ -17,6 +17,9 @@ import torch
 from .job import Job, Phase
 from .scheduler import Scheduler
 
+TURN = 600.0  # seconds in which a chunk is read and a step is run, also of the slowest model
+MAKING = 3600.0  # in which a step is compiled or captured
+
 
 @dataclass(frozen=True, slots=True)
 class Progress:
@@ -38,10 +41,7 @@ class Reader:
 
     def _listen(self, job: Job) -> None:
         """Called by the worker's thread."""
-        shown = "" if job.running_text is None else job.running_text.shown
-        if job.reason and job.running_text is not None:
-            shown = job.running_text.text
-        progress, now = Progress(shown, len(job.tokens), job.reason), time.monotonic()
+        progress, now = Progress(job.shown, len(job.tokens), job.reason), time.monotonic()
         self.read = self.read or now
         self.first_token = self.first_token or (now if job.tokens else 0.0)
         self.ended = now if job.reason else 0.0
@@ -63,12 +63,15 @@ class Reader:
 
 
 class Worker:
-    """Runs the turns of `scheduler` in a thread of its own while there are jobs. `failure` is what ended it, if any."""
+    """Runs the turns of `scheduler` in a thread of its own while there are jobs. `failure` is what ended it, if any.
+
+    A clock runs while it works, and stands while it waits for jobs, so that it can be told whether it is stuck."""
 
     def __init__(self, scheduler: Scheduler, before: Callable[[], None] = lambda: None):
         self.scheduler, self.before = scheduler, before
         self.failure: BaseException | None = None
-        self.turned = time.monotonic()  # when the last turn began
+        self._due: float | None = None  # when what it does now has to be done; None while it does nothing
+        scheduler.gears.making = lambda begins: self._allow(MAKING if begins else TURN)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="paceline", daemon=True)
 
@@ -82,39 +85,48 @@ class Worker:
         if job.phase is not Phase.ENDED:
             self._inbox.put(lambda: self.scheduler.cancel(job))
 
-    def close(self) -> None:
-        """End the thread after its turn, with all jobs where they are."""
+    def close(self, seconds: float) -> bool:
+        """End the thread after its turn, with all jobs where they are; whether it has ended within `seconds`."""
         self._inbox.put(None)
-        self._thread.join()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     @property
     def alive(self) -> bool:
         return self.failure is None and self._thread.is_alive()
 
-    def stuck(self, seconds: float) -> bool:
-        """Whether there is work, and the last turn began longer ago than that."""
-        return not self.scheduler.idle and time.monotonic() - self.turned > seconds
+    @property
+    def stuck(self) -> bool:
+        """Whether a turn takes longer than `TURN` seconds, or the making of a step longer than `MAKING`."""
+        due = self._due
+        return due is not None and time.monotonic() > due
+
+    def _allow(self, seconds: float) -> None:
+        self._due = time.monotonic() + seconds
 
     def _run(self) -> None:
         try:
             with torch.inference_mode(False), torch.no_grad():
                 self.before()
                 while self._take():
-                    self.turned = time.monotonic()
+                    self._allow(TURN)
                     self.scheduler.tick()
         except BaseException as error:
             self.failure = error
             self._end_all(f"the engine has failed ({type(error).__name__}: {error})")
         finally:
+            self._due = None
             self.scheduler.gears.close()
 
     def _take(self) -> bool:
         """Do what came in meanwhile; wait for it where there is no job. False where it is to end."""
         while True:
             try:
+                self._due = None
                 message = self._inbox.get(block=self.scheduler.idle)
             except Empty:
                 return True
+            self._allow(TURN)
             if message is None:
                 return False
             message()

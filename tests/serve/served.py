@@ -72,7 +72,7 @@ def listening(serving, turn_seconds=0.0):
     finally:
         kept["server"].should_exit = True
         thread.join(20)
-        serving.worker.close()
+        assert serving.worker.close(20)
         torch.set_num_threads(threads)
         assert not thread.is_alive()
 

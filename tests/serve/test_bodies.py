@@ -24,12 +24,13 @@ CHAT_FIELDS = {
                  [{"role": "user", "content": "\udc00"}], {"role": "user", "content": "x"}],
     "temperature": ["hot", -0.1, 1e9, True, [], {}],
     "top_p": [0, 1.1, "x", -1],
-    "top_k": [1.5, "x", -2, True],
+    "top_k": [1.5, "x", -2, True, 1025],
     "min_p": [-1, 2, "x"],
     "repetition_penalty": [0, -1, "x"],
     "presence_penalty": [-2.1, 2.1, "x"],
     "frequency_penalty": [-2.1, 2.1, "x", {}],
-    "logit_bias": [3, [], {"x": 1}, {"3": "y"}, {"3": 101}, {"61": 1}, {"-1": 1}, {str(n): 1 for n in range(65)}],
+    "logit_bias": [3, [], {"x": 1}, {"3": "y"}, {"3": 101}, {"61": 1}, {"-1": 1}, {str(n): 1 for n in range(65)},
+                   {"1_0": 1}, {" 3": 1}, {"3": 1, "03": 1}, {"9" * 5000: 1}],
     "seed": ["x", 1.5, True, 2**70, []],
     "n": [0, -1, 1.5, "2", 129, 9, True],
     "stop": [3, [3], [""], "", ["a"] * 5, {}],
@@ -47,7 +48,7 @@ CHAT_FIELDS = {
     "tool_choice": ["auto", {"type": "function"}],
     "modalities": [["audio"], "text"],
     "service_tier": ["flex", 3],
-    "store": [True, 1.5],
+    "store": [True, 1.5, 0],
     "prediction": [3, {"type": "content"}, {"type": "x", "content": "y"}],
     "reasoning_effort": ["low"], "functions": [[]], "audio": [{}], "web_search_options": [{}], "verbosity": ["low"],
     "parallel_tool_calls": [True], "max_token": [3], "guided_json": [{}], "chat_template": ["x"], "prompt": ["x"],
@@ -72,7 +73,7 @@ COMPLETION_FIELDS = {
     ],
     "logprobs": [-1, 21, True, "x"],
     "echo": [1, "x"],
-    "best_of": [2, "x"],
+    "best_of": [2, "x", True],
     "suffix": ["tail", 3],
     "messages": [[{"role": "user", "content": "x"}]],
     "max_tokens": [0, -1, "x", 99],
@@ -120,6 +121,49 @@ def test_two_hundred_bad_bodies_are_each_refused_in_a_sentence(url):
             fields.add(name)
     assert len(bodies) >= 200 and fields >= {*CHAT, *COMPLETION} - {"user"}
     assert ask(url, CONTENTED)[0] == 200, "and the server goes on"
+
+
+MEANINGLESS = [
+    10**400,
+    -(10**400),
+    1e999,
+    float("nan"),
+    float("-inf"),
+    "\ud800",
+    ["\udfff"],
+    {"\ud800": 1},
+    [[[10**80]]],
+]
+
+
+def test_what_no_number_and_no_text_is_refused_wherever_it_stands(url):
+    """In every field, in fields that there are not, and as a field's name."""
+    deep = json.loads("[" * 40 + "]" * 40)
+    chat = {"messages": [{"role": "user", "content": "x"}]}
+    paths = {"/v1/chat/completions": (CHAT, chat), "/v1/completions": (COMPLETION, {"prompt": "x"})}
+    for path, (fields, good) in paths.items():
+        bodies = [{**good, name: value} for name in [*fields, "no field"] for value in [*MEANINGLESS, deep]]
+        bodies += [{**good, "\ud800": 1}, {**good, "user": {"x": [{"\ud800": 1}]}}, {**good, "stop": ["a", "\ud800"]}]
+        for body in bodies if path.startswith("/v1/chat") else bodies[::5]:
+            status, said = ask(url, body, path)
+            message = json.loads(said)["error"]["message"]
+            assert status == 400 and "\n" not in message and 10 < len(message) < 200, (body, status, message)
+    for raw, words in (
+        (b'{"prompt": "x", "prompt": "y"}', "names 'prompt' twice"),
+        (b'{"prompt": "x", "logit_bias": {"3": 1, "3": 2}}', "names '3' twice"),
+        (b'{"prompt": "x", "\\ud800": 1, "\\ud800": 2}', "twice"),
+        (b'{"prompt": "x", "top_p": NaN}', "NaN"),
+        (b'{"prompt": "x", "top_p": 1e999}', "too large"),
+        (b'{"prompt": "x", "max_tokens": ' + b"9" * 5000 + b"}", "no JSON"),
+    ):
+        status, said = ask(url, raw, "/v1/completions")
+        assert status == 400 and words in json.loads(said)["error"]["message"]
+
+
+@pytest.mark.parametrize("seed", [2**64, -(2**63), 2**63])
+def test_a_seed_has_64_bits(url, seed):
+    status, said = ask(url, CONTENTED | dict(seed=seed))
+    assert status == 200 and json.loads(said)["seed"] == seed
 
 
 def test_wrong_paths_methods_and_sizes(url):

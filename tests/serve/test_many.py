@@ -5,6 +5,7 @@ import pytest
 import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.spec.engines import runs
+from paceline.spec.serve.many import make_job
 from serve.playing import ENDS, LETTERS, letters, pool
 
 from support.models import noisy_copy, tiny_llama
@@ -49,10 +50,6 @@ def test_trees_whose_scores_are_computed_along_the_path(model, draft, monkeypatc
 
 def test_a_recorded_step_serves_requests_of_all_kinds(model, draft, monkeypatch):
     """Under the rules of a captured step: settings of rows are data, penalties and biases too."""
-    import paceline.spec.serve.row_sampler as row_sampler
-
-    every = row_sampler.SamplingKind(True, 128, True, True, True, True)
-    monkeypatch.setattr(row_sampler.SamplingKind, "of", classmethod(lambda cls, request: every))
     with tape_executor(monkeypatch) as tapes:
         results = paceline.generate_many(
             model, [asked for asked, _ in pool()[2::3]], tokenizer=letters(), drafter=draft, rows=4, executor="tape"
@@ -124,6 +121,20 @@ def test_a_prediction_is_copied_from(model, drafter):
         )
         assert plain[number].tokens == right[number].tokens == wrong[number].tokens == beside.tokens
         assert drafter is None or right[number].steps < 14 < min(wrong[number].steps, beside.steps)
+
+
+def test_greedy_texts_ignore_how_tokens_are_drawn():
+    """Also where the best tokens are equally good, of which sorting need not leave the first."""
+    model = tiny_llama(seed=3, num_hidden_layers=1)
+    with torch.no_grad():
+        model.lm_head.weight[30:60] = model.lm_head.weight[:30]
+    plain = dict(prompt=[31, 40], max_new_tokens=8, end_ids=())
+    cut = plain | dict(top_p=0.01, top_k=1, min_p=1.0)
+    rows = [make_job(model, None, one).request.sampling for one in (plain, cut, cut | dict(temperature=1.0))]
+    assert rows[0] == rows[1] != rows[2]
+    drawn = cut | dict(temperature=1.0, seed=3, top_p=0.9, top_k=9)
+    result, alike, _ = paceline.generate_many(model, [plain, cut, drawn], rows=3)
+    assert result.tokens == alike.tokens
 
 
 def test_nothing_asked_for_is_nothing_given(model):

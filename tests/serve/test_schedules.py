@@ -22,6 +22,7 @@ from paceline.spec.rows import Arrival, Rows
 from paceline.spec.serve.gears import Gears
 from paceline.spec.serve.many import make_job
 from paceline.spec.serve.prefixes import KeptPrefixes
+from paceline.spec.serve.row_sampler import KEPT_KINDS, KINDS
 from paceline.spec.serve.scheduler import Scheduler
 from paceline.spec.state import DecodeState
 from paceline.spec.target.cache import SlotCache
@@ -260,3 +261,31 @@ def test_rows_go_to_wider_and_narrower_batches(model):
             scheduler.tick()
     assert widths == [6, 1] or widths == [6, 2, 1]
     assert [len(job.tokens) for job in jobs] == [28, 3, 3, 3, 3]
+
+
+def test_no_request_can_ask_for_a_step_of_its_own(model):
+    """However its fields are set, the steps are of the few kinds that a server has."""
+    scheduler, made = scheduler_of(model, NoDrafter(), "chain:0", rows=1), []
+    shift = Gears.shift
+
+    def watched(self, gear):
+        made.append(self.spec(gear))
+        shift(self, gear)
+
+    scheduler.gears.shift = watched.__get__(scheduler.gears)
+    fields = [{}, dict(top_k=1), dict(top_k=900), dict(top_p=0.5), dict(min_p=0.1), dict(logprobs=1), dict(seed=9)]
+    fields += [
+        dict(logit_bias={3: 1.0}),
+        dict(presence_penalty=1.0),
+        dict(prediction=[31] * 9),
+        dict(top_k=70, top_p=0.9),
+    ]
+    with torch.no_grad():
+        for temperature in (0.0, 1.0):
+            for more in fields:
+                asked = dict(prompt=[31, 40], max_new_tokens=2, temperature=temperature, **more)
+                scheduler.submit(make_job(model, None, asked))
+                while not scheduler.idle:
+                    scheduler.tick()
+    assert len({*made}) == len(KINDS) and KEPT_KINDS[-1] == KINDS[-1]
+    assert all(later.serves(kind) for number, later in enumerate(KINDS) for kind in KINDS[:number])

@@ -46,7 +46,12 @@ def test_who_waits_too_long_is_told(model):
 
 
 def test_keys_are_asked_for(model):
-    with listening(serving_of(keys=("secret", "other"))) as address:
+    with listening(serving_of(keys=("secret", "other", "schl\u00fcssel", "b\udcff"))) as address:
+        for key in (b"schl\xc3\xbcssel", b"b\xff"):
+            connection = http.client.HTTPConnection(address.removeprefix("http://"))
+            connection.request("GET", "/version", headers={"Authorization": b"Bearer " + key})
+            assert connection.getresponse().status == 200
+            connection.close()
         for key in ("secret", "other"):
             with openai.OpenAI(base_url=f"{address}/v1", api_key=key) as client:
                 assert client.chat.completions.create(**CONTENTED).choices
