@@ -39,12 +39,17 @@ def serve(args: Namespace) -> int:
         raise ValueError(f"paceline serve needs {error.name}; pip install 'paceline[serve]' brings it") from error
     from ..cli.commands import load
 
-    model, tokenizer, drafter = load(args)
-    figures = Figures(args.name or Path(args.model).name)
-    worker, limits, about = assemble(args, model, tokenizer, drafter, figures)
     from .serving import Serving
+    from .worker import in_passing_thread
 
-    serving = Serving(model, tokenizer, worker, limits, figures, keys, about)
+    figures = Figures(args.name or Path(args.model).name)
+
+    def prepare() -> tuple[Serving, Any]:
+        model, tokenizer, drafter = load(args)
+        worker, limits, about = assemble(args, model, tokenizer, drafter, figures)
+        return Serving(model, tokenizer, worker, limits, figures, keys, about), worker
+
+    serving, worker = in_passing_thread(prepare)
     worker.start()
     try:
         return asyncio.run(_run(serving, make_app(serving), args.host, args.port))

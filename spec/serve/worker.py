@@ -8,14 +8,18 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
+from typing import TypeVar
 
 import torch
 
 from .job import Job, Phase
 from .scheduler import Scheduler
+
+T = TypeVar("T")
 
 TURN = 600.0  # seconds in which a chunk is read and a step is run, also of the slowest model
 MAKING = 3600.0  # in which a step is compiled or captured
@@ -60,6 +64,24 @@ class Reader:
             return None
         self.changed.clear()
         return self.progress
+
+
+def in_passing_thread(function: Callable[[], T]) -> T:
+    """What `function` returns or raises, from a thread that ends with it.
+
+    OpenMP keeps a team of threads for each thread that has computed, and once there are more of them than processors
+    they sleep between two loops, which makes a step of a small model last half as long again. So whoever starts a
+    `Worker` leaves all computing to it, and to threads whose teams end with them."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="paceline-preparing", daemon=True).start()
+    return future.result()
 
 
 class Worker:
