@@ -38,7 +38,6 @@ def serve(args: Namespace) -> int:
     except ImportError as error:
         raise ValueError(f"paceline serve needs {error.name}; pip install 'paceline[serve]' brings it") from error
     from ..cli.commands import load
-
     from .serving import Serving
     from .worker import in_passing_thread
 
@@ -126,7 +125,8 @@ def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, r
         return lambda rows: shape, lambda arrival, gear: None
     with waiting("timing steps, by rows and tree"):
         path = serving_path(model, drafter, executor, room)
-        planner = RowPlanner(measured(model, drafter, executor, sizes(rows), room, path))
+        times = measured(model, drafter, executor, sizes(rows), room, path)
+        planner = RowPlanner(times, beside=bool(drafter.traits.parts))
 
     def learn(arrival: Any, gear: Any) -> None:
         planner.learn(gear.shape, [report for report in arrival.reports.values() if report.committed])

@@ -7,7 +7,8 @@ to expect is learned from the steps as they go, and is forgotten slowly. Another
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 from transformers import PreTrainedModel
@@ -25,31 +26,74 @@ MEMORY = 400.0  # steps of a row for which what was seen counts
 PRIOR: Rates = [[0.6, 0.12, 0.05, 0.03]] * 8  # before anything was seen
 WEIGHT = 20.0  # of the prior, in steps
 NODES = 2, 3, 4, 6, 8, 16  # sizes of trees that are tried
+COPY_PRIOR = [0.15, *[0.7] * 7]  # of the second of two drafters
 COPIED = 2  # length of the second drafter's chain, where two draft
 
 Times = Mapping[tuple[int, TreeShape], float]  # seconds of a step, by rows and tree
 
 
 class Seen:
-    """How often a node of a depth and rank was accepted where the node above it was; empty nodes never are."""
+    """How often a node of a depth and rank was accepted where the node above it was; empty nodes never are.
 
-    def __init__(self, prior: Rates = PRIOR):
+    Where two drafters are `beside` each other, the root's last child and the chain below it are the second one's, and
+    are counted apart: p[depth] of them, first of which is how often the accepted path goes into it."""
+
+    def __init__(self, prior: Rates = PRIOR, beside: bool = False):
+        self.first, self.second = Counts(prior), Counts([[p] for p in COPY_PRIOR]) if beside else None
+
+    def learn(self, shape: TreeShape, reports: Sequence[RowReport]) -> None:
+        """Count the steps of some rows, and forget a little of what was before them."""
+        for counts in filter(None, (self.first, self.second)):
+            counts.fade((1 - 1 / MEMORY) ** len(reports))
+        branch = self._branch(shape)
+        for report in reports:
+            path = [0, *report.path[1 : report.accepted + 1]]
+            for depth, node in enumerate(path):
+                for rank, child in enumerate(shape.children[node]):
+                    hit = path[depth + 1 : depth + 2] == [child]
+                    if child not in branch:
+                        self.first.count(depth, rank, hit)
+                    elif self.second is not None:
+                        self.second.count(depth, 0, hit)
+
+    def _branch(self, shape: TreeShape) -> set[int]:
+        """The nodes of the second drafter."""
+        branch = set(shape.children[0][-1:]) if self.second is not None else set()
+        for node, parent in enumerate(shape.parents):
+            if parent in branch:
+                branch.add(node)
+        return branch
+
+    def expectation(self) -> Callable[[TreeShape], float]:
+        """The expected tokens of a step with a tree, by what has been seen until now."""
+        first, second = self.first.rates(), None if self.second is None else self.second.rates()
+
+        def expected(shape: TreeShape) -> float:
+            branch = self._branch(shape)
+            tokens = expected_tokens(first, shape.part([node for node in range(len(shape)) if node not in branch]))
+            return tokens + (0.0 if second is None else expected_tokens(second, TreeShape.chain(len(branch))) - 1)
+
+        return cache(expected)
+
+
+class Counts:
+    """Trials and hits by depth and rank, beginning with a prior."""
+
+    def __init__(self, prior: Rates):
         self.prior = prior
         self.hits = [[0.0] * len(row) for row in prior]
         self.trials = [[0.0] * len(row) for row in prior]
 
-    def learn(self, shape: TreeShape, reports: Sequence[RowReport]) -> None:
-        """Count the steps of some rows, and forget a little of what was before them."""
-        fade = (1 - 1 / MEMORY) ** len(reports)
+    def fade(self, by: float) -> None:
         for table in (self.hits, self.trials):
             for row in table:
-                row[:] = [count * fade for count in row]
-        for report in reports:
-            path = [0, *report.path[1 : report.accepted + 1]]
-            for depth, node in enumerate(path[: len(self.prior)]):
-                for rank, child in enumerate(shape.children[node][: len(self.prior[depth])]):
-                    self.trials[depth][rank] += 1
-                    self.hits[depth][rank] += path[depth + 1 : depth + 2] == [child]
+                row[:] = [count * by for count in row]
+
+    def count(self, depth: int, rank: int, hit: bool) -> None:
+        """A trial; none where the prior knows no such depth or rank."""
+        if depth < len(self.prior) and rank < len(self.prior[depth]):
+            self.trials[depth][rank] += 1
+            self.hits[depth][rank] += hit
 
     def rates(self) -> Rates:
         """p[depth][rank], not increasing in rank."""
@@ -62,13 +106,13 @@ class Seen:
 
 
 class RowPlanner:
-    """The tree for a number of rows, from `times`; called once a turn."""
+    """The tree for a number of rows, from `times`; called once a turn. `beside`: two drafters share the trees."""
 
-    def __init__(self, times: Times, prior: Rates = PRIOR):
-        self.times, self.seen = times, Seen(prior)
+    def __init__(self, times: Times, prior: Rates = PRIOR, beside: bool = False):
+        self.times, self.seen = times, Seen(prior, beside)
         self.taken: dict[int, TreeShape] = {}
         self._better: dict[int, int] = {}  # [rows]: turns for which another tree has been better
-        self._rates, self._unread = self.seen.rates(), 0
+        self.expected, self._unread = self.seen.expectation(), 0  # expected tokens of a step of one row, by tree
 
     def __call__(self, rows: int) -> TreeShape:
         best = max(self._shapes(rows), key=lambda shape: self.speed(rows, shape))
@@ -85,16 +129,12 @@ class RowPlanner:
         """Expected tokens a second."""
         return rows * self.expected(shape) / self.times[rows, shape]
 
-    def expected(self, shape: TreeShape) -> float:
-        """Expected tokens of a step of one row."""
-        return expected_tokens(self._rates, shape)
-
     def learn(self, shape: TreeShape, reports: Sequence[RowReport]) -> None:
         """Take account of a step's reports."""
         self.seen.learn(shape, reports)
         self._unread += 1
         if self._unread >= STEADY:
-            self._rates, self._unread = self.seen.rates(), 0
+            self.expected, self._unread = self.seen.expectation(), 0
 
     def _shapes(self, rows: int) -> list[TreeShape]:
         return [shape for size, shape in self.times if size == rows]
@@ -108,7 +148,10 @@ def candidates(drafter: Drafter) -> list[TreeShape]:
         made.append(TreeShape.chain(0))
     if len(drafter.default_shape) > 1:
         trees = [best_tree(PRIOR, nodes, traits.deepest)[0] for nodes in NODES]
-        made += [tree.beside(TreeShape.chain(COPIED)) if traits.parts else tree for tree in trees]
+        if traits.parts:
+            trees = [tree.beside(TreeShape.chain(COPIED)) for tree in trees]
+            trees += [TreeShape.chain(1).beside(TreeShape.chain(copied)) for copied in (1, 6)]
+        made += trees
     return list(dict.fromkeys(made))
 
 

@@ -50,7 +50,7 @@ def test_it_is_the_best_of_all_by_hand():
         planner = RowPlanner(times)
         for rows in (1, 2, 4, 8):
             speeds = {
-                shape: rows * expected_tokens(planner.seen.rates(), shape) / times[rows, shape]
+                shape: rows * expected_tokens(planner.seen.first.rates(), shape) / times[rows, shape]
                 for shape in (NONE, CHAIN, TREE)
             }
             assert planner(rows) == max(speeds, key=speeds.get)
@@ -74,7 +74,7 @@ def test_what_is_accepted_changes_the_plan_after_a_while():
 
 
 def test_a_small_gain_and_a_short_one_change_nothing():
-    times = {(1, NONE): 10.0, (1, CHAIN): 10.0 * expected_tokens(Seen().rates(), CHAIN) * 1.01}
+    times = {(1, NONE): 10.0, (1, CHAIN): 10.0 * expected_tokens(Seen().first.rates(), CHAIN) * 1.01}
     planner = RowPlanner(times)
     assert planner(1) == NONE
     times[1, CHAIN] *= 0.97
@@ -92,11 +92,28 @@ def test_counts_are_those_of_the_slots_of_a_tree():
     seen = Seen([[0.5, 0.1]] * 3)
     shape = TreeShape.parse("2x2")
     seen.learn(shape, [report(shape, 2)])
-    assert seen.hits == [[1, 0], [1, 0], [0, 0]] and seen.trials == [[1, 1], [1, 1], [0, 0]]
+    counts = seen.first
+    assert counts.hits == [[1, 0], [1, 0], [0, 0]] and counts.trials == [[1, 1], [1, 1], [0, 0]]
     for _ in range(3000):
         seen.learn(shape, [report(shape, 1)])
-    rates = seen.rates()
+    rates = counts.rates()
     assert rates[0][0] > 0.95 and rates[1][0] < 0.05 and rates[2][0] == 0.5
+
+
+def test_what_two_drafters_bring_is_told_apart():
+    """Half of the steps take a chain that was copied, the others one guess: by hand 1 + 0.5 * 2 + 0.5 * 1."""
+    seen, shape = Seen(beside=True), TreeShape.chain(2).beside(TreeShape.chain(2))
+    copied = shape.children[0][-1]
+    paths = [0, copied, shape.children[copied][0]], [0, 1, 1]
+    for _ in range(3000):
+        seen.learn(shape, [SimpleNamespace(path=path, accepted=len({*path}) - 1) for path in paths])
+    expected = seen.expectation()
+    assert abs(expected(shape) - 2.5) < 0.1
+    assert abs(expected(TreeShape.chain(1).beside(TreeShape.chain(1))) - 2.0) < 0.1
+    assert abs(expected(TreeShape.chain(1).beside(TreeShape.chain(2))) - 2.5) < 0.1, (
+        "the first's second guess never helps"
+    )
+    assert expected(NONE) == 1.0
 
 
 def test_trees_that_are_tried():
