@@ -85,7 +85,7 @@ def _decoder(method: Method, model: "PreTrainedModel", tokenizer: "PreTrainedTok
     if method.drafter is not None:
         from ... import load_drafter
 
-        drafter = load_drafter(method.drafter, model, tokenizer=tokenizer)
+        drafter = load_drafter(method.drafter, model, method.draft_weights, tokenizer)
         if method.executor is None and drafter.traits.causal_lm is None:
             raise ValueError(f"method {method.name!r}: {method.drafter} is no draft model that transformers can run")
     if method.kind == "drafted":

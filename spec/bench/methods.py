@@ -6,7 +6,7 @@
     transformers-lookup         its prompt lookup
     transformers-assisted       its assisted generation, with drafter=FOLDER
 
-A method is `NAME:key=value,...`, such as `ngram:tree=4x2x1,executor=compiled`.
+A method is `NAME:key=value,...`, such as `ngram:tree=4x2x1,executor=compiled`; `weights=` are the drafter's.
 """
 
 import time
@@ -27,7 +27,7 @@ from ..verify import RULES
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-KEYS = ("tree", "rule", "executor", "temperature", "drafter", "name")
+KEYS = ("tree", "rule", "executor", "temperature", "drafter", "weights", "name")
 THEIRS = ("transformers", "transformers-lookup", "transformers-assisted")
 LOOKUP_TOKENS = 10  # as in transformers' documentation
 
@@ -44,6 +44,7 @@ class Method:
     executor: str | None  # None: transformers' own loop
     temperature: float
     baseline: str | None = None
+    draft_weights: str = "16"
 
     def settled(self, model: "PreTrainedModel") -> "Method":
         """With the executor that "cuda_graph" means where `model` is."""
@@ -108,7 +109,9 @@ def _parse(text: str, executor: str, temperature: float) -> Method:
         raise ValueError(f"method {text!r}: the temperature is not a number of at least 0; 0 is greedy")
     by_transformers = head in THEIRS
     kind = head if by_transformers or head == "ar" else "drafted"
-    unfit = {"drafter"} if kind == "drafted" else {"tree", "rule", "executor" if by_transformers else "drafter"}
+    unfit = {"drafter"}
+    if kind != "drafted":
+        unfit = {"tree", "rule", "weights", "executor" if by_transformers else "drafter"}
     if head == "transformers-assisted":
         if "drafter" not in options:
             raise ValueError(f"method {text!r} needs drafter=, the folder or hub id of a draft model")
@@ -122,7 +125,8 @@ def _parse(text: str, executor: str, temperature: float) -> Method:
         raise ValueError(f"method {text!r}: rules are {', '.join(RULES)}, executors {', '.join(executors)}")
     drafter = head if kind == "drafted" else options.get("drafter")
     name = options.get("name", text.rstrip(":"))
-    return Method(name, kind, drafter, options.get("tree"), rule, None if by_transformers else runs, heat)
+    executor_name, weights = None if by_transformers else runs, options.get("weights", "16")
+    return Method(name, kind, drafter, options.get("tree"), rule, executor_name, heat, draft_weights=weights)
 
 
 @dataclass(slots=True)

@@ -132,7 +132,10 @@ def measured_acceptance(args: Namespace, model: "PreTrainedModel") -> Acceptance
         raise ValueError(f"{args.run} was measured on another model than {args.model}; give that one as --model")
     asked = args.drafter, args.verify, args.temperature
     names = [
-        method["name"] for method in run.methods if (method["drafter"], method["rule"], method["temperature"]) == asked
+        method["name"]
+        for method in run.methods
+        if (method["drafter"], method["rule"], method["temperature"]) == asked
+        and method.get("draft_weights", "16") == "16"
     ]
     events = [event for name in names for record in run.of(name) for event in record.events]
     if not events:
