@@ -78,7 +78,7 @@ def check_kind(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; Paceline decodes causal models only")
-    if getattr(model, "_is_stateful", False) and not hooks.install(model):
+    if hooks.keeps_others(model):
         raise ValueError(
             f"{name} keeps a recurrent state by none of the rules that can be rolled back to an accepted path here; "
             "use a model whose layers are attention, short convolutions, gated delta rules, Mamba or Mamba-2"
