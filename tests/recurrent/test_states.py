@@ -140,6 +140,16 @@ def _done(patch):
     patch.setattr(States, "commit", lambda states, base, path, count: stock(states, base, path, count.clamp(min=1)))
 
 
+def _beside(patch):
+    """Only while another row commits."""
+    stock = States.commit
+
+    def commit(states, base, path, count):
+        stock(states, base, path, torch.where((count > 0).any(), count.clamp(min=1), count))
+
+    patch.setattr(States, "commit", commit)
+
+
 def _padding(patch):
     stock = TextPass.__init__
     patch.setattr(TextPass, "__init__", lambda at, rows, inside: stock(at, rows, torch.ones_like(inside)))
@@ -159,7 +169,7 @@ def _twice(patch):
     patch.setattr(States, "nodes", nodes)
 
 
-@pytest.mark.parametrize("fault", [_rejected, _done, _padding, _twice])
+@pytest.mark.parametrize("fault", [_rejected, _done, _beside, _padding, _twice])
 def test_the_self_test_finds_states_that_go_wrong(stateful, fault, monkeypatch):
     assert self_test(stateful) < TOLERANCE[torch.float32]
     fault(monkeypatch)
