@@ -6,6 +6,7 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
+from paceline.spec.noise import row_keys
 from paceline.spec.recurrent.hooks import followed
 from paceline.spec.serve.texts import Text, decode_texts
 from paceline.spec.step import step
@@ -14,7 +15,7 @@ from paceline.spec.target.slots import SlotModel
 from paceline.spec.target.taps import HEAD, hidden_states
 from paceline.spec.tree import TreeShape
 from torch._dynamo.testing import CompileCounter
-from transformers import DynamicCache
+from transformers import DynamicCache, TemperatureLogitsWarper
 
 from support.engines import engine_of
 from support.families import STATEFUL, build
@@ -57,6 +58,19 @@ def test_texts_are_those_of_plain_decoding(stateful, texts, which, tree):
     assert torch.equal(_decode(stateful, texts[:1], drafter, tree), alone)
     sampled = [_decode(stateful, texts, given, None if given is None else tree, seed=5) for given in (None, drafter)]
     assert torch.equal(*sampled)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_every_family_writes_its_own_text(name, texts):
+    """Greedy, with a draft model, and seeded, with what is looked up; a row alone and two ragged ones."""
+    model, rows = build(name, STATEFUL[name]), [texts[0], texts[2]]
+    drafted = _decode(model, rows, ModelDrafter(noisy_copy(model)), "2x1", new=6)
+    assert drafted[:, -6:].tolist() == [plain_text(model, text, 6) for text in rows]
+    alone = model.generate(torch.tensor(rows[:1]), do_sample=False, max_new_tokens=6, eos_token_id=None)
+    assert torch.equal(_decode(model, rows[:1], "ngram", "2x1", new=6), alone) and torch.equal(alone[0], drafted[0])
+    sampled = _decode(model, rows, "ngram", "2x1", new=6, seed=5)
+    keys, heat = row_keys(5, 2, "cpu"), (TemperatureLogitsWarper(1.3),)
+    assert sampled[:, -6:].tolist() == [plain_text(model, text, 6, heat, key) for text, key in zip(rows, keys)]
 
 
 def test_dynamic_trees_grow_over_a_draft_model_with_states(stateful, texts):
