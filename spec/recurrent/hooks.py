@@ -82,8 +82,20 @@ def install(model: nn.Module) -> set[str]:
     return names
 
 
-def keeps_states(model: nn.Module) -> bool:
-    """Whether layers of `model` may keep states, by rules that are followed here or by others."""
+def followed(model: nn.Module) -> bool:
+    """Whether layers of `model` keep states by rules that are followed here. Every such layer begins with a
+    convolution; a model of attention alone may come of the same module (Granite 4 has both)."""
+    return bool(install(model)) and any(isinstance(part, nn.Conv1d) for part in model.modules())
+
+
+def keeps_others(model: nn.Module) -> bool:
+    """Whether layers of `model` keep states by rules that are not followed here."""
+    return getattr(model, "_is_stateful", False) and not install(model)
+
+
+def reads_apart(model: nn.Module) -> bool:
+    """Whether each document of a packed row needs a row of its own: where layers keep states, and in models of such a
+    family whose layers all attend, which make no mask of positions that restart."""
     return bool(install(model)) or getattr(model, "_is_stateful", False)
 
 

@@ -16,6 +16,9 @@ from transformers.activations import ACT2FN
 from .passes import NodePass, Run, TextPass
 from .rules import answers, behind, by_head, delta_inputs
 
+# Bytes of the states of so many tokens as Mamba-1 reads at once, a token's at least; about six such tensors are alive.
+PIECE = 1 << 25
+
 
 class Part:
     """The state of a convolution or a recurrence, and the inputs of nodes that were forwarded since."""
@@ -122,18 +125,18 @@ class DeltaMemory(Part):
             )  # fmt: skip
             at.put(state, new)
             return out, state
-        q, k = by_head(query, heads), by_head(key, heads)
+        q, k = query.float(), key.float()
         if use_qk_l2norm_in_kernel:
             q, k = (part * torch.rsqrt(part.square().sum(-1, keepdim=True) + 1e-6) for part in (q, k))
-        parts = self.keep(at, k.transpose(1, 2), value.float(), g.float(), beta.float())
-        k, v, g, beta = parts[0].transpose(1, 2), parts[1].transpose(1, 2), parts[2], parts[3]
+        k, v, g, beta = self.keep(at, k, value.float(), g.float(), beta.float())
+        q, k, v = by_head(q, heads), by_head(k, heads), v.transpose(1, 2)
         u = delta_inputs(state, k, v, g, beta, at.related)
         out = answers(state, q * q.shape[3] ** -0.5, k, u, g, at.related, at.index)
         return out.to(query.dtype), state
 
     def behind(self, run: Run, state: Tensor, inputs: list[Tensor]) -> Tensor:
         inside = run.inside[..., None]
-        k, v = (part.transpose(1, 2) for part in inputs[:2])
+        k, v = by_head(inputs[0], state.shape[1]), inputs[1].transpose(1, 2)
         g, beta = (torch.where(inside, part, 0.0) for part in inputs[2:])
         before = torch.ones(k.shape[2], k.shape[2], dtype=torch.bool, device=k.device).tril()[None]
         return behind(state, k, delta_inputs(state, k, v, g, beta, before), g)
@@ -169,13 +172,14 @@ class SsdMemory(Part):
             at.put(state, new)
             return out, state
         x = inputs.float()
-        k, u, g = self.keep(at, by_head(B, heads).transpose(1, 2), x * dt[..., None], A.float() * dt)
-        memory, k, u = state.transpose(2, 3), k.transpose(1, 2), u.transpose(1, 2)
+        k, u, g = self.keep(at, B.float(), x * dt[..., None], A.float() * dt)
+        memory, k, u = state.transpose(2, 3), by_head(k, heads), u.transpose(1, 2)
         out = answers(memory, by_head(C, heads), k, u, g, at.related, at.index)
         return (out if D is None else out + D[:, None] * x).contiguous(), state
 
     def behind(self, run: Run, state: Tensor, inputs: list[Tensor]) -> Tensor:
-        k, u = inputs[0].transpose(1, 2), torch.where(run.inside[..., None, None], inputs[1], 0.0).transpose(1, 2)
+        k = by_head(inputs[0], state.shape[1])
+        u = torch.where(run.inside[..., None, None], inputs[1], 0.0).transpose(1, 2)
         g = torch.where(run.inside[..., None], inputs[2], 0.0)
         return behind(state.transpose(2, 3), k, u, g).transpose(2, 3)
 
@@ -200,17 +204,20 @@ class ScanMemory(Part):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:  # (R, C, n), and the state
         state = self.start(*A.shape, like=inputs, dtype=torch.float32)
-        dt = (dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[:, None]).float()
-        dt = F.softplus(dt) if delta_softplus else dt
-        gate = 1.0 if z is None else F.silu(z.float())
+        dt = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[:, None]
+        dt = F.softplus(dt) if delta_softplus else dt  # in the dtype of the inputs, as the fused kernel wants it
         if isinstance(at, TextPass):
-            # The stock scan begins at zero; what is left of the state is added, as the rule is linear in it.
-            dt = torch.where(at.inside[:, None], dt, 0.0)
-            kwargs["return_last_state"] = True
-            out, new = stock(inputs, dt, A, B, C, D=D, z=z, **kwargs)
-            left = torch.exp(A[:, None] * dt.cumsum(2)[..., None]) * at.of(state)[:, :, None]  # (R, C, n, D)
-            at.put(state, new.float() + left[:, :, -1])
-            return (out + (left * C.float().transpose(1, 2)[:, None]).sum(-1) * gate).to(out.dtype), state
+            dt, memory = torch.where(at.inside[:, None], dt, 0.0), at.of(state)
+            kwargs |= dict(D=D, return_last_state=True)
+            outs, most = [], max(1, PIECE // (4 * len(dt) * A.numel()))
+            parts = (inputs, dt, B, C, inputs if z is None else z)
+            for x, steps, b, c, gate in zip(*(part.split(most, dim=2) for part in parts)):
+                kwargs["z"] = None if z is None else gate
+                out, memory = self._read(stock, memory, x, steps, A, b, c, kwargs)
+                outs.append(out)
+            at.put(state, memory)
+            return torch.cat(outs, dim=2), state
+        dt, gate = dt.float(), 1.0 if z is None else F.silu(z.float())
         steps = dt.transpose(1, 2)[..., None]  # (B, n, C, 1)
         decay = torch.exp(A * steps)
         drive = steps * B.float().transpose(1, 2)[:, :, None] * inputs.float().transpose(1, 2)[..., None]
@@ -224,6 +231,17 @@ class ScanMemory(Part):
         out = (states @ C.float().transpose(1, 2)[..., None])[..., 0].transpose(1, 2)  # (B, C, n)
         out = out if D is None else out + inputs.float() * D[:, None]
         return (out * gate).to(inputs.dtype), state
+
+    def _read(
+        self, stock: Callable, memory: Tensor, inputs: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, kwargs: dict
+    ) -> tuple[Tensor, Tensor]:
+        """The outputs of some tokens, and the memory (R, C, D) behind them. The stock scan begins at zero; what is left
+        of the memory is added, as the rule is linear in it."""
+        out, new = stock(inputs, dt, A, B, C, **kwargs)
+        left = torch.exp(A[:, None] * dt.float().cumsum(2)[..., None]) * memory[:, :, None]  # (R, C, n, D)
+        answer = torch.einsum("rcnd,rdn->rcn", left, C.float())
+        answer = answer if kwargs["z"] is None else answer * F.silu(kwargs["z"].float())
+        return (out + answer).to(out.dtype), new.float() + left[:, :, -1]
 
     def behind(self, run: Run, state: Tensor, inputs: list[Tensor]) -> Tensor:
         last = (run.skip + run.count - 1).clamp(min=0, max=run.path.shape[1] - 1)

@@ -1,11 +1,11 @@
 """Attaching a target: a numerical self-test decides whether a model can be decoded with trees.
 
 Two steps with a small tree, on two rows of different length and with a commit of a branch between them, are compared
-with forwards of the same paths without cache; where layers keep states, behind a step that leaves none of its nodes. So
-models whose attention does not follow the positions and masks that it
-is given are found by their numbers; three families whose error can hide in rounding are refused by name besides. The
-test runs outside of autocast. Before an error is put down to attention, a text alone is compared with the same text
-beside another one, without any cache: in models with quantised activations these differ too.
+with forwards of the same paths without cache; where layers keep states, behind a step in which one row is done. So
+models whose attention does not follow the positions and masks that it is given are found by their numbers; three
+families whose error can hide in rounding are refused by name besides. The test runs outside of autocast. Before an
+error is put down to attention, a text alone is compared with the same text beside another one, without any cache: in
+models with quantised activations these differ too.
 """
 
 import warnings
@@ -78,7 +78,7 @@ def check_kind(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder model; Paceline decodes causal models only")
-    if getattr(model, "_is_stateful", False) and not hooks.install(model):
+    if hooks.keeps_others(model):
         raise ValueError(
             f"{name} keeps a recurrent state by none of the rules that can be rolled back to an accepted path here; "
             "use a model whose layers are attention, short convolutions, gated delta rules, Mamba or Mamba-2"
@@ -230,9 +230,13 @@ def _errors(model: PreTrainedModel) -> list[float]:
     for span in spans(prompt, lengths, chunk=4):
         slots.read(span)
     base = lengths - 1
-    if slots.cache.states is not None:  # a step in which all rows are done leaves no trace in them
-        slots.forward_nodes(prompt[:, :1].expand(-1, len(_SHAPE)), base, tree)
-        slots.commit(base, base.new_zeros(len(base), 4), base.new_zeros(len(base)))
+    if slots.cache.states is not None:  # of which a row that is done holds no trace while another goes on
+        drafted = _some_tokens(config.vocab_size, len(_SHAPE) - 1, 4)
+        nodes = torch.tensor([[text[-1], *drafted] for text in texts], device=device)
+        slots.forward_nodes(nodes, base, tree)
+        slots.commit(base, base.new_tensor([[0] * 4, [0, 1, 1, 1]]), base.new_tensor([0, 2]))
+        texts[1] += [drafted[0], *_some_tokens(config.vocab_size, 1, 8)]
+        base[1] = len(texts[1]) - 1
     errors = []
     paths = ((0, 1, 4, 6), (0, 2, 5, 5)), ((0, 1, 3, 3), (0, 1, 4, 6))  # [step][row]
     for number, chosen in enumerate(paths):

@@ -66,7 +66,7 @@ class SlotModel:
         self.cache_argument = cache_argument(model)
         self.capacity = capacity
         layers = config.num_hidden_layers
-        states = States(batch, layers, capacity, model.device) if hooks.install(model) else None
+        states = States(batch, layers, capacity, model.device) if hooks.followed(model) else None
         self.cache = SlotCache(batch, capacity, layers, states)
         # Positions in a table are clamped: a drafted node may lie beyond the context, but is never committed there.
         table = None if rope.is_rotary(model) else getattr(config, "max_position_embeddings", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..recurrent.documents import Documents
-from ..recurrent.hooks import keeps_states
+from ..recurrent.hooks import reads_apart
 from .weights import Linear, is_packed, linear_shape
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def hidden_states(
     ids that restart. Where layers keep states, each document is read in a row of its own, those of like lengths
     together; or `at_once`, as processes that share a model must all do as many forwards."""
     put_taps(model, (*taps, HEAD))
-    if not keeps_states(model):
+    if not reads_apart(model):
         return _heard(model, taps, input_ids, position_ids)
     documents = Documents(position_ids, at_once)
     read = [_heard(model, taps, *rows) for rows in zip(documents.apart(input_ids), documents.apart(position_ids))]

@@ -1,9 +1,12 @@
 """States of layers against forwards without cache: trees, rows that are done, refilled rows; faults that must show."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from paceline.spec.recurrent import parts
 from paceline.spec.recurrent.passes import TextPass
 from paceline.spec.recurrent.states import States
 from paceline.spec.target.selftest import TOLERANCE, self_test
@@ -56,6 +59,43 @@ def test_what_is_held_does_not_depend_on_chunks_and_padding(stateful):
         torch.testing.assert_close(whole[0], chunked[0], rtol=1e-5, atol=1e-6)
 
 
+@torch.no_grad()
+def test_mamba_1_reads_no_more_at_once_than_has_room(monkeypatch):
+    """The states of all tokens of a chunk would be as large as the prompt; pieces leave the same state."""
+    model = build("mamba", STATEFUL["mamba"])
+    whole = CheckedRows(model, (24, 9), 64)
+    states = 4 * 2 * whole.slots.cache.states.parts[1].state[0].numel()  # of a token in both rows
+    monkeypatch.setattr(parts, "PIECE", 5 * states)
+    widths, stock = [], parts.ScanMemory._read
+
+    def read(part, scan, memory, inputs, *others):
+        widths.append(inputs.shape[2])
+        return stock(part, scan, memory, inputs, *others)
+
+    monkeypatch.setattr(parts.ScanMemory, "_read", read)
+    pieces = CheckedRows(model, (24, 9), 64)
+    assert widths == [5, 5, 5, 5, 3] * 2
+    for one, other in zip(whole.slots.cache.states.parts, pieces.slots.cache.states.parts):
+        torch.testing.assert_close(one.state, other.state, rtol=1e-5, atol=1e-6)
+    assert pieces.step(TREE, (4, 2)) < CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mamba", "mamba2"])
+def test_in_bfloat16_it_is_as_near_to_a_plain_forward_as_that_is_to_float32(name):
+    exact = build(name, STATEFUL[name] | dict(hidden_size=64, num_heads=16))
+    model, errors = copy.deepcopy(exact).bfloat16(), []
+    for seed in range(3):
+        rows = CheckedRows(model, (30,), 8, seed=seed)
+        nodes = torch.tensor([[rows.texts[0][-1], *rows.tokens(5).tolist()]])
+        ours = rows.slots.forward_nodes(nodes, rows.base, TokenTree.of(TreeShape.chain(5), "cpu")).logits[0]
+        ids = torch.tensor([rows.texts[0] + nodes[0, 1:].tolist()])
+        plain, truth = (each(input_ids=ids, use_cache=False).logits[0, -6:].float() for each in (model, exact))
+        errors.append([(one - other).square().mean().sqrt() for one, other in ((ours, plain), (plain, truth))])
+    apart, rounding = torch.tensor(errors).mean(0).tolist()
+    assert apart < rounding < 0.1 * float(truth.std())
+
+
 def test_states_are_of_constant_size(stateful):
     """What a row keeps does not grow with its text, but for slots of attention."""
     sizes = [sum(part.state.nbytes for part in CheckedRows(stateful, (n,)).slots.cache.states.parts) for n in (2, 30)]
@@ -100,6 +140,16 @@ def _done(patch):
     patch.setattr(States, "commit", lambda states, base, path, count: stock(states, base, path, count.clamp(min=1)))
 
 
+def _beside(patch):
+    """Only while another row commits."""
+    stock = States.commit
+
+    def commit(states, base, path, count):
+        stock(states, base, path, torch.where((count > 0).any(), count.clamp(min=1), count))
+
+    patch.setattr(States, "commit", commit)
+
+
 def _padding(patch):
     stock = TextPass.__init__
     patch.setattr(TextPass, "__init__", lambda at, rows, inside: stock(at, rows, torch.ones_like(inside)))
@@ -119,7 +169,7 @@ def _twice(patch):
     patch.setattr(States, "nodes", nodes)
 
 
-@pytest.mark.parametrize("fault", [_rejected, _done, _padding, _twice])
+@pytest.mark.parametrize("fault", [_rejected, _done, _beside, _padding, _twice])
 def test_the_self_test_finds_states_that_go_wrong(stateful, fault, monkeypatch):
     assert self_test(stateful) < TOLERANCE[torch.float32]
     fault(monkeypatch)

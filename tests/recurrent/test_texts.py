@@ -6,13 +6,16 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
+from paceline.spec.noise import row_keys
+from paceline.spec.recurrent.hooks import followed
 from paceline.spec.serve.texts import Text, decode_texts
 from paceline.spec.step import step
 from paceline.spec.target.given import cache_name
 from paceline.spec.target.slots import SlotModel
+from paceline.spec.target.taps import HEAD, hidden_states
 from paceline.spec.tree import TreeShape
 from torch._dynamo.testing import CompileCounter
-from transformers import DynamicCache
+from transformers import DynamicCache, TemperatureLogitsWarper
 
 from support.engines import engine_of
 from support.families import STATEFUL, build
@@ -57,6 +60,19 @@ def test_texts_are_those_of_plain_decoding(stateful, texts, which, tree):
     assert torch.equal(*sampled)
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_every_family_writes_its_own_text(name, texts):
+    """Greedy, with a draft model, and seeded, with what is looked up; a row alone and two ragged ones."""
+    model, rows = build(name, STATEFUL[name]), [texts[0], texts[2]]
+    drafted = _decode(model, rows, ModelDrafter(noisy_copy(model)), "2x1", new=6)
+    assert drafted[:, -6:].tolist() == [plain_text(model, text, 6) for text in rows]
+    alone = model.generate(torch.tensor(rows[:1]), do_sample=False, max_new_tokens=6, eos_token_id=None)
+    assert torch.equal(_decode(model, rows[:1], "ngram", "2x1", new=6), alone) and torch.equal(alone[0], drafted[0])
+    sampled = _decode(model, rows, "ngram", "2x1", new=6, seed=5)
+    keys, heat = row_keys(5, 2, "cpu"), (TemperatureLogitsWarper(1.3),)
+    assert sampled[:, -6:].tolist() == [plain_text(model, text, 6, heat, key) for text, key in zip(rows, keys)]
+
+
 def test_dynamic_trees_grow_over_a_draft_model_with_states(stateful, texts):
     drafter = ModelDrafter(noisy_copy(stateful))
     assert torch.equal(_decode(stateful, texts, drafter, "dynamic:8x3x2"), _decode(stateful, texts, None))
@@ -96,6 +112,27 @@ def test_what_needs_slots_alone_is_refused(stateful, texts):
     embeddings = stateful.get_input_embeddings()(torch.tensor(texts[:1]))
     with pytest.raises(ValueError, match=r"keeps something else of this prompt|doesn't have its forwarding"):
         paceline.generate(stateful, inputs_embeds=embeddings, max_new_tokens=4, eos_token_id=None)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_model_has_states_where_its_layers_have(name):
+    assert followed(build(name, STATEFUL[name]))
+
+
+def test_a_model_whose_layers_all_attend_has_none(texts):
+    """Granite 4 comes with and without layers of Mamba-2, in one module; then texts may be read before. Of
+    documents of a packed row it makes no mask."""
+    model = build("granitemoehybrid", STATEFUL["granitemoehybrid"] | dict(layer_types=["attention"] * 2))
+    assert not followed(model)
+    kept, ways = paceline.PromptCache(), dict(drafter="ngram", tree="2x1")
+    first = _decode(model, texts[:1], reuse=kept, **ways)
+    assert first[0, -12:].tolist() == plain_text(model, texts[0], 12)
+    again = _decode(model, first.tolist(), reuse=kept, return_dict_in_generate=True, **ways)
+    assert again.sequences[0, -12:].tolist() == plain_text(model, first[0].tolist(), 12)
+    positions = torch.tensor([[*range(4), *range(5)]])
+    packed = hidden_states(model, (HEAD,), torch.tensor([texts[0][:9]]), positions)[HEAD]
+    alone = hidden_states(model, (HEAD,), torch.tensor([texts[0][4:9]]), positions[:, 4:])[HEAD]
+    torch.testing.assert_close(packed[:, 4:], alone, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -94,8 +94,9 @@ def from_layers(target, layers: list[int]) -> nn.Module:
         raise ValueError(f"{name} is not one plain stack of {count} layers; give objective.sizes instead")
     if not layers or not all(0 <= layer < count for layer in layers):
         raise ValueError(f"objective.layers {layers} must name layers of {name}, which has 0 to {count - 1}")
+    others = "_id", "architectures", "_limit"  # lists that may happen to be as long
     for key, value in list(vars(config).items()):
-        listed = isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(("_id", "architectures"))
+        listed = isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(others)
         if listed:  # one entry a layer, like layer_types
             setattr(config, key, [value[layer] for layer in layers])
     config.num_hidden_layers = len(layers)
