@@ -10,7 +10,8 @@ import shutil
 import paceline
 import pytest
 import torch
-from paceline.spec.stream import layout, origin, source
+from paceline.spec.kernels import cpu
+from paceline.spec.stream import layout, source
 from paceline.spec.stream.forms import Device
 from paceline.spec.stream.origin import origin_of, weight_files
 from paceline.spec.stream.repack import folder_of, repacked
@@ -94,7 +95,7 @@ def test_what_was_repacked_of_earlier_files_is_named(changing, capsys):
 @pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "float32"), ("bfloat16", "auto"), ("float32", "float32")])
 def test_the_room_that_is_needed_is_foretold(family, stored, asked, tmp_path, monkeypatch):
     """Also where the processor emulates bfloat16, and computes in float32."""
-    monkeypatch.setattr(origin, "emulates_bfloat16", lambda device: True)
+    monkeypatch.setattr(cpu, "emulates_bfloat16", lambda device: True)
     path = saved(family, tmp_path / "model", stored, vocab_size=4001, tie_word_embeddings=True)
     dtype = asked if asked == "auto" else torch.float32
     made = origin_of(dataclasses.replace(asked_for(path), dtype=dtype))
