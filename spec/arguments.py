@@ -18,6 +18,7 @@ from .inputs.numbers import checked_numbers, plain
 from .inputs.prompt_batch import PromptBatch
 from .target import rope
 from .target.adapters import inside
+from .target.cache import slot_bytes
 from .target.given import CACHES, cache_name, check_cache
 from .target.load import context_length
 from .tree import DynamicShape, TreeShape
@@ -254,10 +255,7 @@ def check_length(model: PreTrainedModel, prompts: PromptBatch, new_tokens: int, 
 
 
 def _check_memory(model: PreTrainedModel, slots: int, size: str) -> None:
-    config, device = model.config.get_text_config(), model.device
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    needed = slots * 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    device, needed = model.device, slots * slot_bytes(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 
 def cache_folder() -> Path:
@@ -85,6 +86,22 @@ def whole(path: str | Path) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def lock(file: IO | int, wait: bool = False) -> bool:
+    """Keep other processes from an open file or folder until it is closed. False where another has it, unless that is
+    to be waited for. Where the system, or the file system, has no locks, nobody is kept from it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_json(path: str | Path, value: dict, sort_keys: bool = False) -> None:

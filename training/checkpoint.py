@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..spec.files import write_json
+from ..spec.files import lock, write_json
 
 
 class Checkpoints:
@@ -153,21 +153,15 @@ def read_state(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """In the block no other run writes to `folder`. Raises ValueError where one does."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
+    if os.name == "nt":  # which opens no folders
         yield
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(descriptor):
             raise ValueError(
                 f"run.folder {folder} is in use by another training; wait for it, or choose another folder"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
+            )
         yield
     finally:
         os.close(descriptor)

@@ -4,8 +4,8 @@ process of its own whose peak of resident memory is printed.
     python docs/cpu/stream_memory.py FOLDER --resident 450MB --limit 1GB
 
 The model has 1.5 billion parameters, in layers of Qwen2.5-1.5B's sizes, 3 GB in bfloat16. Fails where decoding takes
-more than the limit, or a tenth more than what was announced when the model was loaded: the process as it was then, and
-the weights in memory.
+more than the limit, or a tenth more than what was announced when the model was loaded: the process as it was then, the
+weights in memory, and what a prompt takes while it is read.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def repack(folder, resident):
     paceline.load_target(folder, "bfloat16", "cpu", with_tokenizer=False, stream="disk", resident=resident)
 
 
-def decode(folder, resident, tokens):
+def decode(folder, resident, tokens, prompt):
     import paceline
     from paceline.spec.stream.streamer import streamer_of
 
@@ -75,9 +75,10 @@ def decode(folder, resident, tokens):
             folder, "bfloat16", "cpu", with_tokenizer=False, stream="disk", resident=resident
         )
     sys.stderr.write(heard.getvalue())
-    announced = 1e9 * float(re.search(r"takes about (\d+\.\d+) GB", heard.getvalue())[1])
+    reading, more = re.search(r"(\d+\.\d+) GB while a long prompt.* (\d+) MB more", heard.getvalue()).groups()
+    announced = 1e9 * float(reading) + 1e3 * float(more) * (prompt + tokens)
     streamer, begun = streamer_of(model), time.perf_counter()
-    ids = torch.arange(3, 40)[None]
+    ids = 3 + torch.arange(prompt)[None] % 60000
     paceline.generate(model, ids, drafter="ngram", max_new_tokens=tokens, do_sample=False)
     record, seconds = streamer.record, time.perf_counter() - begun
     return {
@@ -99,6 +100,7 @@ def main():
     parser.add_argument("--resident", default="450MB")
     parser.add_argument("--limit", default="1GB")
     parser.add_argument("--tokens", type=int, default=8)
+    parser.add_argument("--prompt", type=int, default=1200, help="its tokens")
     parser.add_argument("--layers", type=int, default=SIZES["num_hidden_layers"])
     parser.add_argument("--part", choices=["make", "repack", "decode"])
     args = parser.parse_args()
@@ -106,14 +108,15 @@ def main():
         steps = {
             "make": lambda: make(args.folder, num_hidden_layers=args.layers),
             "repack": lambda: repack(args.folder, args.resident),
-            "decode": lambda: decode(args.folder, args.resident, args.tokens),
+            "decode": lambda: decode(args.folder, args.resident, args.tokens, args.prompt),
         }
         said = steps[args.part]() or {}
         print(json.dumps({**said, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}))
         return
     from paceline.spec.stream.budget import bytes_of
 
-    options = ["--resident", args.resident, "--tokens", args.tokens, "--layers", args.layers]
+    options = ["--resident", args.resident, "--tokens", args.tokens, "--prompt", args.prompt]
+    options += ["--layers", args.layers]
     for part in ("make", "repack", "decode"):
         if part != "make" or not args.folder.exists():
             said = apart(args.folder, "--part", part, *options)

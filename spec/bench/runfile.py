@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ..files import lock
 from ..trace import Event, Fetched
 
 VERSION = 1
@@ -263,13 +264,10 @@ def _short(value) -> str:
 
 
 def _lock(file: io.FileIO, path: str | Path) -> None:
+    """Raise ValueError where another process has the file, or has put another one in its place."""
     try:
-        import fcntl
-    except ImportError:  # Windows: two writers are then found by the reader
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):  # the other has put another file there
-            raise FileExistsError(path)
-    except OSError as error:
-        raise ValueError(f"{path} is being written by another bench; wait for it, or write to another file") from error
+        alone = lock(file) and os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        alone = False
+    if not alone:
+        raise ValueError(f"{path} is being written by another bench; wait for it, or write to another file")

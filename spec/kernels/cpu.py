@@ -41,3 +41,9 @@ def has_bfloat16() -> bool:
 def emulates_bfloat16(device: torch.device) -> bool:
     """Whether `device` is a CPU that emulates bfloat16, which makes large products several times slower."""
     return device.type == "cpu" and is_x86() and not torch.cpu._is_avx512_bf16_supported()
+
+
+def computed_in(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a model which is `stored` in one computes in on `device`: float32 for a bfloat16 that is only
+    emulated there."""
+    return torch.float32 if stored == torch.bfloat16 and emulates_bfloat16(device) else stored

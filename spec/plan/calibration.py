@@ -117,15 +117,14 @@ def calibrated(
                 return measured.walking if many_scores(model, 1, nodes, rule, temperature > 0) else 0.0
 
             by_nodes = plans(grown, measured.target, measured.grown[0], walking)
-    none = Plan.none(measured.target[1])
-    best = max([none, *by_nodes], key=lambda plan: plan.speedup)
+    dynamic = max([Plan.none(measured.target[1]), *by_nodes], key=lambda plan: plan.speedup)
     if grown is not None and len(parts) == 1:
-        return Calibrated([grown], [best], best, by_nodes, texts)
+        return Calibrated([grown], [dynamic], dynamic, by_nodes, texts)
     replays = [calibrate(model, part, prompts, rule, temperature, new_tokens, texts) for part in parts]
     alone = [plan_by_replay(replay, measured.target, costs) for replay, costs in zip(replays, measured.drafts)]
     if grown is not None:  # alone the first would grow its trees, which beside another it does not
-        alone[0] = best
-    planned = alone[0]
-    if len(parts) > 1:
-        planned = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
-    return Calibrated(replays, alone, planned, texts=texts)
+        alone[0] = dynamic
+    if len(parts) == 1:
+        return Calibrated(replays, alone, alone[0], texts=texts)
+    both = plan_side_by_side((replays[0], replays[1]), measured.target, measured.drafts)
+    return Calibrated(replays, alone, both, texts=texts)

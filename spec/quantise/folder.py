@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..console import one_line
 from ..kernels.block_linear import BlockLinear
 from ..kernels.blocks import GROUPS, Blocks
-from ..kernels.cpu import emulates_bfloat16
+from ..kernels.cpu import computed_in
 from ..kernels.rotation import Rotation
 from ..target.weights import Weights, may_be_packed, refuse_saving
 
@@ -116,8 +116,7 @@ def load_quantised(
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         layers = checked_layers(folder, config, weights or Weights("16"))
         if isinstance(dtype, str):
-            emulated = config.dtype == torch.bfloat16 and emulates_bfloat16(torch.empty(0, device=device).device)
-            dtype = torch.float32 if emulated else config.dtype
+            dtype = computed_in(config.dtype, torch.empty(0, device=device).device)
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         model.generation_config = GenerationConfig.from_pretrained(folder)

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..console import waiting
-from ..files import whole, write_json
+from ..files import lock, whole, write_json
 from .reader import PIECE, checksum, padded
 from .record import StreamError
 
@@ -227,21 +227,15 @@ class StreamFolder:
     def locked(self) -> Iterator[None]:
         """The block has the folder to itself; another process in it is waited for, with a line. Raises StreamError
         where the folder cannot be made."""
-        import fcntl
-
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = open(self.path / "lock", "ab")  # noqa: SIM115 (below)
         except OSError as error:
             raise not_written(self.path / "lock", error) from error
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not lock(file):
                 with waiting(f"another process is repacking into {self.path}"):
-                    fcntl.flock(file, fcntl.LOCK_EX)
-            except OSError:  # a file system without locks
-                pass
+                    lock(file, wait=True)
             yield
 
     def tested(self, key: str) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.rotation import Rotation
+from ..target.cache import slot_bytes
 from ..target.weights import refuse_casts, refuse_saving
 from .budget import BUFFERS, bytes_of, free_bytes, place
 from .disk import LayerFiles, Prefetcher
@@ -22,7 +23,7 @@ from .reader import Reader, pages
 from .record import Kind, StreamAbout
 from .repack import EMBEDDINGS, RESIDENT, folder_of, repacked
 from .rows import RowFile, look_up
-from .streamer import Feeder, Streamer, set_streamer
+from .streamer import Feeder, Streamer, activation_bytes, prompt_chunk, set_streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,11 +62,11 @@ def load_streamed(
     set_streamer(model.eval(), streamer)
     refuse_saving(model)
     refuse_casts(model)
-    print(f"{name}: {_announced(streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
+    print(f"{name}: {_announced(model, streamer.about, made.records[RESIDENT].size, before)}", file=sys.stderr)
     return model, tokenizer
 
 
-def _announced(about: StreamAbout, small: int, before: int) -> str:
+def _announced(model: "PreTrainedModel", about: StreamAbout, small: int, before: int) -> str:
     """What is where, in words; `before` is the memory of the process without any weights."""
     streamed = about.layers - about.resident_layers
     parts = [f"LM head, norms and biases {small / 1e6:.0f} MB"]
@@ -80,8 +81,10 @@ def _announced(about: StreamAbout, small: int, before: int) -> str:
     if about.kind == "host":
         where, beside = "the GPU's memory", f"the host keeps {about.bytes_per_forward / 1e9:.2f} GB in its place"
     else:
-        taken = (before + about.resident_bytes) / 1e9
-        where, beside = "memory", f"with them this process takes about {taken:.2f} GB"
+        taken, reading = before + about.resident_bytes, prompt_chunk(model) * activation_bytes(model)
+        where, beside = "memory", f"with them this process takes about {taken / 1e9:.2f} GB"
+        beside += f", {(taken + reading) / 1e9:.2f} GB while a long prompt is read"
+        beside += f", and {slot_bytes(model) / 1e3:.0f} MB more for every 1,000 tokens"
     return f"{what}; in {where} are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {beside}"
 
 

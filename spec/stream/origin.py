@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from ..kernels.cpu import emulates_bfloat16
+from ..kernels.cpu import computed_in
 from ..quantise.folder import WEIGHTS, FileTensors
 from ..target.gguf_file import opened
 from ..target.gguf_model import gguf_config, gguf_tokenizer, own_dtype
@@ -39,8 +39,7 @@ class Asked:
         """The dtype to compute in, of a model that is stored as `stated`."""
         if isinstance(self.dtype, torch.dtype):
             return self.dtype
-        emulated = stated == torch.bfloat16 and emulates_bfloat16(self.device)
-        return torch.float32 if emulated else stated
+        return computed_in(stated, self.device)
 
 
 class Origin(Protocol):

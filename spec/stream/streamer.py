@@ -117,10 +117,14 @@ def prompt_chunk(model: "PreTrainedModel") -> int:
     all weights, as long as the memory for it is little beside that of the weights."""
     if (streamer := streamer_of(model)) is None:
         return CHUNK
+    return min(max(CHUNK, int(_SHARE * streamer.about.resident_bytes / activation_bytes(model))), _MOST)
+
+
+def activation_bytes(model: "PreTrainedModel") -> int:
+    """About the bytes that a token's activations take in a layer."""
     config = model.config.get_text_config()
     hidden, inner = config.hidden_size, getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    each = model.dtype.itemsize * (8 * hidden + 3 * inner)  # bytes of a token's activations in a layer, about
-    return min(max(CHUNK, int(_SHARE * streamer.about.resident_bytes / each)), _MOST)
+    return model.dtype.itemsize * (8 * hidden + 3 * inner)
 
 
 def streamer_of(model: nn.Module | None) -> Streamer | None:

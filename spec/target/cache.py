@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from ..recurrent.passes import NodePass, TextPass
@@ -33,6 +34,14 @@ def _move_lines(buffers: list[Tensor], source: Tensor, target: Tensor) -> None:
 
 
 _library.impl("move_lines", _move_lines, "CompositeExplicitAutograd")  # any device
+
+
+def slot_bytes(model: PreTrainedModel) -> int:
+    """About the bytes of a slot in all layers, by the configuration of `model`."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
 
 
 class AimedSlots:

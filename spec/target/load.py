@@ -48,33 +48,15 @@ def load_target(
 
     Raises ValueError, in one sentence, where nothing can be loaded.
     """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from ..kernels.cpu import emulates_bfloat16
     from ..quantise.folder import is_quantised, load_quantised
     from .adapters import is_adapter
     from .weights import Weights
 
     wanted = Weights(str(weights))
-    if dtype != "auto":
-        torch_dtype = getattr(torch, str(dtype).removeprefix("torch."), None)
-        if not isinstance(torch_dtype, torch.dtype) or not torch_dtype.is_floating_point:
-            raise ValueError(
-                f"dtype={dtype!r} is no floating-point dtype of torch; use 'auto', 'float32' or 'bfloat16'"
-            )
-        dtype = torch_dtype
-    try:
-        placed = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
-    if placed.type == "meta":
-        raise ValueError("device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'")
-    where = resolve(str(name_or_path), in_blocks=wanted.bits is not None)
+    dtype, placed = _checked_dtype(dtype), _placed(device)
+    name, where = str(name_or_path), resolve(str(name_or_path), in_blocks=wanted.bits is not None)
     if stream is not None:
-        return _load_streamed(
-            str(name_or_path), where, wanted, dtype, placed, trust_remote_code, with_tokenizer, stream, resident
-        )
+        return _load_streamed(name, where, wanted, dtype, placed, trust_remote_code, with_tokenizer, stream, resident)
     if resident is not None:
         raise ValueError(
             f"resident={resident!r} is for a model that is streamed; pass stream= as well, or leave it out"
@@ -82,9 +64,9 @@ def load_target(
     if is_adapter(where := _adapter_folder(where)):
         return _load_adapted(where, wanted, dtype, placed, trust_remote_code, with_tokenizer)
     if Path(where).is_file():
-        model, tokenizer = _load_gguf(str(name_or_path), where, wanted, dtype, placed, with_tokenizer)
-        if str(name_or_path) in NAMED:
-            model.config._name_or_path = model.name_or_path = NAMED[str(name_or_path)].hub_id
+        model, tokenizer = _load_gguf(name, where, wanted, dtype, placed, with_tokenizer)
+        if name in NAMED:
+            model.config._name_or_path = model.name_or_path = NAMED[name].hub_id
         return model, tokenizer
     if is_quantised(where):
         return load_quantised(where, wanted, dtype, placed, with_tokenizer, trust_remote_code)
@@ -93,21 +75,61 @@ def load_target(
             f"weights={weights!r}: {where} holds no weights in blocks; name a GGUF file, make a folder by paceline "
             "quantise, or load it with weights='16'"
         )
+    return _load_dense(name, where, dtype, device, trust_remote_code, with_tokenizer)
+
+
+def _checked_dtype(dtype: "str | torch.dtype") -> "str | torch.dtype":
+    """`dtype` as torch's, or "auto"."""
+    import torch
+
+    if dtype == "auto":
+        return dtype
+    found = getattr(torch, str(dtype).removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={dtype!r} is no floating-point dtype of torch; use 'auto', 'float32' or 'bfloat16'")
+    return found
+
+
+def _placed(device: "str | int | torch.device | None") -> "torch.device":
+    """The device that is meant, with its number; None means torch's default one."""
+    import torch
+
+    try:
+        placed = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device!r} cannot be used here ({str(error).splitlines()[0]})") from error
+    if placed.type == "meta":
+        raise ValueError("device='meta' keeps no numbers to decode with; use 'cpu' or 'cuda'")
+    return placed
+
+
+def _load_dense(
+    name: str,
+    where: str,
+    dtype: "str | torch.dtype",
+    device: "str | int | torch.device | None",
+    trust_remote_code: bool,
+    with_tokenizer: bool,
+) -> tuple["PreTrainedModel", Any]:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ..kernels.cpu import computed_in
+
     options = {"trust_remote_code": trust_remote_code}
     try:
-        with _wait(str(name_or_path), where), quietly():
+        with _wait(name, where), quietly():
             model, report = AutoModelForCausalLM.from_pretrained(
                 where, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
             )
             tokenizer = AutoTokenizer.from_pretrained(where, **options) if with_tokenizer else None
     except Exception as error:  # whatever transformers, safetensors or the hub raise for a bad source
-        raise ValueError(why_not_loaded(str(name_or_path), where, error)) from error
+        raise ValueError(why_not_loaded(name, where, error)) from error
     absent = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if absent:  # transformers would fill them with random numbers
         raise ValueError(f"the weights of {where} lack {absent[0]} and {len(absent) - 1} more; fetch the model again")
     model = model.to(device or model.device)
-    if dtype == "auto" and model.dtype == torch.bfloat16 and emulates_bfloat16(model.device):
-        model = model.float()
+    if dtype == "auto" and (wide := computed_in(model.dtype, model.device)) != model.dtype:
+        model = model.to(wide)
     return model.eval(), tokenizer
 
 
@@ -201,17 +223,13 @@ def _load_gguf(
     device: "torch.device",
     with_tokenizer: bool,
 ) -> tuple["PreTrainedModel", Any]:
-    import torch
-
-    from ..kernels.cpu import emulates_bfloat16
+    from ..kernels.cpu import computed_in
     from .gguf_file import opened
     from .gguf_model import gguf_model, gguf_tokenizer, own_dtype
 
     with opened(where) as file, _wait(where, where), quietly():
         if isinstance(dtype, str):
-            dtype = own_dtype(file)
-            if dtype == torch.bfloat16 and emulates_bfloat16(device):
-                dtype = torch.float32
+            dtype = computed_in(own_dtype(file), device)
         model, told = gguf_model(file, weights, dtype, device)
         tokenizer = gguf_tokenizer(file) if with_tokenizer else None
     if weights.bits:

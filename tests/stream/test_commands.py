@@ -1,5 +1,5 @@
-"""`paceline plan`, `profile` and `bench` on a target that is streamed from the disk: curves, texts, replay, decoding with
-the plan, and what a run file keeps."""
+"""`paceline plan`, `profile` and `bench` on a target that is streamed from the disk: curves, texts, replay, decoding
+with the plan, and what a run file keeps."""
 
 import json
 

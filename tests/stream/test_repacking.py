@@ -10,12 +10,14 @@ import shutil
 import paceline
 import pytest
 import torch
-from paceline.spec.stream import layout, origin, source
+from paceline.spec.kernels import cpu, native
+from paceline.spec.stream import layout, repack, source
 from paceline.spec.stream.forms import Device
 from paceline.spec.stream.origin import origin_of, weight_files
 from paceline.spec.stream.repack import folder_of, repacked
 from stream.streaming import asked_for, assert_same, budget, folder_for, resident, saved, streamed
 
+from support.blocks import write_tiny
 from support.sentences import sentence
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40]])
@@ -90,11 +92,81 @@ def test_what_was_repacked_of_earlier_files_is_named(changing, capsys):
     assert str(folder_for(changing).path) not in said.partition("delete")[2] and first.model() is not None
 
 
+def interrupted(path, monkeypatch, **options):
+    """Repack three files of the model of `path`; returns the list to which each further file that is written adds."""
+    plain, written = layout.FileWriter.finish, []
+    monkeypatch.setattr(layout.FileWriter, "finish", failing(FULL, plain, 3))
+    with pytest.raises(ValueError, match="the disk is full"):
+        paceline.load_target(path, **{**LOADED, **options})
+    monkeypatch.setattr(layout.FileWriter, "finish", lambda writer: written.append(1) or plain(writer))
+    return written
+
+
+LOADED = dict(dtype="float32", device="cpu", with_tokenizer=False, stream="disk", resident="1GB")
+ALL = 6 + 2  # layers, what stays in memory, and embeddings
+
+
+@pytest.mark.parametrize(("change", "options"), [
+    ("nothing", {}),
+    ("what stays in memory", {"resident": "100kB"}),
+    ("a dtype as it is stored", {"dtype": "auto"}),
+    ("a tokenizer", {"with_tokenizer": True}),
+    ("code of its own", {"trust_remote_code": True}),
+    ("another name of the folder", {}),
+    ("a setting of generation", {}),
+])  # fmt: skip
+def test_what_an_interrupted_repacking_goes_on_with(change, options, changing, tmp_path, tokenizer, monkeypatch):
+    written, path = interrupted(changing, monkeypatch), changing
+    if change == "a tokenizer":
+        tokenizer.save_pretrained(changing)
+    elif change == "another name of the folder":
+        path = tmp_path / "link"
+        path.symlink_to(changing)
+    elif change == "a setting of generation":
+        (changing / "generation_config.json").write_text('{"do_sample": true}')
+    paceline.load_target(path, **{**LOADED, **options})
+    assert len(written) == ALL - 3
+
+
+@pytest.mark.parametrize(
+    ("change", "files"),
+    [("dtype", ALL), ("kernels", ALL), ("format", ALL), ("weights", ALL), ("configuration", ALL - 2), ("copy", ALL)],
+)
+def test_what_makes_an_interrupted_repacking_begin_anew(change, files, changing, tmp_path, monkeypatch):
+    """Each changes what the files hold, or what they are made of; what the other had written is still there."""
+    written, path, options = interrupted(changing, monkeypatch), changing, {}
+    before = folder_for(changing).path
+    if change == "dtype":
+        options = {"dtype": "bfloat16"}
+    elif change == "kernels":
+        monkeypatch.setattr(native, "prepare", lambda: False)
+    elif change == "format":
+        for module in (layout, repack):
+            monkeypatch.setattr(module, "FORMAT", layout.FORMAT + 1)
+    elif change == "weights":
+        os.utime(changing / "model.safetensors", (1, 1))
+    elif change == "configuration":
+        edit(changing, num_hidden_layers=4)
+    else:
+        path = shutil.copytree(changing, tmp_path / "copy")
+    paceline.load_target(path, **{**LOADED, **options})
+    assert len(written) == files and len(list(before.glob("layer-*.json"))) == 3
+
+
+def test_other_bits_of_the_same_file_begin_anew(tmp_path, monkeypatch):
+    path = write_tiny(tmp_path / "tiny.gguf", ("Q4_K", "Q6_K"))
+    written = interrupted(path, monkeypatch, weights="q4")
+    layers = paceline.load_target(path, **LOADED)[0].config.num_hidden_layers
+    assert len(written) == layers + 2
+    paceline.load_target(path, weights="q4", **LOADED)
+    assert len(written) == 2 * (layers + 2) - 3, "that of the first bits goes on"
+
+
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 @pytest.mark.parametrize(("stored", "asked"), [("bfloat16", "float32"), ("bfloat16", "auto"), ("float32", "float32")])
 def test_the_room_that_is_needed_is_foretold(family, stored, asked, tmp_path, monkeypatch):
     """Also where the processor emulates bfloat16, and computes in float32."""
-    monkeypatch.setattr(origin, "emulates_bfloat16", lambda device: True)
+    monkeypatch.setattr(cpu, "emulates_bfloat16", lambda device: True)
     path = saved(family, tmp_path / "model", stored, vocab_size=4001, tie_word_embeddings=True)
     dtype = asked if asked == "auto" else torch.float32
     made = origin_of(dataclasses.replace(asked_for(path), dtype=dtype))
