@@ -87,15 +87,27 @@ def fitting(
     return taken
 
 
-def check_ids(ids: list[int], model: "PreTrainedModel", new_tokens: int = 0) -> None:
-    """Raise Unfit for ids that the model does not know, and for a text that does not fit into its context."""
-    vocabulary, context = model.config.get_text_config().vocab_size, context_length(model)
+def check_ids(ids: Sequence[int], model: "PreTrainedModel", new_tokens: int = 0, name: str = "it") -> None:
+    """Raise Unfit for ids that the model does not know, and for a text that does not fit into its context; `name` is
+    what the text is called."""
     if not ids:
-        raise Unfit("it has no token")
-    if not 0 <= min(ids) <= max(ids) < vocabulary:
-        raise Unfit(f"the tokenizer gives an id beyond the model's vocabulary of {vocabulary}")
+        raise Unfit(f"{name} has no token (give at least one)")
+    check_known(ids, model, name)
+    context = context_length(model)
     if context is not None and len(ids) + new_tokens > context:
-        raise Unfit(f"it does not fit into the model's context of {context} with {new_tokens} new tokens")
+        raise Unfit(
+            f"{name} does not fit into the model's context of {context} with {new_tokens} new tokens (it has "
+            f"{len(ids)}; shorten it, or ask for fewer)"
+        )
+
+
+def check_known(ids: Sequence[int], model: "PreTrainedModel", name: str) -> None:
+    """Raise Unfit for ids, at least one, that the model does not know."""
+    vocabulary = model.config.get_text_config().vocab_size
+    if not 0 <= min(ids) <= max(ids) < vocabulary:
+        raise Unfit(
+            f"{name} has a token id beyond the model's vocabulary of {vocabulary} (give ids of its own tokenizer)"
+        )
 
 
 def templated_ids(

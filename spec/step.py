@@ -7,7 +7,7 @@ be compiled or captured as it is (unless a logits processor looks at the history
 are computed along the accepted path only, node after node).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -54,15 +54,21 @@ class Engine:
         for span in self.spans(chunk, rows, held):
             self.session.read(span, self.target.read(span))
 
-    def spans(self, chunk: int, rows: Tensor | None = None, held: Mapping[int, Held] | None = None) -> Iterator[Span]:
-        """What `read` reads, span by span: rows are cleared at the first one."""
+    def spans(
+        self,
+        chunk: int,
+        rows: Tensor | None = None,
+        held: Mapping[int, Held] | None = None,
+        ends: Sequence[tuple[int, int]] | None = None,
+    ) -> Iterator[Span]:
+        """What `read` reads, span by span: rows are cleared at the first one. `ends` is that of `protocol.spans`."""
         self.target.clear(rows)
         self.session.clear(rows)
         counts = torch.zeros_like(self.state.lengths)
         for row, part in (held or {}).items():
             self._resume(row, part)
             counts[row] = part.count
-        yield from spans(self.state.tokens, self.state.lengths, chunk, rows, counts, self.state.beside)
+        yield from spans(self.state.tokens, self.state.lengths, chunk, rows, counts, self.state.beside, ends)
 
     def _resume(self, row: int, held: Held) -> None:
         for part, saved in ((self.target, held.target), (self.session, held.session)):

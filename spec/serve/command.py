@@ -1,7 +1,8 @@
 """`paceline serve`: one model behind an OpenAI-compatible endpoint, until a signal ends it.
 
 SIGTERM or Ctrl-C: no more requests, those under way get `GRACE` seconds, exit code 0; a second one ends it at once.
-Where the engine fails, or is stuck, the server ends with exit code 1.
+Where the engine fails, or is stuck, the server ends with exit code 1. What needs the extra `serve` is imported by the
+functions that need it.
 """
 
 import asyncio
@@ -11,7 +12,23 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+from ... import __version__
+from ..console import waiting
+from ..engines import runs
+from ..engines.executors import choose
 from ..inputs.numbers import whole_number
+from ..plan.store import read_shape, serving_path
+from ..proposal import NoDrafter
+from ..stream.streamer import prompt_chunk, streamer_of
+from ..target.load import context_length
+from ..target.selftest import attach
+from .gears import Gears, sizes
+from .lanes import Lane
+from .planner import RowPlanner, measured
+from .prefixes import KeptPrefixes, can_resume
+from .row_sampler import KEPT_KINDS, KINDS
+from .scheduler import Scheduler
+from .worker import Worker
 
 GRACE = 30.0  # seconds for texts that are under way
 CLOSING = 10.0  # seconds for the engine to end its turn
@@ -68,20 +85,7 @@ def _end(worker: Any) -> None:
 
 def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures: Any) -> tuple[Any, Any, dict]:
     """The worker, the limits, and what `/version` tells."""
-    from ... import __version__
-    from ..engines import runs
-    from ..engines.executors import choose
-    from ..proposal import NoDrafter
-    from ..stream.streamer import prompt_chunk, streamer_of
-    from ..target.load import context_length
-    from ..target.selftest import attach
-    from .gears import Gears
-    from .lanes import Lane
-    from .prefixes import KeptPrefixes, can_resume
-    from .row_sampler import KEPT_KINDS, KINDS
-    from .scheduler import Scheduler
     from .serving import Limits
-    from .worker import Worker
 
     attach(model)
     drafting = drafter or NoDrafter()
@@ -115,11 +119,6 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
 
 def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, rows: int) -> tuple[Any, Any]:
     """The tree for a number of rows, and what is to be told of each step."""
-    from ..console import waiting
-    from ..plan.store import read_shape, serving_path
-    from .gears import sizes
-    from .planner import RowPlanner, measured
-
     if args.tree != "auto":
         shape = read_shape(args.tree, drafter)
         return lambda rows: shape, lambda arrival, gear: None

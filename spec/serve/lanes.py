@@ -48,11 +48,12 @@ class Lane:
         for row, job in self.jobs.items():
             job.phase = Phase.READING
             job.reused = kept[row].count if row in kept else 0
-        self.left = max(len(job.request.tokens) - 1 - job.reused for job in jobs)
+        ends = [(job.reused, len(job.request.tokens) - 1 - job.reused) for job in jobs]
+        self.left = max(left for _, left in ends)
         self.waited, self.begun = 0, begun
         self.engine.state.admit(rows, [job.request for job in jobs], [0] * len(jobs))
         with self.packing:
-            self._spans = self.engine.spans(self.chunk, None if len(jobs) == self.width else rows, kept)
+            self._spans = self.engine.spans(self.chunk, None if len(jobs) == self.width else rows, kept, ends)
             if not self.left:
                 next(self._spans, None)  # clears the rows
 

@@ -14,10 +14,11 @@ from ..arguments import check_executor, check_length, check_model
 from ..inputs.numbers import whole_number
 from ..inputs.prompt_batch import PromptBatch
 from ..plan.store import read_shape
+from ..prompts import check_ids, check_known
 from ..proposal import Drafter, loaded_drafter
 from ..stream.record import StreamError
 from ..stream.streamer import prompt_chunk
-from ..target.load import context_length, end_ids
+from ..target.load import end_ids
 from ..target.selftest import attach
 from ..tree import TreeShape
 from .gears import Gears, Shape
@@ -143,17 +144,10 @@ def make_job(
         tokens, predicted = _tokens("prompt", asked.prompt, tokenizer), list[int]()
         if asked.prediction:
             predicted = _tokens("prediction", asked.prediction, tokenizer, add_special_tokens=False)
+        check_ids(tokens, model, asked.max_new_tokens, "prompt")
+        if predicted:
+            check_known(predicted, model, "prediction")
         vocabulary = model.config.get_text_config().vocab_size
-        for part, ids in (("prompt", tokens), ("prediction", predicted)):
-            if (not ids and part == "prompt") or (ids and not 0 <= min(ids) <= max(ids) < vocabulary):
-                what = f"has ids beyond the model's vocabulary of {vocabulary}" if ids else "is empty"
-                raise ValueError(f"{part} {what}; pass a text, or ids of the model's own tokenizer")
-        context = context_length(model)
-        if context is not None and len(tokens) + asked.max_new_tokens > context:
-            raise ValueError(
-                f"prompt has {len(tokens)} tokens and max_new_tokens={asked.max_new_tokens}, together more than the "
-                f"model's context of {context}; shorten one of them"
-            )
         batch = PromptBatch.of(torch.tensor([tokens]), None, None)
         check_length(model, batch, asked.max_new_tokens, DEEP)
         running = None if tokenizer is None else RunningText(tokenizer, asked.stop)

@@ -12,9 +12,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..inputs.numbers import whole_number
+from ..prompts import check_ids
 from ..proposal import Drafter, NoDrafter
 from ..stream.streamer import prompt_chunk
-from ..target.load import context_length, end_ids
+from ..target.load import end_ids
 from ..target.selftest import attach
 from ..tree import DynamicShape, TreeShape
 from .job import Job
@@ -80,13 +81,9 @@ def decode_texts(
 
 
 def _check(text: Text, model: PreTrainedModel) -> None:
-    context, vocabulary = context_length(model), model.config.get_text_config().vocab_size
-    if text.tokens and not 0 <= min(text.tokens) <= max(text.tokens) < vocabulary:
-        raise ValueError(f"a text has a token id beyond the model's vocabulary of {vocabulary}; leave it out")
-    if not text.tokens or text.new_tokens < 1 or text.room < len(text.tokens) + text.new_tokens:
+    check_ids(text.tokens, model, text.room - len(text.tokens), "a text")
+    if text.new_tokens < 1 or text.room < len(text.tokens) + text.new_tokens:
         raise ValueError(f"a text of {len(text.tokens)} tokens to continue by {text.new_tokens} has no room")
-    if context is not None and text.room > context:
-        raise ValueError(f"a text of {text.room} tokens exceeds the model's context of {context}; leave it out")
 
 
 class _Serving:

@@ -59,15 +59,19 @@ def spans(
     rows: Tensor | None = None,
     held: Tensor | None = None,
     beside: Tensor | None = None,
+    ends: Sequence[tuple[int, int]] | None = None,
 ) -> Iterator[Span]:
     """Split the texts `tokens` (B, T) of `lengths` (B,), or those of `rows` (R,), into spans of `chunk` positions, so
     that memory does not grow with the prompt. The last token of each text, the root of the first tree, is left out, and
-    so are the first `held` (B,) tokens. `beside` (B,) is how much longer the longest text of their batch is."""
+    so are the first `held` (B,) tokens. `beside` (B,) is how much longer the longest text of their batch is.
+
+    `ends` says of each of these texts how many tokens are held, and how many are to be read; without it the host waits
+    for the device to know that."""
     held, beside = (torch.zeros_like(lengths) if given is None else given for given in (held, beside))
     if rows is not None:
         tokens, lengths, held, beside = tokens[rows], lengths[rows], held[rows], beside[rows]
     left = lengths - 1 - held
-    ends = [*zip(held.tolist(), left.tolist())]
+    ends = [*zip(held.tolist(), left.tolist())] if ends is None else ends
     width = max(count for _, count in ends)
     for start in range(0, width, chunk):
         columns = torch.arange(start, min(start + chunk, width), device=tokens.device)

@@ -48,7 +48,7 @@ def file(tmp_path):
 
 
 LEFT_OUT = [
-    "left out 1 prompts: the tokenizer gives an id beyond the model's vocabulary of 57",
+    "left out 1 prompts: it has a token id beyond the model's vocabulary of 57",
     "left out 1 prompts: it does not fit into the model's context of 64 with 8 new tokens",
 ]
 READ = "chats.json.gz: read as ShareGPT, 5 of 7 records"
@@ -195,5 +195,5 @@ def test_texts_that_decoding_cannot_read_are_refused():
     from paceline.spec.serve.texts import Text, decode_texts
 
     for token in (KNOWN, -1):
-        with pytest.raises(ValueError, match="a token id beyond the model's vocabulary of 57; leave it out"):
+        with pytest.raises(ValueError, match="a text has a token id beyond the model's vocabulary of 57"):
             decode_texts(tiny_llama(vocab=KNOWN), [Text([5, token], 2, 0, 9)], lambda *ended: None, batch=1)

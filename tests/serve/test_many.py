@@ -144,8 +144,8 @@ def test_nothing_asked_for_is_nothing_given(model):
 REFUSED = {
     "a field that is none": (dict(prompt=[3], max_tokens=4), "does not take 'max_tokens'"),
     "no prompt": (dict(max_new_tokens=4), "needs a prompt"),
-    "a prediction of nobody": (dict(prompt=[3], prediction=[61]), "prediction has ids beyond"),
-    "an empty prompt": (dict(prompt=[]), "prompt is empty"),
+    "a prediction of nobody": (dict(prompt=[3], prediction=[61]), "prediction has a token id beyond"),
+    "an empty prompt": (dict(prompt=[]), "prompt has no token"),
     "an unknown id": (dict(prompt=[3, 61]), "vocabulary of 61"),
     "a prompt of numbers": (dict(prompt=[3.5]), "a text or a list of token ids"),
     "a text without tokenizer": (dict(prompt="abc"), "needs a tokenizer"),

@@ -178,7 +178,7 @@ def test_a_recorded_step_takes_refills(model, texts, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [(Text([], 4, 0, 9), "no room"), (Text([3], 0, 0, 9), "no room"), (Text([3] * 500, 80, 0, 580), "context of 512")],
+    [(Text([], 4, 0, 9), "no token"), (Text([3], 0, 0, 9), "no room"), (Text([3] * 500, 80, 0, 580), "context of 512")],
 )
 def test_texts_that_cannot_be_continued_are_refused(model, text, words):
     with pytest.raises(ValueError, match=words):
