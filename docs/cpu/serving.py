@@ -2,7 +2,7 @@
 
     python docs/cpu/serving.py --model smollm2-135m --drafter auto -o serving.json
 
-Clients are threads that stream answers of --new-tokens tokens to prompts of --prompt-tokens tokens, one after another.
+Clients are threads that stream answers of --new-tokens tokens to prompts of some 100 tokens, one after another.
 Reported are tokens a second of 1 and of --clients clients with drafts and without (each a server of its own, in turns),
 `generate()` on the same prompts in this process, the time to the first token of 4 clients, and how many turns a row
 stays taken after its client has gone.
@@ -19,8 +19,10 @@ import threading
 import time
 from pathlib import Path
 
-HERE = Path(__file__).parent
-WORDS = ["river", "stone", "light", "garden", "engine", "winter", "paper", "signal", "market", "bridge"]
+import paceline
+import torch
+
+SUBJECTS = ["a river", "a clock", "an island", "winter", "a train", "bread", "a lamp", "the sea", "a garden", "glass"]
 
 
 @contextlib.contextmanager
@@ -45,9 +47,20 @@ def server(args, drafter: str):
             process.wait(60)
 
 
+def chat(number: int) -> str:
+    """What a client says: some 100 tokens with SmolLM2's chat template, no two alike."""
+    subject, other = SUBJECTS[number % len(SUBJECTS)], SUBJECTS[(number * 5 + 1) % len(SUBJECTS)]
+    return (
+        f"Story number {number}. Please write a long and detailed story about {subject} and {other}. Tell who the "
+        "people are, where they come from, what they want, and what stands in their way; describe the weather and town "
+        "and the sounds of its streets, and let the story go on for many pages before it comes to its end."
+    )
+
+
 def prompt(args, number: int) -> list[int]:
-    """Token ids, no two prompts alike."""
-    return [200 + (number * 7919 + place * 104729) % 20_000 for place in range(args.prompt_tokens)]
+    """Token ids of a chat."""
+    said = [{"role": "user", "content": chat(number)}]
+    return list(args.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=False))
 
 
 def stream(port: int, body: dict):
@@ -121,9 +134,6 @@ def steps_after_leaving(args, port: int) -> float:
 
 def alone(args, numbers: range, drafter: str) -> float:
     """Tokens a second of `generate()` in this process."""
-    import paceline
-    import torch
-
     model, _ = paceline.load_target(args.model, args.dtype)
     drafting, began, tokens = None if drafter == "none" else paceline.load_drafter(drafter, model), 0.0, 0
     for number in numbers:
@@ -148,10 +158,10 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--requests", type=int, default=3, help="of each client")
     parser.add_argument("--repeats", type=int, default=2, help="of all servers, in turns")
-    parser.add_argument("--prompt-tokens", type=int, default=100)
     parser.add_argument("--new-tokens", type=int, default=128)
     parser.add_argument("-o", "--output")
     args, told = parser.parse_args(), []
+    args.tokenizer = paceline.load_target(args.model)[1]
     for repeat in range(args.repeats):
         for drafter in (args.drafter, "none"):
             numbers = range(100 * repeat, 100 * repeat + 1 + args.requests)
@@ -164,7 +174,8 @@ def main() -> None:
             told.append(record)
             print(json.dumps(record), flush=True)
     if args.output:
-        Path(args.output).write_text(json.dumps({"arguments": vars(args), "records": told}, indent=1) + "\n")
+        arguments = {name: value for name, value in vars(args).items() if name != "tokenizer"}
+        Path(args.output).write_text(json.dumps({"arguments": arguments, "records": told}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

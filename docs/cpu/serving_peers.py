@@ -23,18 +23,7 @@ import urllib.error
 import urllib.request
 from queue import Queue
 
-SUBJECTS = ["a river", "a clock", "an island", "winter", "a train", "bread", "a lamp", "the sea", "a garden", "glass"]
 PORT = 8765
-
-
-def chat(number: int) -> str:
-    """What a client says: some 100 tokens with the chat template, no two alike."""
-    subject, other = SUBJECTS[number % len(SUBJECTS)], SUBJECTS[(number * 5 + 1) % len(SUBJECTS)]
-    return (
-        f"Story number {number}. Please write a long and detailed story about {subject} and {other}. Tell who the "
-        "people are, where they come from, what they want, and what stands in their way; describe the weather and town "
-        "and the sounds of its streets, and let the story go on for many pages before it comes to its end."
-    )
 
 
 class OverHttp:
@@ -149,11 +138,13 @@ def openvino_worker(path: str) -> None:
 
 def load(way, clients: int, each: int, tokens: int, first: int) -> dict:
     """`clients` threads with `each` requests one after another."""
+    import serving  # not at the top, because OpenVINO's interpreter lacks what it needs
+
     told: list[tuple[int, float]] = []
 
     def client(index: int) -> None:
         for turn in range(each):
-            told.append(way.ask(chat(first + index * each + turn), tokens))
+            told.append(way.ask(serving.chat(first + index * each + turn), tokens))
 
     threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
     began = time.perf_counter()
