@@ -128,7 +128,8 @@ def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, r
         planner = RowPlanner(times, beside=bool(drafter.traits.parts))
 
     def learn(arrival: Any, gear: Any) -> None:
-        planner.learn(gear.shape, [report for report in arrival.reports.values() if report.committed])
+        committed = [report for report in arrival.reports.values() if report.committed]
+        planner.learn(gear.rows, gear.shape, committed, sum(arrival.seconds.values()))
 
     return planner, learn
 

@@ -62,13 +62,13 @@ def test_what_is_accepted_changes_the_plan_after_a_while():
     assert planner(4) != NONE
     turns = 0
     while planner(4) != NONE:
-        planner.learn(planner(4), [report(planner(4), 0)])
+        planner.learn(4, planner(4), [report(planner(4), 0)], planner.times[4, planner(4)])
         turns += 1
         assert turns < 400
     assert turns > STEADY
     shapes = []
     for _ in range(300):
-        planner.learn(CHAIN, [report(CHAIN, 3)])
+        planner.learn(4, CHAIN, [report(CHAIN, 3)], planner.times[4, CHAIN])
         shapes.append(planner(4))
     assert shapes[-1] != NONE and sum(before != after for before, after in itertools.pairwise(shapes)) <= 3
 
@@ -77,6 +77,7 @@ def test_a_small_gain_and_a_short_one_change_nothing():
     times = {(1, NONE): 10.0, (1, CHAIN): 10.0 * expected_tokens(Seen().first.rates(), CHAIN) * 1.01}
     planner = RowPlanner(times)
     assert planner(1) == NONE
+    times = planner.times
     times[1, CHAIN] *= 0.97
     assert [planner(1) for _ in range(50)] == [NONE] * 50, "two in a hundred"
     times[1, CHAIN] *= 0.8
@@ -85,6 +86,20 @@ def test_a_small_gain_and_a_short_one_change_nothing():
     assert [planner(1) for _ in range(STEADY - 1)] == [CHAIN] * (STEADY - 1)
     times[1, CHAIN] /= 2
     assert [planner(1) for _ in range(20)] == [CHAIN] * 20
+
+
+def test_steps_that_take_longer_than_was_measured_end_a_tree():
+    """A chain that was measured at 10 and takes 30; one long step alone, as when the machine did something else, does
+    not."""
+    times = {(8, NONE): 9.0, (8, CHAIN): 10.0}
+    planner = RowPlanner(times)
+    assert planner(8) == CHAIN
+    planner.learn(8, CHAIN, [], 500.0)
+    assert [planner(8) for _ in range(2 * STEADY)] == [CHAIN] * 2 * STEADY
+    for _ in range(40):
+        planner.learn(8, CHAIN, [], 30.0)
+    assert [planner(8) for _ in range(2 * STEADY)][-1] == NONE
+    assert abs(planner.times[8, CHAIN] - 30) < 3 and planner.times[8, NONE] == 9.0 and times[8, CHAIN] == 10.0
 
 
 def test_counts_are_those_of_the_slots_of_a_tree():
@@ -134,7 +149,10 @@ def test_times_are_measured_once_and_a_plan_by_them_serves(drafter, tmp_path):
     assert {rows for rows, _ in times} == {1, 2} and min(times.values()) > 0
     assert measured(model, drafting, "eager", (1, 2), 40, path) == times
     planner = RowPlanner(times)
-    learn = lambda arrival, gear: planner.learn(gear.shape, [*arrival.reports.values()])  # noqa: E731
+
+    def learn(arrival, gear):
+        planner.learn(gear.rows, gear.shape, [*arrival.reports.values()], sum(arrival.seconds.values()))
+
     scheduler = scheduler_of(model, drafting, planner, rows=2, on_step=learn)
     for seed in range(3):
         assert Play(model, scheduler, seed).run().faults() == []
