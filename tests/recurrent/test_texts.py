@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 from transformers import DynamicCache, TemperatureLogitsWarper
 
 from support.engines import engine_of
-from support.families import STATEFUL, build
+from support.families import KINDS, STATEFUL, build
 from support.models import noisy_copy
 from support.reference import plain_text
 from support.tape import tape_executor
@@ -90,17 +90,19 @@ def test_refilled_rows_have_the_texts_of_rows_alone(stateful, texts):
     assert got == {text.name: plain_text(stateful, text.tokens, text.new_tokens) for text in waiting}
 
 
-def test_a_recorded_step_decodes_other_prompts(stateful, texts, monkeypatch):
+@pytest.mark.parametrize("name", [*KINDS.values(), "mamba2"])
+def test_a_recorded_step_decodes_other_prompts(name, texts, monkeypatch):
     """By tape, as a CUDA graph is: a draft model with states beside a target with states."""
-    drafter = ModelDrafter(noisy_copy(stateful))
+    model = build(name, STATEFUL[name])
+    drafter = ModelDrafter(noisy_copy(model))
     with tape_executor(monkeypatch) as tapes:
-        runs.reset(stateful)
+        runs.reset(model)
         for batch in (texts, texts[::-1]):
-            truth = _decode(stateful, batch, drafter, "2x1", executor="eager")
-            assert torch.equal(_decode(stateful, batch, drafter, "2x1", executor="tape"), truth)
+            truth = _decode(model, batch, drafter, "2x1", executor="eager")
+            assert torch.equal(_decode(model, batch, drafter, "2x1", executor="tape"), truth)
     (tape,) = tapes
     assert tape.tape.offences == [] and tape.replays > 4
-    runs.reset(stateful)
+    runs.reset(model)
 
 
 def test_what_needs_slots_alone_is_refused(stateful, texts):
@@ -146,10 +148,13 @@ def test_every_step_is_one_graph(stateful):
     assert counter.frame_count == 1
 
 
+COMPILED = {"lfm2": {}, "mamba2": {}, "qwen3_next": dict(num_experts=0)}  # mixtures take a minute more to compile
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["lfm2", "mamba2"])  # that of qwen3_next takes a minute, and is the same too
+@pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step_decodes_the_same(name, texts):
-    model = build(name, STATEFUL[name])
+    model = build(name, STATEFUL[name] | COMPILED[name])
     for batch in (texts, texts[::-1]):
         truth = _decode(model, batch, "ngram", "2x1", executor="eager")
         assert torch.equal(_decode(model, batch, "ngram", "2x1", executor="compiled"), truth)

@@ -6,6 +6,7 @@ import paceline
 import pytest
 import torch
 from paceline.spec.target.load import load_target
+from paceline.training.objectives.draft_network import from_layers
 from paceline.training.train import run
 
 from support.families import STATEFUL, build
@@ -16,6 +17,13 @@ OBJECTIVES = {
     "lfm2": {"kind": "medusa", "heads": 2},
     "mamba2": {"kind": "draft_lm", "layers": [1], "losses": {"forward_kl": 1.0}},
 }
+
+
+def test_a_list_that_is_not_of_layers_stays_whole():
+    """Of two multipliers, and two bounds of step sizes, in models of two layers."""
+    for name in ("falcon_h1", "mamba2"):
+        made = from_layers(build(name, STATEFUL[name]), [1]).eval()
+        assert made(torch.tensor([[3, 4, 5]]), use_cache=False).logits.isfinite().all()
 
 
 @pytest.mark.slow

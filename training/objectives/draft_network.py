@@ -94,7 +94,7 @@ def from_layers(target, layers: list[int]) -> nn.Module:
         raise ValueError(f"{name} is not one plain stack of {count} layers; give objective.sizes instead")
     if not layers or not all(0 <= layer < count for layer in layers):
         raise ValueError(f"objective.layers {layers} must name layers of {name}, which has 0 to {count - 1}")
-    others = "_id", "architectures", "_limit"  # lists that may happen to be as long
+    others = "_id", "architectures", "_limit", "_multipliers"  # lists that may happen to be as long
     for key, value in list(vars(config).items()):
         listed = isinstance(value, (list, tuple)) and len(value) == count and not key.endswith(others)
         if listed:  # one entry a layer, like layer_types
@@ -109,10 +109,9 @@ def from_layers(target, layers: list[int]) -> nn.Module:
         for new_number, layer in enumerate(layers):
             if layer == int(number):
                 state[f"{stacks[0]}.{new_number}.{rest}"] = tensor
-    model = type(target)._from_config(
-        config, dtype=torch.float32, attn_implementation=target.config._attn_implementation
-    )
+    attention = target.config._attn_implementation
     try:
+        model = type(target)._from_config(config, dtype=torch.float32, attn_implementation=attention)
         model.load_state_dict(state)
     except RuntimeError as error:
         raise ValueError(
