@@ -40,7 +40,7 @@ from .arguments import (
     setting,
 )
 from .criteria import Lockstep, ScoreBook
-from .engines.executors import choose
+from .engines.executors import Executor, choose
 from .engines.reuse import PromptCache, check_reuse
 from .engines.runs import RunSpec, open_run
 from .files import check_writable
@@ -55,7 +55,7 @@ from .rows import Rows
 from .sampling import Sampler
 from .stream.record import StreamError
 from .stream.streamer import prompt_chunk
-from .target.given import cache_name, read_given
+from .target.given import GivenPrompt, cache_name, read_given
 from .target.selftest import attach
 from .target.slots import SlotModel
 from .trace import Event, Trace
@@ -150,10 +150,7 @@ def generate(
     if tokenizer is not None and setting(model, kwargs, "stop_strings"):
         call.stop_strings = setting(model, kwargs, "stop_strings")
         kwargs = _without_stop_strings(model, kwargs)
-    out = type(model).generate(model, input_ids, attention_mask=attention_mask, custom_generate=call.decode, **kwargs)
-    if isinstance(out, SpeculativeOutput):
-        out.seed = seed
-    return out
+    return type(model).generate(model, input_ids, attention_mask=attention_mask, custom_generate=call.decode, **kwargs)
 
 
 @dataclass
@@ -192,71 +189,79 @@ class _Call:
         if self.own_forward:
             given = read_given(model, prompt, config, model_kwargs, self.drafter.traits.taps)
         batch = PromptBatch.of(prompt, mask, given)
-        new_tokens = stopping_criteria.max_length - prompt.shape[1]
         if self.stop_strings:
             stopping_criteria.append(StopStringCriteria(self.tokenizer, self.stop_strings))
         scores = ScoreBook(len(prompt)) if detailed and config.output_scores else None
         logits = ScoreBook(len(prompt)) if detailed and config.output_logits else None
-        ends = [criterion.eos_token_id for criterion in stopping_criteria if type(criterion) is EosTokenCriteria]
-        one_by_one = any(hasattr(criterion, "eos_token_id") for criterion in stopping_criteria)
-        pad = int(config._pad_token_tensor) if one_by_one else None
+        eos, pad = _ends(stopping_criteria, config)
         lockstep = None
         if self.streamer is not None or _asks_more(stopping_criteria):
             lockstep = Lockstep(prompt, stopping_criteria, self.streamer, pad, scores)
-
-        eos = tuple(token for ids in ends for token in ids.reshape(-1).tolist())
         keys = stream_keys(self._seeds(len(prompt)), len(prompt))
         sampler = Sampler(logits_processor, bool(config.do_sample), prompt, batch.pads)
+        new_tokens = stopping_criteria.max_length - prompt.shape[1]
         if self.shape is None:
             self.shape = self._plan(model, sampler, new_tokens * len(prompt))
         new_tokens = check_length(model, batch, new_tokens, self.shape)
-        slots = batch.longest + new_tokens + self.shape.slots + 1
+        sizes = len(prompt), batch.longest + new_tokens + self.shape.slots + 1, len(eos)
         keep_scores = scores is not None or logits is not None
-        sizes = len(prompt), slots, len(eos)
         spec = RunSpec(self.shape, self.rule, self.executor, *sizes, keep_scores, sampler.signature)
-        pairs = zip(batch.texts(), keys)
         requests = [
             Request(text, new_tokens, key, eos, sampler.row_sampling, beside=batch.longest - len(text))
-            for text, key in pairs
+            for text, key in zip(batch.texts(), keys)
         ]
-        trace, books = Trace(), (scores, logits)
         with open_run(model, self.drafter, spec, sampler, new_tokens * len(prompt)) as executor:
-            kept = None
-            if self.reuse is not None and given is None:  # which knows texts by their tokens
-                kept = self.reuse.of(model, self.drafter, executor.engine)
-            if kept is not None:
-                requests = [replace(request, held=kept.find(request)) for request in requests]
-            try:
-                rows = Rows(executor, self.prefill_chunk)
-                counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step, given=given)
-            except StreamError as error:
-                counts = [
-                    sum(len(event.committed) for event in trace.events if event.row == row)
-                    for row in range(len(prompt))
-                ]
-                sequences = batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)
-                error.output = SpeculativeOutput(sequences=sequences, trace=trace, seed=self.seed)
-                if self.streamer is not None:
-                    self.streamer.end()
-                raise
-            finally:
-                if self.trace_file is not None:
-                    trace.append_to(self.trace_file)
-            if kept is not None:
-                with executor.packing:
-                    kept.keep(executor.engine)
-            if self.streamer is not None:
-                self.streamer.end()
-            sequences = batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)
-            target = executor.engine.target
+
+            def assembled(counts: list[int]) -> Tensor:
+                return batch.assembled(executor.engine.state.tokens, counts, pad).to(input_ids.device)
+
+            trace, counts = self._run(model, executor, requests, given, lockstep, (scores, logits), assembled)
+            sequences, target = assembled(counts), executor.engine.target
             assert isinstance(target, SlotModel), "open_run makes no others"
             cache = None if given is None else given.carry_on(target.cache, counts)
         if not detailed:
             return sequences
-        written = [None if book is None else tuple(book.token(i) for i in range(max(counts))) for book in books]
-        out = SpeculativeOutput(sequences=sequences, scores=written[0], logits=written[1], trace=trace)
+        books = [book and tuple(book.token(i) for i in range(max(counts))) for book in (scores, logits)]
+        out = SpeculativeOutput(sequences=sequences, scores=books[0], logits=books[1], trace=trace, seed=self.seed)
         setattr(out, cache_name(), cache)
         return out
+
+    def _run(
+        self,
+        model: PreTrainedModel,
+        executor: Executor,
+        requests: list[Request],
+        given: GivenPrompt | None,
+        lockstep: Lockstep | None,
+        books: tuple[ScoreBook | None, ScoreBook | None],
+        assembled: Callable[[list[int]], Tensor],
+    ) -> tuple[Trace, list[int]]:
+        """Decode the requests, one in each row: the trace, and how many tokens each has gained, by which the texts are
+        `assembled`. What there is of them stays with a StreamError."""
+        engine, trace, kept = executor.engine, Trace(), None
+        if self.reuse is not None and given is None:  # which knows texts by their tokens
+            kept = self.reuse.of(model, self.drafter, engine)
+        if kept is not None:
+            requests = [replace(request, held=kept.find(request)) for request in requests]
+        try:
+            rows = Rows(executor, self.prefill_chunk)
+            counts = decode(rows, requests, trace, lockstep, *books, on_step=self.on_step, given=given)
+        except StreamError as error:
+            gained = [(event.row, len(event.committed)) for event in trace.events]
+            counts = [sum(count for row, count in gained if row == each) for each in range(len(requests))]
+            error.output = SpeculativeOutput(sequences=assembled(counts), trace=trace, seed=self.seed)
+            if self.streamer is not None:
+                self.streamer.end()
+            raise
+        finally:
+            if self.trace_file is not None:
+                trace.append_to(self.trace_file)
+        if kept is not None:
+            with executor.packing:
+                kept.keep(engine)
+        if self.streamer is not None:
+            self.streamer.end()
+        return trace, counts
 
     def _plan(self, model: PreTrainedModel, sampler: Sampler, new_tokens: int) -> TreeShape | DynamicShape:
         """The shape of the stored plan. Where that is not to speculate, drops the drafter."""
@@ -278,6 +283,15 @@ def _without_stop_strings(model: PreTrainedModel, kwargs: dict[str, Any]) -> dic
     config = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
     config.stop_strings = None
     return {**kwargs, "generation_config": config, "stop_strings": None}
+
+
+def _ends(criteria: StoppingCriteriaList, config: GenerationConfig) -> tuple[tuple[int, ...], int | None]:
+    """The tokens that end a text, and the one that follows in a row that has ended before others; None for that where
+    rows do not end one by one."""
+    ends = [criterion.eos_token_id for criterion in criteria if type(criterion) is EosTokenCriteria]
+    one_by_one = any(hasattr(criterion, "eos_token_id") for criterion in criteria)
+    eos = tuple(token for ids in ends for token in ids.reshape(-1).tolist())
+    return eos, int(config._pad_token_tensor) if one_by_one else None
 
 
 def _asks_more(criteria: StoppingCriteriaList) -> bool:

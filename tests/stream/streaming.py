@@ -5,6 +5,7 @@ import functools
 
 import paceline
 import torch
+from paceline.spec.files import cache_folder
 from paceline.spec.stream.budget import BUFFERS, spread
 from paceline.spec.stream.forms import Device
 from paceline.spec.stream.load import load_streamed
@@ -14,6 +15,7 @@ from paceline.spec.stream.streamer import streamer_of
 from paceline.spec.target.weights import Weights
 from transformers import AutoConfig, AutoModelForCausalLM
 
+USUAL = str(cache_folder())  # where our kernels are kept, once they are compiled: tests have other folders
 LAYERS = 6
 FAMILIES = {
     "llama": {},

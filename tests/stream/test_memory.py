@@ -8,15 +8,18 @@ import sys
 
 import pytest
 from paceline.spec.stream import layout, reader
-from stream.streaming import LAYERS, budget, saved
+from stream.streaming import LAYERS, USUAL, budget, saved
 
 DECODE = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import paceline, torch
+from paceline.spec.kernels import native
 from paceline.spec.stream.layout import StreamFolder
 StreamFolder.tested = lambda *ignored: True
 torch.set_num_threads(1)
+native.prepare()
+os.environ["PACELINE_CACHE"] = sys.argv[3]
 def memory(kind):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(kind))
@@ -35,15 +38,15 @@ SIZES = dict(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell a process's most memory")
-def test_decoding_takes_as_much_as_was_announced(tmp_path, monkeypatch):
+def test_decoding_takes_as_much_as_was_announced(tmp_path, cache, monkeypatch):
     """A prompt of 600 tokens, by a process that may keep two of six layers of 28 MB. With all of
     them in memory it would take 113 MB more."""
     for module in (reader, layout):
         monkeypatch.setattr(module, "PIECE", 8 << 20)  # as in the process that decodes
     path = saved("llama", tmp_path / "model", **SIZES)
     room = budget(path, LAYERS)  # and repacks it
-    command = [sys.executable, "-c", DECODE, str(path), str(room)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-c", DECODE, str(path), str(room), str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PACELINE_CACHE": USUAL})
     assert done.returncode == 0, done.stderr
     loaded, most = json.loads(done.stdout.splitlines()[-1])
     said = re.search(r"about (\d+\.\d+) GB, (\d+\.\d+) GB while a long prompt is read, and (\d+) MB more", done.stderr)
