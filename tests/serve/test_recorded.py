@@ -69,7 +69,7 @@ def test_rows_come_go_and_move_and_only_reports_are_read(model, monkeypatch, lag
             shift(gear)
 
         scheduler.tick, gears.shift = turn, moved
-        plays = [Play(model, scheduler, 100 + seed).run() for seed in range(3)]
+        plays = [Play(model, scheduler, 100 + seed).run() for seed in range(4)]
         gears.close()
     assert [play.faults() for play in plays] == [[]] * len(plays)
     assert any(job.reason == "abort" and job.tokens for play in plays for job in play.jobs)
