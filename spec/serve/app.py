@@ -117,21 +117,22 @@ def _tenant(request: Request) -> str:
     return hashlib.sha256(request.headers.get("authorization", "").encode()).hexdigest()[:16]
 
 
-async def _read(request: Request, most: int) -> Any:
-    """The body's JSON."""
+async def _read(request: Request, most: int) -> bytes:
+    """The body."""
     data = bytearray()
     async for part in request.stream():
         data += part
         if len(data) > most:
             raise BadBody(None, f"the body has more than {most:,} bytes; send less", 413)
-    return read_json(bytes(data))
+    return bytes(data)
 
 
 async def _answer(serving: Serving, request: Request, chat: bool) -> Response:
     serving.check_open()
     try:
-        body = Body.read(await _read(request, serving.limits.body_bytes), chat)
-        answer = await asyncio.to_thread(serving.answer, body, _tenant(request))
+        data, tenant = await _read(request, serving.limits.body_bytes), _tenant(request)
+        # A long body takes a while, in which others are answered.
+        answer = await asyncio.to_thread(lambda: serving.answer(Body.read(read_json(data), chat), tenant))
     except ClientDisconnect:
         return Response(status_code=GONE)
     readers = serving.submit(answer)
@@ -140,7 +141,7 @@ async def _answer(serving: Serving, request: Request, chat: bool) -> Response:
     try:
         if not await _before(gone, _begun(serving, readers)):
             return Response(status_code=GONE)
-        if body.get("stream"):
+        if answer.body.get("stream"):
             handed_on = True
             return EventStream(serving, answer, readers, gone)
         if not await _before(gone, _all_ended(readers)):
