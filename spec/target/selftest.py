@@ -231,11 +231,10 @@ def _errors(model: PreTrainedModel) -> list[float]:
         slots.read(span)
     base = lengths - 1
     if slots.cache.states is not None:  # of which a row that is done holds no trace while another goes on
-        drafted = _some_tokens(config.vocab_size, len(_SHAPE) - 1, 4)
-        nodes = torch.tensor([[text[-1], *drafted] for text in texts], device=device)
-        slots.forward_nodes(nodes, base, tree)
+        tokens = _some_tokens(config.vocab_size, len(_SHAPE) - 1, 4)
+        slots.forward_nodes(torch.tensor([[text[-1], *tokens] for text in texts], device=device), base, tree)
         slots.commit(base, base.new_tensor([[0] * 4, [0, 1, 1, 1]]), base.new_tensor([0, 2]))
-        texts[1] += [drafted[0], *_some_tokens(config.vocab_size, 1, 8)]
+        texts[1] += [tokens[0], *_some_tokens(config.vocab_size, 1, 8)]
         base[1] = len(texts[1]) - 1
     errors = []
     paths = ((0, 1, 4, 6), (0, 2, 5, 5)), ((0, 1, 3, 3), (0, 1, 4, 6))  # [step][row]
