@@ -28,7 +28,7 @@ from .planner import RowPlanner, measured
 from .prefixes import KeptPrefixes, can_resume
 from .row_sampler import KEPT_KINDS, KINDS
 from .scheduler import Scheduler
-from .worker import Worker
+from .worker import Worker, in_passing_thread
 
 GRACE = 30.0  # seconds for texts that are under way
 CLOSING = 10.0  # seconds for the engine to end its turn
@@ -56,7 +56,6 @@ def serve(args: Namespace) -> int:
         raise ValueError(f"paceline serve needs {error.name}; pip install 'paceline[serve]' brings it") from error
     from ..cli.commands import load
     from .serving import Serving
-    from .worker import in_passing_thread
 
     figures = Figures(args.name or Path(args.model).name)
 

@@ -59,9 +59,7 @@ class Gears:
         self.current: Gear | None = None
         self.rows: Rows | None = None
         self.shifts = 0
-        self.making: Callable[[bool], None] = lambda begins: (
-            None
-        )  # told when an engine begins to be made, and when it is
+        self.making: Callable[[bool], object] = bool  # told when an engine begins to be made, and when it has been
         self._open = ExitStack()
 
     def kind(self, asked: SamplingKind) -> SamplingKind:
