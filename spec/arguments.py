@@ -18,7 +18,7 @@ from .inputs.numbers import checked_numbers, plain
 from .inputs.prompt_batch import PromptBatch
 from .target import rope
 from .target.adapters import inside
-from .target.cache import slot_bytes
+from .target.cache import bytes_per_token
 from .target.given import CACHES, cache_name, check_cache
 from .target.load import context_length
 from .tree import DynamicShape, TreeShape
@@ -255,7 +255,7 @@ def check_length(model: PreTrainedModel, prompts: PromptBatch, new_tokens: int, 
 
 
 def _check_memory(model: PreTrainedModel, slots: int, size: str) -> None:
-    device, needed = model.device, slots * slot_bytes(model)
+    device, needed = model.device, slots * bytes_per_token(model)
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if needed > free:
         raise ValueError(

@@ -1,8 +1,10 @@
 """Layers from files, fetched by a thread while others compute. Knows nothing of models."""
 
+import atexit
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,20 @@ from .layout import FileRecord
 from .reader import Reader
 from .record import StreamError
 from .ring import Ring
+
+ENDING = 30.0  # seconds that an exit waits for a layer on its way
+
+_running: "weakref.WeakSet[Prefetcher]" = weakref.WeakSet()
+
+
+@atexit.register
+def _end_all() -> None:
+    """End all threads before the interpreter does: one that comes back from torch later aborts the process."""
+    running = list(_running)
+    for prefetcher in running:
+        prefetcher.close()
+    for prefetcher in running:
+        prefetcher.join(ENDING)
 
 
 class LayerFiles:
@@ -44,6 +60,7 @@ class Prefetcher:
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="paceline-stream", daemon=True)
         self._thread.start()
+        _running.add(self)
 
     def acquire(self, layer: int, user: Hashable) -> int:
         """The buffer that holds `layer`, once it does, for `user` until `release`. Raises StreamError."""
@@ -84,6 +101,11 @@ class Prefetcher:
             with self._changed:
                 self._closed = True
                 self._changed.notify_all()
+
+    def join(self, seconds: float) -> None:
+        """Wait for the thread to end, after `close`."""
+        if os.getpid() == self._process:
+            self._thread.join(seconds)
 
     def _run(self) -> None:
         try:

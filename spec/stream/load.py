@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.rotation import Rotation
-from ..target.cache import slot_bytes
+from ..target.cache import bytes_per_token
 from ..target.weights import refuse_casts, refuse_saving
 from .budget import BUFFERS, bytes_of, free_bytes, place
 from .disk import LayerFiles, Prefetcher
@@ -84,7 +84,7 @@ def _announced(model: "PreTrainedModel", about: StreamAbout, small: int, before:
         taken, reading = before + about.resident_bytes, prompt_chunk(model) * activation_bytes(model)
         where, beside = "memory", f"with them this process takes about {taken / 1e9:.2f} GB"
         beside += f", {(taken + reading) / 1e9:.2f} GB while a long prompt is read"
-        beside += f", and {slot_bytes(model) / 1e3:.0f} MB more for every 1,000 tokens"
+        beside += f", and {bytes_per_token(model) / 1e3:.0f} MB more for every 1,000 tokens"
     return f"{what}; in {where} are {about.resident_bytes / 1e6:.0f} MB of weights ({', '.join(parts)}), {beside}"
 
 

@@ -36,12 +36,18 @@ def _move_lines(buffers: list[Tensor], source: Tensor, target: Tensor) -> None:
 _library.impl("move_lines", _move_lines, "CompositeExplicitAutograd")  # any device
 
 
-def slot_bytes(model: PreTrainedModel) -> int:
-    """About the bytes of a slot in all layers, by the configuration of `model`."""
+def bytes_per_token(model: PreTrainedModel) -> int:
+    """About the bytes of keys and values of one token, by the configuration of `model`: 0 where no layer attends."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+    if not (queries := getattr(config, "num_attention_heads", None)):
+        return 0
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    layers = config.num_hidden_layers
+    if kinds is not None:
+        layers = sum(kind == "hybrid" or ("attention" in kind and "linear" not in kind) for kind in kinds)
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
+    return 2 * layers * heads * width * model.dtype.itemsize
 
 
 class AimedSlots:

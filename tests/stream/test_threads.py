@@ -3,6 +3,8 @@
 import errno
 import gc
 import os
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +17,26 @@ from stream.streaming import resident, streamed, text
 from support.sentences import one_sentence
 
 PROMPT = torch.tensor([[5, 9, 33, 12, 7, 40, 5, 9, 33, 12]])
+
+
+LEAVES = """
+import time, torch
+from paceline.spec.stream.disk import Prefetcher
+
+class Files:
+    files, buffers = [None] * 4, [None] * 2
+
+    def fetch(self, layer, buffer):
+        end = time.monotonic() + 0.3
+        while time.monotonic() < end:
+            torch.ones(8)[:4]
+        return 8
+
+    def close(self):
+        print("closed")
+
+fetching = Prefetcher(Files())
+"""
 
 
 def in_threads(*acts):
@@ -157,3 +179,10 @@ def test_a_forked_process_is_told(path):
         assert "cannot be used in a forked process" in said.read()
     os.waitpid(child, 0)
     assert torch.equal(text(model, PROMPT)[0], text(resident(path), PROMPT)[0])
+
+
+@pytest.mark.slow
+def test_an_exit_while_layers_are_fetched_is_an_ordinary_one():
+    """A thread that came back from torch after the interpreter's end would abort the process."""
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "closed\n", "")

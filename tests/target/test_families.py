@@ -6,6 +6,7 @@ explicit positions and masks must be refused with a sentence.
 
 import pytest
 import torch
+from paceline.spec.target.cache import bytes_per_token
 from paceline.spec.target.protocol import spans
 from paceline.spec.target.selftest import attach
 from paceline.spec.target.slots import SlotModel
@@ -45,6 +46,9 @@ def test_tree_steps_equal_cacheless_forwards(name):
         for row, node in enumerate(chosen):
             path = tree.paths[0, node, 1 : tree.depths[0, node] + 1]
             texts[row] += [*tokens[row, path].tolist(), 5 + step]
+    held = slots.nbytes - (0 if slots.cache.states is None else slots.cache.states.nbytes)
+    if name not in ("gpt_neox", "falcon", "deepseek_v3"):  # whose heads of keys their configurations tell otherwise
+        assert held == 2 * 64 * bytes_per_token(model)
 
 
 @pytest.mark.parametrize("name", REFUSED)
