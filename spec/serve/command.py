@@ -128,7 +128,7 @@ def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, r
 
     def learn(arrival: Any, gear: Any) -> None:
         committed = [report for report in arrival.reports.values() if report.committed]
-        planner.learn(gear.rows, gear.shape, committed, sum(arrival.seconds.values()))
+        planner.learn(gear.shape, committed)
 
     return planner, learn
 

@@ -1,10 +1,9 @@
 """Which tree for how many rows: the planner of a batch whose size changes.
 
 A step of `rows` rows with a tree brings rows times the tree's expected tokens, and takes as long as was measured for
-that number of rows; the tree that brings the most tokens a second is taken, and none where none pays. How many tokens
-to expect, and how long the steps in use take beside all else that the machine does, is learned from the steps as they
-go, and is forgotten slowly. Another tree must be better by `GAIN` for `STEADY` turns before it is taken. Knows no
-clocks; `measured` does.
+that number of rows; the tree that brings the most tokens a second is taken, and none unless one brings `GAIN` times as
+many as plain steps. How many tokens to expect is learned from the steps as they go, and is forgotten slowly. Another
+tree must be better by `GAIN` for `STEADY` turns before it is taken. Knows no clocks; `measured` does.
 """
 
 import json
@@ -24,7 +23,6 @@ from ..tree import TreeShape
 GAIN = 1.05
 STEADY = 8
 MEMORY = 400.0  # steps of a row for which what was seen counts
-TIMES_MEMORY = 16.0  # steps for which their seconds count
 PRIOR: Rates = [[0.5, 0.12, 0.05, 0.03]] * 8  # before anything was seen
 WEIGHT = 20.0  # of the prior, in steps
 NODES = 2, 3, 4, 6, 8, 16  # sizes of trees that are tried
@@ -111,7 +109,7 @@ class RowPlanner:
     """The tree for a number of rows, from `times`; called once a turn. `beside`: two drafters share the trees."""
 
     def __init__(self, times: Times, prior: Rates = PRIOR, beside: bool = False):
-        self.times, self.seen = dict(times), Seen(prior, beside)
+        self.times, self.seen = times, Seen(prior, beside)
         self.taken: dict[int, TreeShape] = {}
         self._better: dict[int, int] = {}  # [rows]: turns for which another tree has been better
         self.expected, self._unread = self.seen.expectation(), 0  # expected tokens of a step of one row, by tree
@@ -128,13 +126,11 @@ class RowPlanner:
         return self.taken[rows]
 
     def speed(self, rows: int, shape: TreeShape) -> float:
-        """Expected tokens a second."""
-        return rows * self.expected(shape) / self.times[rows, shape]
+        """Expected tokens a second, and of drafting as many as are worth it."""
+        return rows * self.expected(shape) / self.times[rows, shape] / (GAIN if len(shape) > 1 else 1.0)
 
-    def learn(self, rows: int, shape: TreeShape, reports: Sequence[RowReport], seconds: float) -> None:
-        """Take account of a step's reports, and of the seconds that it took; a single long one counts little."""
-        known = self.times[rows, shape]
-        self.times[rows, shape] += (min(seconds, 2 * known) - known) / TIMES_MEMORY
+    def learn(self, shape: TreeShape, reports: Sequence[RowReport]) -> None:
+        """Take account of a step's reports."""
         self.seen.learn(shape, reports)
         self._unread += 1
         if self._unread >= STEADY:

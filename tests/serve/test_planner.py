@@ -50,7 +50,9 @@ def test_it_is_the_best_of_all_by_hand():
         planner = RowPlanner(times)
         for rows in (1, 2, 4, 8):
             speeds = {
-                shape: rows * expected_tokens(planner.seen.first.rates(), shape) / times[rows, shape]
+                shape: expected_tokens(planner.seen.first.rates(), shape)
+                / times[rows, shape]
+                / (1.05 if shape != NONE else 1)
                 for shape in (NONE, CHAIN, TREE)
             }
             assert planner(rows) == max(speeds, key=speeds.get)
@@ -58,17 +60,17 @@ def test_it_is_the_best_of_all_by_hand():
 
 def test_what_is_accepted_changes_the_plan_after_a_while():
     """Where nothing is accepted drafting ends, where all is it goes on with more rows; never to and fro."""
-    planner = RowPlanner(times_of(1.0))
+    planner = RowPlanner(times_of(0.5))
     assert planner(4) != NONE
     turns = 0
     while planner(4) != NONE:
-        planner.learn(4, planner(4), [report(planner(4), 0)], planner.times[4, planner(4)])
+        planner.learn(planner(4), [report(planner(4), 0)])
         turns += 1
         assert turns < 400
     assert turns > STEADY
     shapes = []
     for _ in range(300):
-        planner.learn(4, CHAIN, [report(CHAIN, 3)], planner.times[4, CHAIN])
+        planner.learn(CHAIN, [report(CHAIN, 3)])
         shapes.append(planner(4))
     assert shapes[-1] != NONE and sum(before != after for before, after in itertools.pairwise(shapes)) <= 3
 
@@ -77,7 +79,6 @@ def test_a_small_gain_and_a_short_one_change_nothing():
     times = {(1, NONE): 10.0, (1, CHAIN): 10.0 * expected_tokens(Seen().first.rates(), CHAIN) * 1.01}
     planner = RowPlanner(times)
     assert planner(1) == NONE
-    times = planner.times
     times[1, CHAIN] *= 0.97
     assert [planner(1) for _ in range(50)] == [NONE] * 50, "two in a hundred"
     times[1, CHAIN] *= 0.8
@@ -88,18 +89,17 @@ def test_a_small_gain_and_a_short_one_change_nothing():
     assert [planner(1) for _ in range(20)] == [CHAIN] * 20
 
 
-def test_steps_that_take_longer_than_was_measured_end_a_tree():
-    """A chain that was measured at 10 and takes 30; one long step alone, as when the machine did something else, does
-    not."""
-    times = {(8, NONE): 9.0, (8, CHAIN): 10.0}
-    planner = RowPlanner(times)
+def test_drafting_must_be_worth_it():
+    """A chain that promises 3 % more than plain steps is not taken, one that promises 8 % is; and it is given up where
+    it comes to promise as much as they."""
+    tokens = expected_tokens(Seen().first.rates(), CHAIN)
+    assert RowPlanner({(8, NONE): 10.0, (8, CHAIN): 10.0 * tokens / 1.03})(8) == NONE
+    planner = RowPlanner({(8, NONE): 10.0, (8, CHAIN): 10.0 * tokens / 1.08})
     assert planner(8) == CHAIN
-    planner.learn(8, CHAIN, [], 500.0)
-    assert [planner(8) for _ in range(2 * STEADY)] == [CHAIN] * 2 * STEADY
-    for _ in range(40):
-        planner.learn(8, CHAIN, [], 30.0)
+    for accepted in [1, 0] * 200:
+        planner.learn(CHAIN, [report(CHAIN, accepted)])
+    assert planner.expected(CHAIN) < 1.6 < tokens
     assert [planner(8) for _ in range(2 * STEADY)][-1] == NONE
-    assert abs(planner.times[8, CHAIN] - 30) < 3 and planner.times[8, NONE] == 9.0 and times[8, CHAIN] == 10.0
 
 
 def test_counts_are_those_of_the_slots_of_a_tree():
@@ -151,7 +151,7 @@ def test_times_are_measured_once_and_a_plan_by_them_serves(drafter, tmp_path):
     planner = RowPlanner(times)
 
     def learn(arrival, gear):
-        planner.learn(gear.rows, gear.shape, [*arrival.reports.values()], sum(arrival.seconds.values()))
+        planner.learn(gear.shape, [*arrival.reports.values()])
 
     scheduler = scheduler_of(model, drafting, planner, rows=2, on_step=learn)
     for seed in range(3):
