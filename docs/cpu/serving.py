@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import paceline
@@ -70,7 +71,7 @@ def stream(port: int, body: dict):
     connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}))
     reply = connection.getresponse()
     if reply.status != 200:
-        raise SystemExit(reply.read().decode())
+        raise RuntimeError(reply.read().decode())
     for line in reply:
         if line.startswith(b"data: {"):
             yield time.perf_counter() - started, json.loads(line[6:])
@@ -88,28 +89,28 @@ def asked(args, number: int) -> dict:
 
 def load(args, port: int, clients: int, each: int, first: int = 0) -> dict:
     """`clients` threads with `each` requests one after another."""
-    firsts, tokens, lock = [], [], threading.Lock()
 
-    def client(index: int) -> None:
-        for turn in range(each):
-            events = list(stream(port, asked(args, first + index * each + turn)))
-            with lock:
-                firsts.append(next(seconds for seconds, event in events if event["usage"]["completion_tokens"]))
-                tokens.append(events[-1][1]["usage"]["completion_tokens"])
+    def client(index: int) -> list[tuple[float, int]]:
+        """Seconds to the first token, and how many there are, of each answer."""
+        answers = [list(stream(port, asked(args, first + index * each + turn))) for turn in range(each)]
+        return [
+            (
+                next(seconds for seconds, event in events if event["usage"]["completion_tokens"]),
+                events[-1][1]["usage"]["completion_tokens"],
+            )
+            for events in answers
+        ]
 
-    threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    seconds, firsts = time.perf_counter() - began, sorted(firsts)
+    with ThreadPoolExecutor(clients) as threads:
+        told = [answer for answers in threads.map(client, range(clients)) for answer in answers]
+    seconds, firsts = time.perf_counter() - began, sorted(each for each, _ in told)
     return {
         "clients": clients,
-        "tokens_per_second": sum(tokens) / seconds,
+        "tokens_per_second": sum(count for _, count in told) / seconds,
         "first_token_median": statistics.median(firsts),
         "first_token_p95": firsts[max(0, -(-95 * len(firsts) // 100) - 1)],
-        "tokens": sum(tokens),
+        "tokens": sum(count for _, count in told),
     }
 
 
@@ -169,7 +170,9 @@ def main() -> None:
             with server(args, drafter) as port:
                 load(args, port, 1, 1, first=5000)
                 for clients in sorted({1, 4, args.clients}):
-                    record[f"{clients} clients"] = load(args, port, clients, args.requests, first=100 * repeat)
+                    record[f"{clients} clients"] = load(
+                        args, port, clients, args.requests, first=1000 * repeat + 100 * clients
+                    )
                 record["steps after leaving"] = steps_after_leaving(args, port)
             told.append(record)
             print(json.dumps(record), flush=True)

@@ -21,6 +21,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
 
 PORT = 8765
@@ -40,6 +41,7 @@ class OverHttp:
                 urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=5)
                 return
             time.sleep(0.5)
+        self.close()
         raise SystemExit(f"the server does not answer: {' '.join(command)}")
 
     def ask(self, text: str, tokens: int) -> tuple[int, float]:
@@ -51,7 +53,7 @@ class OverHttp:
         connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
         reply = connection.getresponse()
         if reply.status != 200:
-            raise SystemExit(reply.read().decode())
+            raise RuntimeError(reply.read().decode())
         for line in reply:
             if not line.startswith(b"data: {"):
                 continue
@@ -60,6 +62,8 @@ class OverHttp:
             if not first and event["choices"] and event["choices"][0]["delta"].get("content"):
                 first = time.perf_counter() - begun
         connection.close()
+        if not (count and first):
+            raise RuntimeError("an answer without a token or without their number")
         return count, first
 
     def close(self) -> None:
@@ -140,18 +144,12 @@ def load(way, clients: int, each: int, tokens: int, first: int) -> dict:
     """`clients` threads with `each` requests one after another."""
     import serving  # not at the top, because OpenVINO's interpreter lacks what it needs
 
-    told: list[tuple[int, float]] = []
+    def client(index: int) -> list[tuple[int, float]]:
+        return [way.ask(serving.chat(first + index * each + turn), tokens) for turn in range(each)]
 
-    def client(index: int) -> None:
-        for turn in range(each):
-            told.append(way.ask(serving.chat(first + index * each + turn), tokens))
-
-    threads = [threading.Thread(target=client, args=(index,)) for index in range(clients)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(clients) as threads:
+        told = [answer for answers in threads.map(client, range(clients)) for answer in answers]
     seconds, firsts = time.perf_counter() - began, sorted(first for _, first in told)
     return {
         "tokens_per_second": sum(count for count, _ in told) / seconds,
@@ -213,7 +211,7 @@ def main() -> None:
             try:
                 load(way, max(args.clients), 1, 32, first=9000)  # warms up
                 for clients in args.clients:
-                    record = load(way, clients, args.requests, args.new_tokens, first=100 * repeat)
+                    record = load(way, clients, args.requests, args.new_tokens, first=1000 * repeat + 100 * clients)
                     told.setdefault((name, clients), []).append(record)
                     print(json.dumps({"way": name, "clients": clients, **record}), flush=True)
             finally:

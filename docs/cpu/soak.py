@@ -54,6 +54,7 @@ class Served:
         server has no room for it."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
         body = asked(which) | {"max_tokens": new_tokens, "stream": stream, "ignore_eos": True}
+        body |= {"stream_options": {"include_usage": True}} if stream else {}
         connection.request("POST", "/v1/completions", json.dumps(body))
         if leave is not None:
             time.sleep(leave)
@@ -66,8 +67,11 @@ class Served:
             return None
         if reply.status != 200:
             raise RuntimeError(f"{reply.status}: {said}")
-        events = [line.removeprefix("data: ") for line in said.splitlines() if line.startswith("data: {")]
-        return "".join(json.loads(part)["choices"][0]["text"] for part in (events if stream else [said]))
+        lines = [line.removeprefix("data: ") for line in said.splitlines() if line.startswith("data: {")]
+        events = [json.loads(part) for part in (lines if stream else [said])]
+        if (count := events[-1]["usage"]["completion_tokens"]) != new_tokens:
+            raise RuntimeError(f"{count} tokens in place of {new_tokens}")
+        return "".join(choice["text"] for event in events for choice in event["choices"])
 
     def figure(self, name: str) -> float:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
@@ -104,7 +108,7 @@ def main() -> None:
             leave = draw.random() if draw.random() < 0.2 else None
             try:
                 text = served.ask(which, new_tokens, draw.random() < 0.7, leave)
-            except (RuntimeError, KeyError) as error:  # refused, or an event that tells an error
+            except Exception as error:  # refused, cut short, or an event that tells an error
                 wrong.append((which, new_tokens, repr(error)))
                 return
             if text is not None:
