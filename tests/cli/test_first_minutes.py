@@ -158,8 +158,9 @@ def test_green_is_explained_where_it_is_shown():
 def test_a_model_is_loaded_without_a_word(folder, capfd):
     """In a process of its own, where nothing has been silenced yet, as a library and then by the command line."""
     command = ["generate", "--prompt", "ABC", "--model", folder, "--json"]
-    code = f"import paceline; paceline.load_target({folder!r})\nfrom paceline.spec import cli; exit(cli.main({command}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    library = f"import paceline; paceline.load_target({folder!r})"
+    line = f"from paceline.spec import cli; raise SystemExit(cli.main({command}))"
+    done = subprocess.run([sys.executable, "-c", f"{library}\n{line}"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout and done.stderr == "", done.stderr
 
 
