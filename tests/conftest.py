@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
@@ -26,6 +27,13 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def traced_only(monkeypatch):
+    """Compiled steps are traced into one graph as ever, which then runs by torch's own kernels: making others takes ten
+    seconds and more. For what is decided while tracing; the kernels are compared in engines/test_compiled_step.py."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
 
 
 # A model, a prompt and its greedy text by transformers; rooms that need others have fixtures of these names.

@@ -156,12 +156,12 @@ def test_green_is_explained_where_it_is_shown():
 
 @pytest.mark.slow
 def test_a_model_is_loaded_without_a_word(folder, capfd):
-    """In a process of its own, where nothing has been silenced yet, as a library and by the command line."""
-    code = f"import paceline; paceline.load_target({folder!r})"
-    commands = [["-c", code], ["-m", "paceline.spec.cli", "generate", "--prompt", "ABC", "--model", folder, "--json"]]
-    for command in commands:
-        done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
-        assert done.returncode == 0 and done.stderr == "", done.stderr
+    """In a process of its own, where nothing has been silenced yet, as a library and then by the command line."""
+    command = ["generate", "--prompt", "ABC", "--model", folder, "--json"]
+    library = f"import paceline; paceline.load_target({folder!r})"
+    line = f"from paceline.spec import cli; raise SystemExit(cli.main({command}))"
+    done = subprocess.run([sys.executable, "-c", f"{library}\n{line}"], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout and done.stderr == "", done.stderr
 
 
 def test_warnings_of_others_are_not_shown(capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from paceline.drafters import draft_weights
 from paceline.drafters.medusa import MedusaHeads
+from paceline.spec.engines import runs
 from paceline.spec.kernels import native
 from paceline.spec.plan.store import plan_path
 from paceline.spec.target.weights import block_layers, dense_weight
@@ -62,7 +63,7 @@ def test_the_text_is_that_of_plain_decoding(model, folders, kind, weights, sampl
 
 
 @pytest.mark.slow
-def test_compiled_steps_give_the_same_text(model, folders):
+def test_compiled_steps_give_the_same_text(model, folders, traced_only):
     drafter = paceline.load_drafter(folders["draft model"], model, weights="q4-int8")
     options = dict(do_sample=True, top_k=0, max_new_tokens=24, seed=5)
     prompt = torch.tensor([[5, 9, 2, 7]])
@@ -71,6 +72,7 @@ def test_compiled_steps_give_the_same_text(model, folders):
         model, prompt, drafter=drafter, tree="2", executor="compiled", return_dict_in_generate=True, **options
     )
     assert torch.equal(plain, out.sequences) and out.trace.summary()["num_accepted_draft_tokens"] > 0
+    runs.reset(model)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,7 +2,6 @@
 target's, and what they draft are tokens in common."""
 
 import copy
-from functools import partial
 
 import paceline
 import pytest
@@ -104,9 +103,7 @@ def test_a_recorded_step_gives_the_same_text(pair, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_steps_give_the_same_text(tokenizers, monkeypatch):
-    """Traced as for the compiler, into one graph, which runs by torch's kernels: making others takes half a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+def test_compiled_steps_give_the_same_text(tokenizers, traced_only):
     both = tokenizers["pieces"], tokenizers["bytes"]
     model, shared = tiny_llama(vocab=520, num_hidden_layers=1), shared_tokens(*both, 520, 400)
     drafter = ModelDrafter(draft_for(model, shared, 400), shared=shared)

@@ -113,7 +113,7 @@ def test_switching_between_calls_is_noticed_by_kept_steps_packed_weights_and_pro
 
 
 @pytest.mark.slow
-def test_a_compiled_step_serves_the_adapter_that_it_was_made_for(both):
+def test_a_compiled_step_serves_the_adapter_that_it_was_made_for(both, traced_only):
     for name in ("one", "two", "one"):
         both.set_adapter(name)
         assert torch.equal(decode(both, "compiled"), texts_of(both))

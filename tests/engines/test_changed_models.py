@@ -102,7 +102,7 @@ def test_a_kept_step_sees_that_the_model_changed(tapes, change):
 
 
 @pytest.mark.slow
-def test_a_compiled_step_sees_weights_that_changed_in_place():
+def test_a_compiled_step_sees_weights_that_changed_in_place(traced_only):
     """It reads packed copies, which must be packed again; switching back and forth compiles each state once."""
     model = adapted()
     runs.reset(model)

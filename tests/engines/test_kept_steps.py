@@ -62,7 +62,7 @@ def test_a_shorter_text_takes_the_step_of_a_longer_one(tapes):
 
 
 @pytest.mark.slow
-def test_another_value_compiles_nothing():
+def test_another_value_compiles_nothing(traced_only):
     """The same by the compiler itself: one graph."""
     model = tiny_llama()
     runs.reset(model)

@@ -192,7 +192,7 @@ def test_what_is_refused(model, monkeypatch):
 
 
 @pytest.mark.slow
-def test_compiled_steps_go_on_from_kept_prompts(model):
+def test_compiled_steps_go_on_from_kept_prompts(model, traced_only):
     drafter = paceline.load_drafter("ngram", model)
     plain = chat(model, None, drafter, "greedy")
     cache = paceline.PromptCache()

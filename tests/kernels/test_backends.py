@@ -29,7 +29,7 @@ class Transposed:
 
 
 @pytest.mark.slow
-def test_a_backend_is_a_line_in_the_table(ragged, monkeypatch):
+def test_a_backend_is_a_line_in_the_table(ragged, monkeypatch, traced_only):
     backend, model = Transposed(), tiny_llama(seed=5, num_hidden_layers=1).double()
     monkeypatch.setattr(linears, "BACKENDS", [backend, *linears.BACKENDS])
     options = dict(do_sample=False, max_new_tokens=8)

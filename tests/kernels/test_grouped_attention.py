@@ -164,8 +164,8 @@ def test_what_our_own_attention_does_not_take(compiled_source, change):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged):
-    """The operator inside a compiled step, on ragged rows and a tree: the same text as eagerly."""
+def test_a_compiled_step_with_our_own_attention_is_the_eager_one(compiled_source, ragged, traced_only):
+    """The operator inside a traced step, on ragged rows and a tree: the same text as eagerly."""
     model = tiny_llama()
     options = dict(do_sample=False, max_new_tokens=12, drafter="ngram", tree="2x2")
     eager = paceline.generate(model, *ragged, executor="eager", **options)

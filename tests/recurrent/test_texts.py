@@ -148,14 +148,24 @@ def test_every_step_is_one_graph(stateful):
     assert counter.frame_count == 1
 
 
-COMPILED = {"lfm2": {}, "mamba2": {}, "qwen3_next": dict(num_experts=0)}  # mixtures take a minute more to compile
+def _assert_compiled_text(model, batches, tree):
+    for batch in batches:
+        truth = _decode(model, batch, "ngram", tree, executor="eager")
+        assert torch.equal(_decode(model, batch, "ngram", tree, executor="compiled"), truth)
+    runs.reset(model)
+
+
+@pytest.mark.slow
+def test_a_traced_step_decodes_the_same(texts, traced_only):
+    """A model of convolutions, which are a part of the states that are compiled below, too."""
+    _assert_compiled_text(build("lfm2", STATEFUL["lfm2"]), (texts, texts[::-1]), "2x1")
+
+
+# A layer of each kind; mixtures take a minute more to compile.
+COMPILED = {"mamba2": dict(num_hidden_layers=1), "qwen3_next": dict(num_experts=0)}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step_decodes_the_same(name, texts):
-    model = build(name, STATEFUL[name] | COMPILED[name])
-    for batch in (texts, texts[::-1]):
-        truth = _decode(model, batch, "ngram", "2x1", executor="eager")
-        assert torch.equal(_decode(model, batch, "ngram", "2x1", executor="compiled"), truth)
-    runs.reset(model)
+    _assert_compiled_text(build(name, STATEFUL[name] | COMPILED[name]), (texts[::2], texts[1::2]), "2")
