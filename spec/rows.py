@@ -159,7 +159,7 @@ class Rows:
     def admit(self, requests: Mapping[int, Request], given: "GivenPrompt | None" = None) -> None:
         """Put each request into its row, which must be free, and read all their prompts together; or take over what the
         model's own forward has `given` of them, one for each row, and with it the first token of each text."""
-        index = self._enter(requests)
+        index = self.enter(requests)
         with self.executor.packing:
             if given is not None:
                 watch = Stopwatch(index.device, self.streamer)
@@ -170,15 +170,16 @@ class Rows:
             held = {row: request.held for row, request in requests.items() if request.held is not None}
             self.engine.read(self.chunk, None if len(requests) == len(self.tickets) else index, held)
 
-    def insert(self, requests: Mapping[int, Request], engine: Engine, rows: Sequence[int]) -> None:
-        """Put each request into its row, which must be free, with what the `rows` of `engine`, an engine for the same
-        drafter, hold of its prompt."""
-        index, source = self._enter(requests), self._index(rows)
+    def take_over(self, index: Tensor, engine: Engine, rows: Sequence[int]) -> None:
+        """Let the rows `index` (R,), whose requests have been entered, know what the `rows` of `engine`, an engine for
+        the same drafter, hold of their prompts."""
+        source = self._index(rows)
         self.engine.target.copy_rows(engine.target, source, index)
         self.engine.session.copy_rows(engine.session, source, index)
 
-    def _enter(self, requests: Mapping[int, Request]) -> Tensor:
-        """Write each request to the state of its row, with a ticket; returns the rows."""
+    def enter(self, requests: Mapping[int, Request]) -> Tensor:
+        """Write each request to the state of its row, which must be free, with a ticket; returns the rows (R,), in
+        which nothing is known of the prompts yet."""
         (_, capacity), (_, ends) = self.engine.state.tokens.shape, self.engine.state.eos.shape
         for row, request in requests.items():
             assert self.tickets[row] == NO_TICKET, f"row {row} is taken"

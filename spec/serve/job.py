@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import torch
 from torch import Tensor
 
 from ..request import Request
@@ -11,6 +12,8 @@ from ..step import RowReport
 from .row_sampler import SamplingKind
 from .running_text import RunningText
 from .text_request import TextRequest
+
+DEVICE_ERRORS = torch.OutOfMemoryError, torch.AcceleratorError
 
 
 class Phase(StrEnum):
@@ -108,7 +111,9 @@ class Job:
         return bool(self.tokens) and self.tokens[-1] in self.request.ends
 
     def fail(self, error: Exception) -> None:
-        """Take note of an error that is this job's alone."""
+        """Take note of an error that is this job's alone. Raises one of the device, which the next would meet."""
+        if isinstance(error, DEVICE_ERRORS):
+            raise error
         said = next(iter(str(error).splitlines()), "")
         self.reason, self.problem = "error", f"this text has failed ({type(error).__name__}: {said})"
 

@@ -31,11 +31,11 @@ def read_json(data: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise BadBody(None, f"the body names {twice[:80]!a} twice in one object; say it once")
+    made: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in made:
+            raise BadBody(None, f"the body names {name[:80]!a} twice in one object; say it once")
+        made[name] = value
     return made
 
 

@@ -6,7 +6,7 @@ the one goes on that has the least left to read, so that a short prompt passes a
 lanes began, which is that of the queue. Knows nothing of how texts are decoded.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -40,22 +40,43 @@ class Lane:
         """The jobs that can enter the batch."""
         return {} if self.reading else self.jobs
 
-    def begin(self, jobs: Sequence[Job], held: Sequence[Held | None], begun: int) -> None:
-        """Begin with the prompts of `jobs`, of which `held` is known, as turn number `begun` of all lanes."""
-        rows = torch.arange(len(jobs), device=self.engine.state.done.device)
+    def begin(self, jobs: Sequence[Job], find: Callable[[Job], Held | None], begun: int) -> None:
+        """Begin with the prompts of `jobs`, of which `find` tells what is known, as turn number `begun` of all lanes.
+        A job for which that fails ends alone; where the requests cannot be written to the lane, all of them end."""
         self.jobs = dict(enumerate(jobs))
-        kept = {row: part for row, part in enumerate(held) if part is not None}
+        found = [(job, held) for job in jobs for held in self._found(job, find)]
+        if not found:
+            return
+        jobs = [job for job, _ in found]
+        self.jobs = dict(enumerate(jobs))
+        rows = torch.arange(len(jobs), device=self.engine.state.done.device)
+        kept = {row: part for row, (_, part) in enumerate(found) if part is not None}
         for row, job in self.jobs.items():
             job.phase = Phase.READING
             job.reused = kept[row].count if row in kept else 0
+        try:
+            self.engine.state.admit(rows, [job.request for job in jobs], [0] * len(jobs))
+        except Exception as error:
+            for job in jobs:
+                self.fail(job, error)
+            return
         ends = [(job.reused, len(job.request.tokens) - 1 - job.reused) for job in jobs]
         self.left = max(left for _, left in ends)
         self.waited, self.begun = 0, begun
-        self.engine.state.admit(rows, [job.request for job in jobs], [0] * len(jobs))
         with self.packing:
             self._spans = self.engine.spans(self.chunk, None if len(jobs) == self.width else rows, kept, ends)
             if not self.left:
                 next(self._spans, None)  # clears the rows
+        for job in jobs:
+            job.tell()
+
+    def _found(self, job: Job, find: Callable[[Job], Held | None]) -> list[Held | None]:
+        """What is known of a prompt; nothing at all where that fails, which ends the job."""
+        try:
+            return [find(job)]
+        except Exception as error:
+            self.fail(job, error)
+            return []
 
     def advance(self) -> None:
         """Read a chunk."""
@@ -91,9 +112,9 @@ class Lane:
             self.left = 0
 
     def fail(self, job: Job, error: Exception) -> None:
-        """End a job with an error that is its alone."""
-        self.drop(job)
+        """End a job with an error that is its alone; see `Job.fail`."""
         job.fail(error)
+        self.drop(job)
         job.end("error")
 
 

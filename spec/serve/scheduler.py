@@ -2,9 +2,9 @@
 
 Each turn (`tick`) admits what is ready, reads a chunk of a prompt in a lane (lanes.py), steps the batch once, and
 delivers what the step brought. What goes wrong with one job alone (its text, its log-probabilities, its settings) ends
-that job with the reason "error"; what goes wrong with a chunk or a step is raised. A request is taken only if its whole
-text has room, so that what is admitted always ends. What a request's text is depends on nothing that happens here.
-There is no clock: a turn is the unit of time.
+that job with the reason "error"; what goes wrong with the engine (a chunk, a step, a row's copy) is raised. A request
+is taken only if its whole text has room, so that what is admitted always ends. What a request's text is depends on
+nothing that happens here. There is no clock: a turn is the unit of time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -114,11 +114,12 @@ class Scheduler:
         self._settle([job for _, _, job in ready])
         for (lane, lane_row, job), row in zip(ready, self._rows.free if ready else ()):
             try:
-                self._rows.insert({row: job.request}, lane.engine, [lane_row])
+                index = self._rows.enter({row: job.request})
             except Exception as error:
-                self._rows.evict([row])
                 lane.fail(job, error)
+                self._rows.evict([row])
                 continue
+            self._rows.take_over(index, lane.engine, [lane_row])
             lane.drop(job)
             job.phase = Phase.RUNNING
             self.running[self._rows.tickets[row]] = job
@@ -152,31 +153,16 @@ class Scheduler:
         """Fill the free lanes, and read one chunk, so that whoever comes or goes meanwhile is heard before the next."""
         for lane in self.lanes:
             if not lane.jobs and self.waiting:
-                self._begin(lane, self.waiting.take(lane.width))
+                lane.begin(self.waiting.take(lane.width), self.prefixes.find, next(self._begun))
+                self._finished(lane)
         if (chosen := next_lane(self.lanes)) is not None:
             chosen.advance()
             self._finished(chosen)
 
-    def _begin(self, lane: Lane, jobs: Sequence[Job]) -> None:
-        """Begin to read prompts; where they cannot be begun with, all of these jobs end."""
-        try:
-            lane.begin(jobs, [self.prefixes.find(job) for job in jobs], next(self._begun))
-        except Exception as error:
-            for job in jobs:
-                lane.fail(job, error)
-            return
-        for job in jobs:
-            job.tell()
-        self._finished(lane)
-
     def _finished(self, lane: Lane) -> None:
         """What comes of a lane whose prompts have been read, if they have."""
         for row, job in lane.ready.items():
-            try:
-                self.prefixes.keep(lane, row, job)
-            except Exception as error:
-                lane.fail(job, error)
-                continue
+            self.prefixes.keep(lane, row, job)
             if not job.request.new_tokens:
                 lane.drop(job)
                 job.end("length")

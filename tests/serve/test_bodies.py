@@ -4,7 +4,8 @@ import http.client
 import json
 
 import pytest
-from paceline.spec.serve.bodies import CHAT, COMPLETION
+from paceline.spec.serve.bodies import CHAT, COMPLETION, BadBody
+from paceline.spec.serve.json_text import read_json
 from serve.served import CONTENTED, ask, listening, serving_of
 
 
@@ -158,6 +159,13 @@ def test_what_no_number_and_no_text_is_refused_wherever_it_stands(url):
     ):
         status, said = ask(url, raw, "/v1/completions")
         assert status == 400 and words in json.loads(said)["error"]["message"]
+
+
+def test_one_of_very_many_names_that_comes_twice_is_found_in_one_pass():
+    """Looking through all names for each of them would take an hour."""
+    names = [*(f"{number:x}" for number in range(200_000)), "30d3f"]
+    with pytest.raises(BadBody, match="names '30d3f' twice"):
+        read_json(("{" + ",".join(f'"{name}":0' for name in names) + "}").encode())
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63), 2**63])

@@ -10,19 +10,21 @@ from paceline.spec.serve.many import make_job
 from paceline.spec.serve.prefixes import KeptPrefixes
 from paceline.spec.serve.running_text import RunningText
 from paceline.spec.state import DecodeState
+from paceline.spec.step import Engine
+from paceline.spec.target.cache import SlotCache
 from serve.playing import letters, pool, scheduler_of
 from serve.served import CONTENTED, ask, listening, serving_of, truth
 
 BAD = dict(prompt=[31, 40, 52, 31, 40, 52], max_new_tokens=9, end_ids=(), tenant="bad")
 
 
-def fails_for(patch, owner, name, whose):
+def fails_for(patch, owner, name, whose, kind=IndexError):
     """Let a function raise where `whose`, called with its arguments, says so."""
     plain = getattr(owner, name)
 
     def failing(*args, **kwargs):
         if whose(*args):
-            raise IndexError("something\nis wrong")
+            raise kind("something\nis wrong")
         return plain(*args, **kwargs)
 
     patch.setattr(owner, name, failing)
@@ -33,7 +35,6 @@ FAULTS = {
     "an end": (RunningText, "end", lambda text: text.stops == ("?",)),
     "a row": (DecodeState, "admit", lambda state, rows, requests, tickets: requests[0].tokens == BAD["prompt"]),
     "a prefix": (KeptPrefixes, "find", lambda kept, job: job.asked.tenant == "bad"),
-    "a kept prefix": (KeptPrefixes, "keep", lambda kept, lane, row, job: job.asked.tenant == "bad"),
     "log-probabilities": (TokenLogprobs, "of", lambda logits, token, count: count == 7),
     "a prompt's": (TokenLogprobs, "of", lambda logits, token, count: count == 6),
 }
@@ -48,7 +49,7 @@ def test_one_texts_error_ends_that_text_only(model, monkeypatch, fault):
     prefixes = KeptPrefixes(model, drafter, 4)
     scheduler = scheduler_of(model, drafter, "2x1", rows=3, lanes=2, prefixes=prefixes)
     asked = dict(BAD, stop=("?",), logprobs=7, prompt_logprobs=6 if fault == "a prompt's" else None)
-    if fault in ("a prefix", "a kept prefix"):
+    if fault == "a prefix":
         asked["logprobs"] = None
     bad = make_job(model, letters(), asked, lambda job: ended.append(job) if job.reason else None)
     others = [(make_job(model, letters(), each), alone) for each, alone in pool()[:5]]
@@ -64,6 +65,35 @@ def test_one_texts_error_ends_that_text_only(model, monkeypatch, fault):
     assert bad.reason == "error" and bad.problem == "this text has failed (IndexError: something)"
     for job, alone in others:
         assert (job.tokens, job.text, job.reason) == alone
+
+
+TEN = [31, 40, 52, 31, 40, 52, 33, 34, 35, 36]  # two whole chunks, and two tokens
+ENGINES = {
+    "a row's cache": (SlotCache, "copy_rows", lambda *args: True, RuntimeError),
+    "a lane's cache": (SlotCache, "clear", lambda *args: True, RuntimeError),
+    "a copy of a prefix": (Engine, "hold", lambda *args: True, RuntimeError),
+    "memory": (TokenLogprobs, "of", lambda *args: True, torch.OutOfMemoryError),
+    "the device": (DecodeState, "admit", lambda *args: True, torch.AcceleratorError),
+    "the device, for a prefix": (KeptPrefixes, "find", lambda *args: True, torch.AcceleratorError),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fault", ENGINES)
+def test_an_engines_error_is_no_texts(model, monkeypatch, fault):
+    """Else all texts would fail, one after the other, and the server would look well."""
+    owner, name, whose, kind = ENGINES[fault]
+    fails_for(monkeypatch, owner, name, whose, kind)
+    drafter = NgramDrafter()
+    scheduler = scheduler_of(model, drafter, "2x1", rows=3, lanes=2, prefixes=KeptPrefixes(model, drafter, 4))
+    jobs = [make_job(model, letters(), dict(prompt=TEN, max_new_tokens=4, logprobs=2)) for _ in range(3)]
+    for job in jobs:
+        scheduler.submit(job)
+    with pytest.raises(kind, match="something"):
+        for _ in range(50):
+            scheduler.tick()
+    assert not any(job.reason for job in jobs)
+    assert {*jobs} == {*scheduler.waiting, *scheduler.in_lanes, *scheduler.running.values()}, "all can be told"
 
 
 def test_a_text_that_fails_is_told_in_a_sentence_and_the_server_goes_on(model, monkeypatch):
