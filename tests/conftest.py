@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import tempfile
 from functools import partial
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+# Shared by all tests and workers, also by those whose cache folder is another.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), "paceline-tests-inductor"))
 
 from pathlib import Path
 

@@ -49,7 +49,11 @@ def prepare() -> None:
     except OSError:
         pass  # torch then uses a temporary folder
     else:
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder))
+        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+        # Torch names its own folder there when it is imported: one that is gone when the machine starts again.
+        if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (None, os.path.abspath(default_cache_dir())):
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
     threading.Thread(target=_try_compiler, daemon=True).start()
 
 

@@ -1,8 +1,12 @@
-"""What compiled code computes for a row must not depend on the rows beside it."""
+"""What compiled code computes for a row must not depend on the rows beside it; where it is kept."""
+
+import os
 
 import pytest
 import torch
+from paceline.spec.engines import inductor
 from paceline.spec.engines.inductor import compiled
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 
@@ -23,3 +27,15 @@ def test_the_norm_of_a_row_has_the_same_bits_alone_and_among_others():
     finally:
         torch.set_num_threads(threads)
         torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(("named", "kept"), [(None, "ours"), ("torch's", "ours"), ("/elsewhere", "/elsewhere")])
+def test_code_is_kept_in_our_cache_folder_unless_another_is_named(named, kept, monkeypatch, tmp_path):
+    """Torch names its own folder in the environment as soon as it is imported."""
+    monkeypatch.setattr(inductor, "_try_compiler", lambda: None)
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", {"torch's": default_cache_dir()}.get(named, str(named)))
+    if named is None:
+        monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    inductor.prepare()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == {"ours": str(tmp_path / "inductor")}.get(kept, kept)
