@@ -8,6 +8,7 @@ import asyncio
 import hashlib
 import hmac
 import json
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from importlib.resources import files
@@ -25,6 +26,8 @@ from .job import Phase
 from .json_text import read_json
 from .serving import Serving
 from .worker import Progress, Reader
+
+_log = logging.getLogger(__name__)
 
 PING = 15.0  # seconds of silence after which a comment says that the connection lives
 STALLED = 60.0  # seconds for which a client may take nothing
@@ -247,10 +250,12 @@ class EventStream(Response):
                 continue
             try:
                 events = self._told(index, progress, not begun)
-            except Exception:  # else the client would wait for ever
+            except Exception as error:  # else the client would wait for ever
+                _log.error("an event could not be made (%s)", type(error).__name__)
+                self.serving.cancel([reader])
                 queue.put_nowait(problem(FAILED, "server_error"))
                 queue.put_nowait(None)
-                raise
+                return
             begun = begun or bool(progress.tokens)
             for event in events:
                 queue.put_nowait(event)

@@ -13,6 +13,7 @@ from .row_sampler import MOST_TOP_K
 from .text_request import ENDS, MOST_LOGPROBS
 
 MOST_STOPS = 4
+LONGEST_NAME = 80  # characters of a field's name that an answer says
 
 
 class BadBody(ValueError):
@@ -20,7 +21,7 @@ class BadBody(ValueError):
 
     def __init__(self, field: str | None, message: str, status: int = 400, code: str | None = None):
         super().__init__(message)
-        self.field, self.status, self.code = field, status, code
+        self.field, self.status, self.code = None if field is None else field[:LONGEST_NAME], status, code
 
 
 Check = Callable[[str, Any], Any]
@@ -161,10 +162,16 @@ def _object(name: str, value: Any, fields: Mapping[str, Check]) -> dict[str, Any
         if key not in fields:
             if each is None:
                 continue
-            raise BadBody(f"{name}.{key}", f"{name}.{key} is not supported; leave it out")
+            said = shown_name(key)
+            raise BadBody(f"{name}.{said}", f"{name}.{said} is not supported; leave it out")
         if each is not None:
             made[key] = fields[key](f"{name}.{key}", each)
     return made
+
+
+def shown_name(name: str) -> str:
+    """A field's name, cut and in one line."""
+    return ascii(name[:LONGEST_NAME])[1:-1]
 
 
 def _shown(value: Any) -> str:

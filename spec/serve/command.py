@@ -64,7 +64,11 @@ def serve(args: Namespace) -> int:
         worker, limits, about = assemble(args, model, tokenizer, drafter, figures)
         return Serving(model, tokenizer, worker, limits, figures, keys, about), worker
 
-    serving, worker = in_passing_thread(prepare)
+    try:
+        serving, worker = in_passing_thread(prepare)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr, flush=True)
+        os._exit(130)  # an exit would take torch away from the thread, which is loading still
     worker.start()
     try:
         return asyncio.run(_run(serving, make_app(serving), args.host, args.port))

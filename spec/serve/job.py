@@ -53,6 +53,7 @@ class Job:
     phase: Phase = Phase.WAITING
     reason: str = ""
     problem: str = ""  # of an error, in a sentence
+    unscored: bool = False  # whether the error is that no token could be chosen by the scores
     shown: str = ""  # the text so far, without an end that may become a stop string
     tokens: list[int] = field(default_factory=list)  # the new ones
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of these
@@ -104,6 +105,7 @@ class Job:
         if report.done:
             self.reason = "error" if report.failed else "stop" if self._at_end else "length"
             if report.failed:
+                self.unscored = True
                 self.problem = "the scores are NaN or forbid every token; check the model's weights and dtype"
 
     @property

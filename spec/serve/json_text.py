@@ -9,9 +9,9 @@ import json
 import math
 from typing import Any
 
-from .bodies import BadBody
+from .bodies import BadBody, shown_name
 
-DEEPEST = 32  # lists and objects in one another
+DEEPEST = 32  # lists and objects in one another, in a field
 LARGEST = 1 << 64
 
 
@@ -26,7 +26,7 @@ def read_json(data: bytes) -> Any:
     for name, value in read.items() if isinstance(read, dict) else [(None, read)]:
         if name is not None:
             _check_text(None, "the name of a field", name)
-        _check(name, "the body" if name is None else name[:80], value, 1)
+        _check(name, "the body" if name is None else shown_name(name), value, 0)
     return read
 
 
@@ -44,8 +44,8 @@ def _no_number(said: str) -> Any:
 
 
 def _check(field: str | None, name: str, value: Any, depth: int) -> None:
-    """Raise BadBody for what has no meaning in `value`, a part of `field`, which `name` tells."""
-    if depth > DEEPEST:
+    """Raise BadBody for what has no meaning in `value`, a part of `field`, which `name` tells, in `depth` others."""
+    if isinstance(value, (list, dict)) and depth >= DEEPEST:
         raise BadBody(field, f"{name} has more than {DEEPEST} lists and objects in one another; give a flatter one")
     if isinstance(value, str):
         _check_text(field, name, value)

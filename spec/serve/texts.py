@@ -62,7 +62,8 @@ def decode_texts(
 
     Each text is continued as by `generate(..., seed=[text.seed])` with these settings, up to near-ties of the two best
     logits. `progress` is called with the number of tokens of each row's step; once `enough()` is true, no further text
-    is begun. Raises ValueError for a text longer than the model's context and for what `generate` refuses.
+    is begun. Raises ValueError for a text longer than the model's context and for what `generate` refuses, RuntimeError
+    where a text fails for another reason than its scores.
     """
     chunk = prompt_chunk(model) if prefill_chunk is None else whole_number("prefill_chunk", prefill_chunk, 1)
     attach(model)
@@ -127,7 +128,9 @@ class _Serving:
             while not scheduler.idle:
                 scheduler.tick()
                 for text, job in self.ended:
-                    following = self.finish(text, job.tokens, job.reason == "error")
+                    if job.reason == "error" and not job.unscored:
+                        raise RuntimeError(job.problem)
+                    following = self.finish(text, job.tokens, job.unscored)
                     if following is not None:
                         assert following.room <= text.room, "a text that follows goes where the first one went"
                         scheduler.submit(self.job(following), first=True)

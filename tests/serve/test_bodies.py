@@ -1,5 +1,6 @@
 """Bodies that the server does not take: each is refused in one sentence that names what is wrong."""
 
+import contextlib
 import http.client
 import json
 
@@ -166,6 +167,24 @@ def test_one_of_very_many_names_that_comes_twice_is_found_in_one_pass():
     names = [*(f"{number:x}" for number in range(200_000)), "30d3f"]
     with pytest.raises(BadBody, match="names '30d3f' twice"):
         read_json(("{" + ",".join(f'"{name}":0' for name in names) + "}").encode())
+
+
+@pytest.mark.parametrize("lists, fits", [(32, True), (33, False)])
+def test_thirty_two_lists_and_objects_may_be_in_one_another(lists, fits):
+    """In a field, or where the body is none but a list."""
+    deep = "[" * lists + "1" + "]" * lists
+    for body in (f'{{"x": {deep}}}', f"[{deep}]"):
+        with contextlib.nullcontext() if fits else pytest.raises(BadBody, match="more than 32"):
+            read_json(body.encode())
+
+
+def test_a_fields_name_is_said_in_one_line_and_cut(url):
+    for name in ("a\nb", "x" * 100_000, "\u0000", "\u2028\u202e"):
+        for body in ({name: 1}, {name: 10**400}, {name: "\ud800"}, {"stream_options": {name: True}, "stream": True}):
+            status, said = ask(url, CONTENTED | body)
+            told = json.loads(said)["error"]
+            assert status == 400 and len(told["message"].splitlines()) == 1 and len(told["message"]) < 200
+            assert told["message"].isprintable() and len(told["param"]) <= 80
 
 
 @pytest.mark.parametrize("seed", [2**64, -(2**63), 2**63])

@@ -1,5 +1,6 @@
 """What goes wrong with one text ends that text; what goes wrong with a step ends all."""
 
+import gc
 import json
 
 import pytest
@@ -111,8 +112,15 @@ def test_a_text_that_fails_is_told_in_a_sentence_and_the_server_goes_on(model, m
 def test_an_event_that_cannot_be_made_ends_its_stream(monkeypatch, caplog):
     from paceline.spec.serve.answers import Answer
 
-    fails_for(monkeypatch, Answer, "more", lambda answer, index, progress: answer.body.get("seed") == 8)
-    with listening(serving_of()) as address:
-        status, said = ask(address, CONTENTED | dict(stream=True, seed=8))
+    fails_for(monkeypatch, Answer, "more", lambda answer, index, progress: index == answer.body.get("seed") == 0)
+    serving, jobs = serving_of(), []
+    submit = serving.worker.submit
+    monkeypatch.setattr(serving.worker, "submit", lambda job: (jobs.append(job), submit(job)))
+    with listening(serving, turn_seconds=0.03) as address:
+        asked = dict(stream=True, seed=0, n=2, max_tokens=40, ignore_eos=True)
+        status, said = ask(address, CONTENTED | asked)
         assert status == 200 and "has failed to answer" in said.decode() and said.endswith(b"data: [DONE]\n\n")
+        assert [job.reason for job in jobs] == ["abort", "length"], "nobody waits for the first"
         assert ask(address, CONTENTED)[0] == 200
+    gc.collect()  # of tasks that nobody awaited, which would tell then
+    assert "IndexError" in caplog.text and "something" not in caplog.text

@@ -12,6 +12,7 @@ import time
 from argparse import Namespace
 
 import pytest
+from paceline.spec.cli import commands
 from paceline.spec.serve import command
 from serve.playing import toy
 from serve.served import chatting
@@ -79,6 +80,30 @@ def test_other_machines_are_served_with_a_key_only(monkeypatch):
         command.serve(Namespace(host="0.0.0.0", api_key=None, insecure=False))
     with pytest.raises(ValueError, match="--api-key is empty"):
         command.serve(Namespace(host="0.0.0.0", api_key=[""], insecure=False))
+
+
+def test_ctrl_c_ends_a_server_that_is_loading(monkeypatch, capsys):
+    """At once, and without the end of the interpreter, which a thread that is in torch does not survive."""
+    go = threading.Event()
+
+    def load(args):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        assert go.wait(20)
+        raise ValueError("nobody hears of it")
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(commands, "load", load)
+    monkeypatch.setattr(command.os, "_exit", leave)
+    try:
+        with pytest.raises(SystemExit, match="130"):
+            command.serve(Namespace(host="127.0.0.1", api_key=None, insecure=False, name="toy", model="toy"))
+    except KeyboardInterrupt:
+        pytest.fail("the interpreter would end")
+    finally:
+        go.set()
+    assert capsys.readouterr().err == "\nstopped\n"
 
 
 def test_what_is_not_installed_is_named(monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import executors, runs
+from paceline.spec.serve.job import Job
 from paceline.spec.serve.lanes import Lane
 from paceline.spec.serve.texts import Text, decode_texts
 from paceline.spec.target.selftest import attach
@@ -110,6 +111,17 @@ def test_a_row_goes_on_with_the_text_that_follows(model, texts):
         assert got[text.name, 0] == answer
         follow = Text([*text.tokens, *answer, 40 + text.name], 9, 50, 256)
         assert got[text.name, 1] == alone(model, follow, 0.0)
+
+
+def test_what_goes_wrong_with_a_text_is_told_as_what_it_is(model, texts, monkeypatch):
+    """`finish` hears of NaN only."""
+
+    def fails(self, report, logits):
+        raise IndexError("something")
+
+    monkeypatch.setattr(Job, "take", fails)
+    with pytest.raises(RuntimeError, match=r"this text has failed \(IndexError: something\)"):
+        collect(model, texts[:1], batch=1)
 
 
 def test_reading_a_prompt_leaves_the_others_alone(model, texts, monkeypatch):

@@ -57,8 +57,11 @@ def test_the_clock_runs_while_it_works_and_stands_while_it_is_idle(clock):
             clock[0] += 1
             assert made.stuck
             engine.go.release()
-        while made.stuck:  # until the thread has seen that there is nothing left
+        for _ in range(20_000):  # until the thread has seen that there is nothing left
+            if not made.stuck:
+                break
             time.sleep(0.001)
+        assert not made.stuck
     assert made.close(20) and not made.stuck and made.failure is None
 
 
