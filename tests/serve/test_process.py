@@ -96,12 +96,14 @@ def test_ctrl_c_ends_a_server_that_is_loading(monkeypatch, capsys):
 
     monkeypatch.setattr(commands, "load", load)
     monkeypatch.setattr(command.os, "_exit", leave)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells let background jobs ignore it
     try:
         with pytest.raises(SystemExit, match="130"):
             command.serve(Namespace(host="127.0.0.1", api_key=None, insecure=False, name="toy", model="toy"))
     except KeyboardInterrupt:
         pytest.fail("the interpreter would end")
     finally:
+        signal.signal(signal.SIGINT, before)
         go.set()
     assert capsys.readouterr().err == "\nstopped\n"
 
