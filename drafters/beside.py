@@ -14,7 +14,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, Proposal, Share
+from ..spec.proposal import NO_TOKEN, Drafter, DrafterTraits, DraftRequest, DraftSession, Proposal, Share, divided
 from ..spec.state import DecodeState
 from ..spec.target.protocol import Resumable, Span, can_resume
 from ..spec.tree import TokenTree, TreeShape
@@ -130,13 +130,3 @@ class ResumableBesideSession(BesideSession):
         for session, part in zip(self.sessions, saved):
             if isinstance(session, Resumable):
                 session.load_row(row, part, count)
-
-
-def divided(shape: TreeShape) -> tuple[list[int], list[int]]:
-    """The nodes of the first drafter and of the second; both lists include the root. The second drafter's are the
-    root's last child and everything below it."""
-    branch = set(shape.children[0][-1:])  # none in a tree of the root alone
-    for node, parent in enumerate(shape.parents):
-        if parent in branch:
-            branch.add(node)
-    return [node for node in range(len(shape)) if node not in branch], [0, *sorted(branch)]

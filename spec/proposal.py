@@ -267,3 +267,13 @@ class EmptySession(Unremembering):
 
     def propose(self, state: "DecodeState") -> Proposal:
         return Proposal(state.roots(), self.tree, "deterministic", "own")
+
+
+def divided(shape: TreeShape) -> tuple[list[int], list[int]]:
+    """The nodes of the first of two drafters that share a tree, and of the second; both lists include the root. The
+    second drafter's are the root's last child and everything below it."""
+    branch = set(shape.children[0][-1:])  # none in a tree of the root alone
+    for node, parent in enumerate(shape.parents):
+        if parent in branch:
+            branch.add(node)
+    return [node for node in range(len(shape)) if node not in branch], [0, *sorted(branch)]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from ..files import write_json
 from ..plan.step_times import alone, open_idle
 from ..plan.trees import Rates, best_tree, expected_tokens, non_increasing
-from ..proposal import Drafter
+from ..proposal import Drafter, divided
 from ..step import RowReport
 from ..tree import TreeShape
 
@@ -45,7 +45,7 @@ class Seen:
         """Count the steps of some rows, and forget a little of what was before them."""
         for counts in filter(None, (self.first, self.second)):
             counts.fade((1 - 1 / MEMORY) ** len(reports))
-        branch = self._branch(shape)
+        _, branch = self._parts(shape)
         for report in reports:
             path = [0, *report.path[1 : report.accepted + 1]]
             for depth, node in enumerate(path):
@@ -56,22 +56,18 @@ class Seen:
                     elif self.second is not None:
                         self.second.count(depth, 0, hit)
 
-    def _branch(self, shape: TreeShape) -> set[int]:
-        """The nodes of the second drafter."""
-        branch = set(shape.children[0][-1:]) if self.second is not None else set()
-        for node, parent in enumerate(shape.parents):
-            if parent in branch:
-                branch.add(node)
-        return branch
+    def _parts(self, shape: TreeShape) -> tuple[list[int], list[int]]:
+        """The nodes of the first drafter and of the second, with the root."""
+        return ([*range(len(shape))], [0]) if self.second is None else divided(shape)
 
     def expectation(self) -> Callable[[TreeShape], float]:
         """The expected tokens of a step with a tree, by what has been seen until now."""
         first, second = self.first.rates(), None if self.second is None else self.second.rates()
 
         def expected(shape: TreeShape) -> float:
-            branch = self._branch(shape)
-            tokens = expected_tokens(first, shape.part([node for node in range(len(shape)) if node not in branch]))
-            return tokens + (0.0 if second is None else expected_tokens(second, TreeShape.chain(len(branch))) - 1)
+            nodes, branch = self._parts(shape)
+            tokens = expected_tokens(first, shape.part(nodes))
+            return tokens + (0.0 if second is None else expected_tokens(second, shape.part(branch)) - 1)
 
         return cache(expected)
 
