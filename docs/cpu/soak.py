@@ -49,6 +49,14 @@ class Served:
         threading.Thread(target=self.process.stderr.read, daemon=True).start()
         self.port = int(line.partition("/v1")[0].rpartition(":")[2])
 
+    def __enter__(self) -> "Served":
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Kill it (kill -9), if it has not ended."""
+        self.process.kill()
+        self.process.wait(30)
+
     def ask(self, which: int, new_tokens: int, stream: bool = False, leave: float | None = None) -> str | None:
         """The text of a request, one of `REQUESTS`; None where the client leaves after so many seconds, and where the
         server has no room for it."""
@@ -98,8 +106,25 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--clients", type=int, default=6)
     args = parser.parse_args()
-    served, over, wrong, compared = Served(args), threading.Event(), [], []
-    alone = [served.ask(which, LONGEST) for which in range(REQUESTS)]
+    with Served(args) as served:
+        alone = [served.ask(which, LONGEST) for which in range(REQUESTS)]
+        come_and_go(served, alone, args.minutes, args.clients)
+        threading.Thread(target=lambda: _quietly(served.ask, 0, 300), daemon=True).start()
+        time.sleep(1)
+    with Served(args, served.port) as again:  # the first one was killed
+        answers: list[str | None] = []
+        asking = threading.Thread(target=lambda: answers.append(again.ask(0, LONGEST)))
+        asking.start()
+        time.sleep(1)
+        again.process.send_signal(signal.SIGTERM)
+        asking.join(60)
+        assert again.process.wait(60) == 0 and answers == [alone[0]]
+    print("flat, and it ends as it should")
+
+
+def come_and_go(served: Served, alone: list[str | None], minutes: float, clients: int) -> None:
+    """Let clients ask for so long, and compare their answers with those `alone`, and the server with what it was."""
+    over, wrong, compared = threading.Event(), [], []
 
     def client(number: int) -> None:
         draw = random.Random(number)
@@ -117,12 +142,12 @@ def main() -> None:
                 if not alone[which].startswith(text.rstrip("\ufffd")):
                     wrong.append((which, new_tokens, text))
 
-    threads = [threading.Thread(target=client, args=(number,)) for number in range(args.clients)]
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     for thread in threads:
         thread.start()
     began, states = time.monotonic(), []
-    while time.monotonic() - began < 60 * args.minutes:
-        time.sleep(min(60.0, 12 * args.minutes))
+    while time.monotonic() - began < 60 * minutes:
+        time.sleep(min(60.0, 12 * minutes))
         states.append(served.state())
         print(json.dumps(states[-1]), flush=True)
     over.set()
@@ -136,19 +161,6 @@ def main() -> None:
     assert compared and not wrong, wrong[:3]
     assert last["under way"] == 0 and last["files"] <= first["files"] and last["threads"] <= first["threads"] + 1
     assert last["megabytes"] <= 1.1 * first["megabytes"] + 64, "memory grows"
-
-    threading.Thread(target=lambda: _quietly(served.ask, 0, 300), daemon=True).start()
-    time.sleep(1)
-    served.process.kill()
-    served.process.wait(30)
-    again, answers = Served(args, served.port), []
-    asking = threading.Thread(target=lambda: answers.append(again.ask(0, LONGEST)))
-    asking.start()
-    time.sleep(1)
-    again.process.send_signal(signal.SIGTERM)
-    asking.join(60)
-    assert again.process.wait(60) == 0 and answers == [alone[0]]
-    print("flat, and it ends as it should")
 
 
 def _quietly(function, *arguments) -> None:

@@ -8,6 +8,7 @@ or besides (../recurrent/states.py). Knows nothing of trees; lengths belong to t
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -81,6 +82,18 @@ class AimedSlots:
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
+@dataclass
+class Running:
+    """What the running forward writes and reads, in all layers of a cache alike. They share this, and do not hold their
+    cache, so that its buffers are free as soon as nobody uses it."""
+
+    batch: int
+    capacity: int  # slots of a row
+    reach: int  # how many slots are read
+    lines: Tensor | None = None  # (B * n,): where to write
+    rows: Tensor | None = None  # (R,): the batch rows; None: all
+
+
 class SlotLayer(CacheLayerMixin):
     """Keys (B * capacity, H * D) and values (B * capacity, H * Dv) of one layer, allocated on first use."""
 
@@ -88,9 +101,9 @@ class SlotLayer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, cache: "SlotCache"):
+    def __init__(self, running: Running):
         super().__init__()
-        self.cache = cache
+        self.running = running
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         heads = key_states.shape[1]
@@ -98,7 +111,7 @@ class SlotLayer(CacheLayerMixin):
 
     def allocate(self, heads: int, keys: Tensor, values: Tensor) -> None:
         """Make buffers of slots like `keys` (n, H * D) and `values` (n, H * Dv)."""
-        self.heads, lines = heads, self.cache.batch * self.cache.capacity
+        self.heads, lines = heads, self.running.batch * self.running.capacity
         self.keys, self.values = (like.new_zeros(lines, like.shape[1]) for like in (keys, values))
         self.is_initialized = True
 
@@ -106,12 +119,12 @@ class SlotLayer(CacheLayerMixin):
         """Write states (B, H, n, D) at the slots set by `aim`; returns the first `reach` slots, (B, H, reach, D)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        return AimedSlots(*self.aimed(), self.cache.rows).update(key_states, value_states)
+        return AimedSlots(*self.aimed(), self.running.rows).update(key_states, value_states)
 
     def aimed(self) -> tuple[Tensor, Tensor, Tensor, int, int, int]:
         """What makes the `AimedSlots` of all rows."""
-        assert self.cache.lines is not None, "aim() comes first"
-        return self.keys, self.values, self.cache.lines, self.cache.reach, self.cache.capacity, self.heads
+        assert self.running.lines is not None, "aim() comes first"
+        return self.keys, self.values, self.running.lines, self.running.reach, self.running.capacity, self.heads
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor]:
@@ -119,16 +132,16 @@ class SlotLayer(CacheLayerMixin):
 
     def by_row(self, buffer: Tensor) -> Tensor:
         """(B, capacity, H * D)"""
-        return buffer.unflatten(0, (-1, self.cache.capacity))
+        return buffer.unflatten(0, (-1, self.running.capacity))
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cache.reach, 0
+        return self.running.reach, 0
 
     def get_seq_length(self) -> int:
         return 0
 
     def get_max_length(self) -> int:
-        return self.cache.capacity
+        return self.running.capacity
 
 
 class SlotCache(Cache):
@@ -136,12 +149,9 @@ class SlotCache(Cache):
     some, None where no layer does; `at` says what the running forward is for them."""
 
     def __init__(self, batch: int, capacity: int, layers: int, states: States | None = None):
-        self.batch, self.capacity, self.states = batch, capacity, states
+        self.running, self.states = Running(batch, capacity, capacity), states
         self.at: TextPass | NodePass | None = None
-        self.reach = capacity  # how many slots the next forward reads
-        self.lines: Tensor | None = None  # (B * n,): where the next forward writes
-        self.rows: Tensor | None = None  # (R,): the batch rows of the next forward; None: all
-        super().__init__(layers=[SlotLayer(self) for _ in range(layers)])
+        super().__init__(layers=[SlotLayer(self.running) for _ in range(layers)])
 
     @property
     def nbytes(self) -> int:
@@ -171,12 +181,12 @@ class SlotCache(Cache):
 
     def aim(self, slots: Tensor, reach: int) -> None:
         """Let the next forward write at `slots` (B, n) and read the slots below `reach`."""
-        self.lines, self.reach = self._lines(slots), reach
+        self.running.lines, self.running.reach = self._lines(slots), reach
 
     def _lines(self, slots: Tensor) -> Tensor:
         """The lines of `slots` (B, n) in a layer's buffers, (B * n,)."""
-        rows = torch.arange(len(slots), device=slots.device) if self.rows is None else self.rows
-        return (rows[:, None] * self.capacity + slots).flatten()
+        rows = torch.arange(len(slots), device=slots.device) if self.running.rows is None else self.running.rows
+        return (rows[:, None] * self.running.capacity + slots).flatten()
 
     def clear(self, rows: Tensor | None = None) -> None:
         """Zero all rows, or `rows` (R,): a NaN of an earlier text would spread even from masked slots."""
@@ -192,7 +202,7 @@ class SlotCache(Cache):
     def copy_rows(self, other: "SlotCache", rows: Tensor, into: Tensor | None = None) -> None:
         """Copy `rows` (R,) of `other` into the rows `into` (R,) of this cache, None: into all of them. Where the
         capacities differ, the slots that both have are copied; what else the rows held is zeroed."""
-        index, shared = index_of(into), min(self.capacity, other.capacity)
+        index, shared = index_of(into), min(self.running.capacity, other.running.capacity)
         if self.states is not None and other.states is not None:
             self.states.copy_rows(other.states, rows, into)
         for layer, source in zip(self.layers, other.layers):

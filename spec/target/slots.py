@@ -110,7 +110,7 @@ class SlotModel:
         return self._read(span, logits=True, every=True)
 
     def _read(self, span: Span, **how: Any) -> Seen:
-        self.cache.rows = span.rows
+        self.cache.running.rows = span.rows
         states, at = self.cache.states, None
         if states is not None:  # which may have absorbed tokens of it when they were drafted
             span = unread(span, states.held[span.index])
@@ -119,7 +119,7 @@ class SlotModel:
         try:
             return self.forward_text(span.tokens, span.positions, span.reach, at=at, **how)
         finally:
-            self.cache.rows = None
+            self.cache.running.rows = None
 
     def forward(self, proposal: Proposal, base: Tensor) -> Seen | Unscored:
         nodes = proposal.tokens, base, proposal.tree
@@ -174,7 +174,7 @@ class SlotModel:
         hearing: AbstractContextManager[dict[Tap | str, Any]] = nullcontext({})
         if self.traits.taps or columns is not None:
             hearing = listening(columns)
-        rows = index_of(self.cache.rows)
+        rows = index_of(self.cache.running.rows)
         positions = view.query_positions + self.shift[rows, None]
         if self.follows_lengths:
             lengths = torch.maximum(positions + 1, self.begun[rows, None]) + self.beside[rows, None]
