@@ -22,9 +22,9 @@ from ..proposal import NoDrafter
 from ..stream.streamer import prompt_chunk, streamer_of
 from ..target.load import context_length
 from ..target.selftest import attach
-from .gears import Gears, sizes
+from .gears import Gears
 from .lanes import Lane
-from .planner import RowPlanner, measured
+from .planner import RowPlanner, candidates, measured
 from .prefixes import KeptPrefixes, can_resume
 from .row_sampler import KEPT_KINDS, KINDS
 from .scheduler import Scheduler
@@ -103,7 +103,7 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
         runs.keep(model, STEPS)  # by size, tree and kind of sampling
     kinds = KINDS if executor == "eager" else KEPT_KINDS
     gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor, kinds=kinds)
-    plan, learn = _plan(args, model, drafting, executor, room, rows)
+    plan, learn = _plan(args.tree, gears)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
     prefixes = None
     if args.prefix_megabytes and can_resume(lanes[0].engine, drafting.traits.remembers):
@@ -120,15 +120,18 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     return Worker(scheduler), limits, about
 
 
-def _plan(args: Namespace, model: Any, drafter: Any, executor: str, room: int, rows: int) -> tuple[Any, Any]:
+def _plan(tree: str, gears: Gears) -> tuple[Any, Any]:
     """The tree for a number of rows, and what is to be told of each step."""
-    if args.tree != "auto":
-        shape = read_shape(args.tree, drafter)
+    drafter, eager = gears.drafter, gears.executor == "eager"
+    if tree != "auto":
+        shape = read_shape(tree, drafter)
+        if not eager:
+            measured(gears, [shape])  # which makes the steps
         return lambda rows: shape, lambda arrival, gear: None
     with waiting("timing steps, by rows and tree"):
-        path = serving_path(model, drafter, executor, room)
-        times = measured(model, drafter, executor, sizes(rows), room, path)
-        planner = RowPlanner(times, beside=bool(drafter.traits.parts))
+        path = serving_path(gears.model, drafter, gears.executor, gears.room)
+        times = measured(gears, candidates(drafter, few=not eager), path)
+    planner = RowPlanner(times, beside=bool(drafter.traits.parts))
 
     def learn(arrival: Any, gear: Any) -> None:
         committed = [report for report in arrival.reports.values() if report.committed]

@@ -5,13 +5,13 @@ its own, as for a call of `generate`. Going over to another gear copies the live
 Where steps are compiled or captured, those of a gear are kept in the pool of the model. Knows nothing of requests.
 """
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
-from ..engines.executors import Eager
+from ..engines.executors import Eager, Executor
 from ..engines.runs import RunSpec, make_engine, open_run
 from ..proposal import Drafter
 from ..rows import Rows
@@ -78,13 +78,19 @@ class Gears:
     def _sampler(self, gear: Gear) -> RowSampler:
         return RowSampler(gear.kind, gear.rows, self.model.device)
 
+    @contextmanager
+    def opened(self, gear: Gear) -> Iterator[Executor]:
+        """The executor of an engine for `gear`. What is compiled or captured is kept: once it has been opened, it is
+        there at once."""
+        self.making(True)
+        with open_run(self.model, self.drafter, self.spec(gear), self._sampler(gear), self.new_tokens) as executor:
+            self.making(False)
+            yield executor
+
     def shift(self, gear: Gear) -> None:
         """Go over to `gear`, with all live rows, whose steps have all been read."""
         opened = ExitStack()
-        sampler = self._sampler(gear)
-        self.making(True)
-        executor = opened.enter_context(open_run(self.model, self.drafter, self.spec(gear), sampler, self.new_tokens))
-        self.making(False)
+        executor = opened.enter_context(self.opened(gear))
         live = [] if self.rows is None else self.rows.live
         if self.rows is None:
             self.rows = Rows(executor, self.chunk)

@@ -6,19 +6,22 @@ many as plain steps. How many tokens to expect is learned from the steps as they
 tree must be better by `GAIN` for `STEADY` turns before it is taken. Knows no clocks; `measured` does.
 """
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
-from transformers import PreTrainedModel
+import torch
 
 from ..files import write_json
-from ..plan.step_times import alone, open_idle
+from ..plan.step_times import alone
 from ..plan.trees import Rates, best_tree, expected_tokens, non_increasing
 from ..proposal import Drafter, divided
 from ..step import RowReport
 from ..tree import TreeShape
+from .gears import Gear, Gears, Shape, sizes
 
 GAIN = 1.05
 STEADY = 8
@@ -29,6 +32,7 @@ NODES = 2, 3, 4, 6, 8, 16  # sizes of trees that are tried
 COPY_PRIOR = [0.15, *[0.7] * 7]  # of the second of two drafters
 COPIED = 2  # length of the second drafter's chain, where two draft
 
+AnyShape = TypeVar("AnyShape", bound=Shape)
 Times = Mapping[tuple[int, TreeShape], float]  # seconds of a step, by rows and tree
 
 
@@ -136,13 +140,13 @@ class RowPlanner:
         return [shape for size, shape in self.times if size == rows]
 
 
-def candidates(drafter: Drafter) -> list[TreeShape]:
-    """The trees that are tried for a drafter: its own, some smaller and larger ones, and none where it can do without
-    drafting for a while."""
+def candidates(drafter: Drafter, few: bool = False) -> list[TreeShape]:
+    """The trees that are tried for a drafter: its own, some smaller and larger ones (unless they are to be `few`), and
+    none where it can do without drafting for a while."""
     traits, made = drafter.traits, [drafter.default_shape]
     if traits.catches_up or not traits.remembers:
         made.append(TreeShape.chain(0))
-    if len(drafter.default_shape) > 1:
+    if len(drafter.default_shape) > 1 and not few:
         trees = [best_tree(PRIOR, nodes, traits.deepest)[0] for nodes in NODES]
         if traits.parts:
             trees = [tree.beside(TreeShape.chain(COPIED)) for tree in trees]
@@ -151,26 +155,20 @@ def candidates(drafter: Drafter) -> list[TreeShape]:
     return list(dict.fromkeys(made))
 
 
-def measured(
-    model: PreTrainedModel,
-    drafter: Drafter,
-    executor: str,
-    sizes: Sequence[int],
-    room: int,
-    path: Path | None = None,
-) -> dict[tuple[int, TreeShape], float]:
-    """Seconds of a step for each number of rows and each candidate, measured now unless `path` has them already."""
-    shapes, kept = candidates(drafter), _kept(path)
-    if executor == "compiled":  # each takes long to make
-        shapes = [shape for shape in shapes if shape in (drafter.default_shape, TreeShape.chain(0))]
-    times: dict[tuple[int, TreeShape], float] = {}
-    for rows in sizes:
-        for shape in shapes:
-            name = f"{rows} {','.join(map(str, shape.parents))}"
-            if name not in kept:
-                runner = open_idle(model, executor, drafter, shape, room + shape.slots + 1, batch=rows)
-                kept[name] = alone(model, runner, repeats=5, warm_up=1, limit=0.5)
-            times[rows, shape] = kept[name]
+@torch.no_grad()
+def measured(gears: Gears, shapes: Sequence[AnyShape], path: Path | None = None) -> dict[tuple[int, AnyShape], float]:
+    """Seconds of a step of `gears` for each number of rows and each of `shapes`, measured now unless `path` has them
+    already. What is compiled or captured is made now in any case, lest a text wait for it."""
+    kept, times = _kept(path), dict[tuple[int, AnyShape], float]()
+    for rows, shape in itertools.product(sizes(gears.most), shapes):
+        name = f"{rows} {shape}"
+        if name not in kept or gears.executor != "eager":
+            with gears.opened(Gear(rows, shape, gears.kinds[0])) as executor:
+                state = executor.engine.state
+                state.done.fill_(True)
+                state.lengths.fill_(gears.room // 2)  # attention takes longer with more text
+                kept.setdefault(name, alone(gears.model, executor, repeats=5, warm_up=1, limit=0.5))
+        times[rows, shape] = kept[name]
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, kept)

@@ -2,19 +2,29 @@
 
 import itertools
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import torch
 from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
+from paceline.spec.engines import runs
 from paceline.spec.plan.trees import expected_tokens
 from paceline.spec.proposal import NoDrafter
+from paceline.spec.serve.gears import Gears
+from paceline.spec.serve.lanes import Lane
+from paceline.spec.serve.many import make_job
 from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, measured
+from paceline.spec.serve.row_sampler import KEPT_KINDS
+from paceline.spec.serve.scheduler import Scheduler, run
+from paceline.spec.serve.text_request import TextRequest
 from paceline.spec.tree import TreeShape
-from serve.playing import Play, scheduler_of, toy
+from serve.playing import Play, alone, scheduler_of, toy
 
 from support.models import noisy_copy
+from support.tape import tape_executor
 
 NONE, CHAIN, TREE = TreeShape.chain(0), TreeShape.chain(3), TreeShape.parse("3x2x1")
 
@@ -131,6 +141,26 @@ def test_what_two_drafters_bring_is_told_apart():
     assert expected(NONE) == 1.0
 
 
+@torch.no_grad()
+def test_kept_steps_are_made_ahead(monkeypatch, tmp_path):
+    """Also where their times are known: a text never waits for one."""
+    model, shapes = toy(), [TreeShape.chain(0), TreeShape.chain(2)]
+    for _ in range(2):
+        with tape_executor(monkeypatch) as tapes:
+            runs.keep(model, 8)
+            gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", narrower="tape", kinds=KEPT_KINDS)
+            measured(gears, shapes, tmp_path / "times.json")
+            made = len(tapes)
+            lane, asked = Lane(gears.lane_engine(1, shapes[0]), 8), TextRequest(prompt=[33, 40, 35], end_ids=())
+            scheduler = Scheduler(gears, [lane], lambda rows: shapes[rows % 2], steady=1)
+            asked = [replace(asked, max_new_tokens=tokens).checked() for tokens in (2, 14)]
+            jobs = [make_job(model, None, request) for request in asked]
+            run(scheduler, jobs)
+            assert made == len(tapes) == 4 and gears.shifts > 1
+            assert [job.tokens for job in jobs] == [alone(model, request)[0] for request in asked]
+        runs.reset(model)
+
+
 def test_trees_that_are_tried():
     model = toy()
     draft = ModelDrafter(noisy_copy(model))
@@ -138,6 +168,7 @@ def test_trees_that_are_tried():
     for drafter in (NgramDrafter(), draft, Beside(draft, NgramDrafter())):
         shapes = candidates(drafter)
         assert NONE in shapes and drafter.default_shape in shapes and len({*shapes}) == len(shapes) >= 5
+        assert {*candidates(drafter, few=True)} == {NONE, drafter.default_shape}
 
 
 @pytest.mark.parametrize("drafter", ["ngram", "both"])
@@ -145,9 +176,10 @@ def test_times_are_measured_once_and_a_plan_by_them_serves(drafter, tmp_path):
     model = toy()
     drafting = NgramDrafter() if drafter == "ngram" else Beside(ModelDrafter(noisy_copy(model)), NgramDrafter())
     path = tmp_path / "kept" / "times.json"
-    times = measured(model, drafting, "eager", (1, 2), 40, path)
-    assert {rows for rows, _ in times} == {1, 2} and min(times.values()) > 0
-    assert measured(model, drafting, "eager", (1, 2), 40, path) == times
+    gears, shapes = Gears(model, drafting, 40, 2, 8), candidates(drafting)
+    times = measured(gears, shapes, path)
+    assert {rows for rows, _ in times} == {1, 2} and {shape for _, shape in times} == {*shapes}
+    assert min(times.values()) > 0 and measured(gears, shapes, path) == times
     planner = RowPlanner(times)
 
     def learn(arrival, gear):
