@@ -43,11 +43,17 @@ def make_app(serving: Serving) -> Starlette:
     """The ASGI application."""
 
     def endpoint(function: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-        """With the key checked, and a failed worker told."""
+        """With the key checked, and a failure told. A handler of all exceptions would not do: Starlette raises what it
+        has answered once more, and uvicorn logs that with its message, in which there may be what was asked."""
 
         async def guarded(request: Request) -> Response:
-            _check_key(serving.keys, request)
-            return await function(request)
+            try:
+                _check_key(serving.keys, request)
+                return await function(request)
+            except (BadBody, HTTPException):
+                raise
+            except Exception as error:
+                return JSONResponse(_failed("a request", error), 500)
 
         return guarded
 
@@ -87,7 +93,7 @@ def make_app(serving: Serving) -> Starlette:
         Route("/health", health),
         Route("/", page),
     ]
-    handlers: dict[Any, Any] = {BadBody: _bad_body, HTTPException: _http_error, Exception: _failed}
+    handlers: dict[Any, Any] = {BadBody: _bad_body, HTTPException: _http_error}
     return Starlette(routes=routes, exception_handlers=handlers)
 
 
@@ -104,8 +110,10 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     )
 
 
-async def _failed(request: Request, error: Exception) -> Response:
-    return JSONResponse(problem(FAILED, "server_error"), 500)
+def _failed(what: str, error: Exception) -> dict[str, Any]:
+    """What is told of a failure; the log has the kind of the error alone."""
+    _log.error("%s has failed (%s)", what, type(error).__name__)
+    return problem(FAILED, "server_error")
 
 
 def _check_key(keys: Sequence[str], request: Request) -> None:
@@ -234,7 +242,11 @@ class EventStream(Response):
                     open_choices -= 1
                 else:
                     yield _event(event)
-            if (last := self.answer.last()) is not None:
+            try:
+                last = self.answer.last()
+            except Exception as error:
+                last = _failed("the end of an answer", error)
+            if last is not None:
                 yield _event(last)
             yield "data: [DONE]\n\n"
         finally:
@@ -251,9 +263,8 @@ class EventStream(Response):
             try:
                 events = self._told(index, progress, not begun)
             except Exception as error:  # else the client would wait for ever
-                _log.error("an event could not be made (%s)", type(error).__name__)
                 self.serving.cancel([reader])
-                queue.put_nowait(problem(FAILED, "server_error"))
+                queue.put_nowait(_failed("an event", error))
                 queue.put_nowait(None)
                 return
             begun = begun or bool(progress.tokens)

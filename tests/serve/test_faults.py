@@ -124,3 +124,19 @@ def test_an_event_that_cannot_be_made_ends_its_stream(monkeypatch, caplog):
         assert ask(address, CONTENTED)[0] == 200
     gc.collect()  # of tasks that nobody awaited, which would tell then
     assert "IndexError" in caplog.text and "something" not in caplog.text
+
+
+@pytest.mark.parametrize("part, stream", [("whole", False), ("last", True), ("first", True)])
+def test_what_fails_in_an_endpoint_is_told_and_not_what_was_asked(part, stream, monkeypatch, caplog, capsys):
+    """uvicorn logs whatever an endpoint raises, and an error's message may have a prompt in it."""
+    from paceline.spec.serve.answers import Answer
+
+    fails_for(monkeypatch, Answer, part, lambda *arguments: True)
+    with listening(serving_of()) as address:
+        status, said = ask(address, CONTENTED | dict(stream=stream))
+        assert (status, "has failed to answer" in said.decode()) == (200 if stream else 500, True)
+        assert not stream or said.endswith(b"data: [DONE]\n\n")
+        monkeypatch.undo()
+        assert ask(address, CONTENTED)[0] == 200
+    logged = caplog.text + "".join(capsys.readouterr())
+    assert "IndexError" in logged and "something" not in logged
