@@ -45,11 +45,13 @@ class RunSpec:
     keep_scores: bool
     sampling: tuple  # the sampler's signature
     predicted: int = 0  # tokens that a row may copy from, besides its text
+    exact: bool = False  # whether every call has this capacity, so that none is made for texts of other lengths too
 
     def settled(self, executor: str) -> "RunSpec":
         """The spec with `executor`, and with capacity and number of end-of-text ids rounded up for it."""
         eos = max(8, 1 << max(self.eos - 1, 0).bit_length())
-        return replace(self, executor=executor, capacity=settled_capacity(self.capacity, executor), eos=eos)
+        capacity = settled_capacity(self.capacity, "eager" if self.exact else executor)
+        return replace(self, executor=executor, capacity=capacity, eos=eos)
 
 
 def settled_capacity(needed: int, executor: str) -> int:

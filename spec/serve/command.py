@@ -102,7 +102,7 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     if executor != "eager":
         runs.keep(model, STEPS)  # by size, tree and kind of sampling
     kinds = KINDS if executor == "eager" else KEPT_KINDS
-    gears = Gears(model, drafting, room, rows, chunk, executor, narrower=executor, kinds=kinds)
+    gears = Gears(model, drafting, room, rows, chunk, executor, lasting=True, kinds=kinds)
     plan, learn = _plan(args.tree, gears)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
     prefixes = None

@@ -37,7 +37,8 @@ def sizes(most: int) -> list[int]:
 class Gears:
     """The engines of a batch of at most `most` rows, each with room for `room` tokens of text.
 
-    `executor` is that of the widest gear, `narrower` that of the others; `new_tokens` is how many are expected in all.
+    `executor` is that of the widest gear; the others have it too where they are to be `lasting`, taken again and again,
+    and are eager else. `new_tokens` is how many are expected in all.
     Gears have one of `kinds`, of which a later one serves whatever an earlier one does: so there are no more of them
     than sizes times trees times kinds, whatever is asked for.
     Rows are changed by whoever holds it; `rows` is None until the first shift."""
@@ -50,12 +51,12 @@ class Gears:
         most: int,
         chunk: int,
         executor: str = "eager",
-        narrower: str = "eager",
+        lasting: bool = False,
         new_tokens: int = 0,
         kinds: Sequence[SamplingKind] = KINDS,
     ):
         self.model, self.drafter, self.room, self.most, self.chunk = model, drafter, room, most, chunk
-        self.executor, self.narrower, self.new_tokens, self.kinds = executor, narrower, new_tokens, kinds
+        self.executor, self.lasting, self.new_tokens, self.kinds = executor, lasting, new_tokens, kinds
         self.current: Gear | None = None
         self.rows: Rows | None = None
         self.shifts = 0
@@ -68,11 +69,12 @@ class Gears:
 
     def spec(self, gear: Gear) -> RunSpec:
         """What an engine of `gear` is made for."""
-        executor = self.executor if gear.rows == self.most else self.narrower
+        executor = self.executor if self.lasting or gear.rows == self.most else "eager"
         sampler, capacity = self._sampler(gear), self.room + gear.shape.slots + 1
         kept, predicted = gear.kind.logits, self.room if gear.kind.predicted else 0
         return RunSpec(
-            gear.shape, "match", executor, gear.rows, capacity, ENDS, kept, sampler.signature, predicted
+            gear.shape, "match", executor, gear.rows, capacity, ENDS, kept, sampler.signature, predicted,
+            self.lasting,
         )  # fmt: skip
 
     def _sampler(self, gear: Gear) -> RowSampler:

@@ -11,6 +11,7 @@ from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
+from paceline.spec.engines.pool import pool_of
 from paceline.spec.plan.trees import expected_tokens
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.serve.gears import Gears
@@ -148,9 +149,10 @@ def test_kept_steps_are_made_ahead(monkeypatch, tmp_path):
     for _ in range(2):
         with tape_executor(monkeypatch) as tapes:
             runs.keep(model, 8)
-            gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", narrower="tape", kinds=KEPT_KINDS)
+            gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", lasting=True, kinds=KEPT_KINDS)
             measured(gears, shapes, tmp_path / "times.json")
             made = len(tapes)
+            assert {run.spec.capacity for run in pool_of(model).runs} == {64}, "no more than the room, in whole 64s"
             lane, asked = Lane(gears.lane_engine(1, shapes[0]), 8), TextRequest(prompt=[33, 40, 35], end_ids=())
             scheduler = Scheduler(gears, [lane], lambda rows: shapes[rows % 2], steady=1)
             asked = [replace(asked, max_new_tokens=tokens).checked() for tokens in (2, 14)]

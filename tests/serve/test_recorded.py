@@ -54,7 +54,7 @@ def test_rows_come_go_and_move_and_only_reports_are_read(model, monkeypatch, lag
     with tape_executor(monkeypatch) as tapes:
         monkeypatch.setattr(runs.EXECUTORS["tape"], "lag", lag, raising=False)
         runs.keep(model, 16)
-        gears = Gears(model, drafter, ROOM, 3, CHUNK, "tape", narrower="tape", kinds=KEPT_KINDS)
+        gears = Gears(model, drafter, ROOM, 3, CHUNK, "tape", lasting=True, kinds=KEPT_KINDS)
         lanes = [Lane(gears.lane_engine(1, SHAPES[0]), CHUNK) for _ in range(2)]
         scheduler = Scheduler(gears, lanes, lambda live: SHAPES[live > 2], steady=2)
         tick, shift = scheduler.tick, gears.shift
