@@ -14,7 +14,6 @@ from typing import Any
 
 from ... import __version__
 from ..console import waiting
-from ..engines import runs
 from ..engines.executors import choose
 from ..inputs.numbers import whole_number
 from ..plan.store import read_shape, serving_path
@@ -26,7 +25,7 @@ from .gears import Gears
 from .lanes import Lane
 from .planner import RowPlanner, candidates, measured
 from .prefixes import KeptPrefixes, can_resume
-from .row_sampler import KEPT_KINDS, KINDS
+from .row_sampler import EVERY, KEPT_KINDS, KINDS
 from .scheduler import Scheduler
 from .worker import Worker, in_passing_thread
 
@@ -35,7 +34,6 @@ CLOSING = 10.0  # seconds for the engine to end its turn
 KEY = "PACELINE_API_KEY"  # in the environment: a key, or several with commas between
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHUNK = {"cpu": 128, "cuda": 512}  # prompt tokens between two steps
-STEPS = 32  # that are kept, where they are compiled or captured
 ROOM = 2048  # tokens of a text, where the context is longer
 
 
@@ -99,10 +97,8 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     usual = CHUNK.get(model.device.type, 512) if streamer_of(model) is None else prompt_chunk(model)
     chunk = args.prefill_chunk or usual
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
-    if executor != "eager":
-        runs.keep(model, STEPS)  # by size, tree and kind of sampling
-    kinds = KINDS if executor == "eager" else KEPT_KINDS
-    gears = Gears(model, drafting, room, rows, chunk, executor, lasting=True, kinds=kinds)
+    kinds, rare = (KINDS, ()) if executor == "eager" else (KEPT_KINDS, (EVERY,))
+    gears = Gears(model, drafting, room, rows, chunk, executor, lasting=True, kinds=kinds, rare=rare)
     plan, learn = _plan(args.tree, gears)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
     prefixes = None
@@ -124,13 +120,16 @@ def _plan(tree: str, gears: Gears) -> tuple[Any, Any]:
     """The tree for a number of rows, and what is to be told of each step."""
     drafter, eager = gears.drafter, gears.executor == "eager"
     if tree != "auto":
-        shape = read_shape(tree, drafter)
+        fixed = read_shape(tree, drafter)
         if not eager:
-            measured(gears, [shape])  # which makes the steps
-        return lambda rows: shape, lambda arrival, gear: None
+            gears.make([fixed])
+        return lambda rows: fixed, lambda arrival, gear: None
+    shapes = candidates(drafter, few=not eager)
+    if not eager:
+        gears.make(shapes)
     with waiting("timing steps, by rows and tree"):
         path = serving_path(gears.model, drafter, gears.executor, gears.room)
-        times = measured(gears, candidates(drafter, few=not eager), path)
+        times = measured(gears, shapes, path)
     planner = RowPlanner(times, beside=bool(drafter.traits.parts))
 
     def learn(arrival: Any, gear: Any) -> None:

@@ -8,11 +8,14 @@ Where steps are compiled or captured, those of a gear are kept in the pool of th
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import product
 
+import torch
 from transformers import PreTrainedModel
 
 from ..engines.executors import Eager, Executor
-from ..engines.runs import RunSpec, make_engine, open_run
+from ..engines.pool import KEPT_SHARE, pool_of
+from ..engines.runs import RunSpec, keep, make_engine, open_run
 from ..proposal import Drafter
 from ..rows import Rows
 from ..tree import DynamicShape, TreeShape
@@ -39,8 +42,8 @@ class Gears:
 
     `executor` is that of the widest gear; the others have it too where they are to be `lasting`, taken again and again,
     and are eager else. `new_tokens` is how many are expected in all.
-    Gears have one of `kinds`, of which a later one serves whatever an earlier one does: so there are no more of them
-    than sizes times trees times kinds, whatever is asked for.
+    Gears have one of `kinds`, or of the `rare` ones, whose steps are eager; a later one serves whatever an earlier one
+    does. So there are no more of them than sizes times trees times kinds, whatever is asked for.
     Rows are changed by whoever holds it; `rows` is None until the first shift."""
 
     def __init__(
@@ -54,9 +57,11 @@ class Gears:
         lasting: bool = False,
         new_tokens: int = 0,
         kinds: Sequence[SamplingKind] = KINDS,
+        rare: Sequence[SamplingKind] = (),
     ):
         self.model, self.drafter, self.room, self.most, self.chunk = model, drafter, room, most, chunk
-        self.executor, self.lasting, self.new_tokens, self.kinds = executor, lasting, new_tokens, kinds
+        self.executor, self.lasting, self.new_tokens = executor, lasting, new_tokens
+        self.kinds, self.rare = kinds, rare
         self.current: Gear | None = None
         self.rows: Rows | None = None
         self.shifts = 0
@@ -65,25 +70,40 @@ class Gears:
 
     def kind(self, asked: SamplingKind) -> SamplingKind:
         """The first kind that serves what is asked for."""
-        return next(kind for kind in self.kinds if kind.serves(asked))
+        return next(kind for kind in (*self.kinds, *self.rare) if kind.serves(asked))
 
     def spec(self, gear: Gear) -> RunSpec:
         """What an engine of `gear` is made for."""
-        executor = self.executor if self.lasting or gear.rows == self.most else "eager"
+        kept = (self.lasting or gear.rows == self.most) and gear.kind not in self.rare
+        executor = self.executor if kept else "eager"
         sampler, capacity = self._sampler(gear), self.room + gear.shape.slots + 1
-        kept, predicted = gear.kind.logits, self.room if gear.kind.predicted else 0
+        logits, predicted = gear.kind.logits, self.room if gear.kind.predicted else 0
         return RunSpec(
-            gear.shape, "match", executor, gear.rows, capacity, ENDS, kept, sampler.signature, predicted,
+            gear.shape, "match", executor, gear.rows, capacity, ENDS, logits, sampler.signature, predicted,
             self.lasting,
         )  # fmt: skip
 
     def _sampler(self, gear: Gear) -> RowSampler:
         return RowSampler(gear.kind, gear.rows, self.model.device)
 
+    @torch.no_grad()
+    def make(self, shapes: Sequence[Shape]) -> None:
+        """Make the steps with `shapes` that are kept, of all sizes and kinds, lest a text wait for one. Raises
+        ValueError where there is not the memory to keep all of them."""
+        every = [Gear(*parts) for parts in product(sizes(self.most), shapes, self.kinds)]
+        keep(self.model, len(every))
+        for gear in every:
+            with self.opened(gear):
+                pass
+        if len(pool_of(self.model).runs) < len(every):
+            raise ValueError(
+                f"the {self.executor} steps of up to {self.most} rows of {self.room} tokens take more memory than the "
+                f"{KEPT_SHARE:.0%} that they may; give fewer rows, less room, or executor eager"
+            )
+
     @contextmanager
     def opened(self, gear: Gear) -> Iterator[Executor]:
-        """The executor of an engine for `gear`. What is compiled or captured is kept: once it has been opened, it is
-        there at once."""
+        """The executor of an engine for `gear`."""
         self.making(True)
         with open_run(self.model, self.drafter, self.spec(gear), self._sampler(gear), self.new_tokens) as executor:
             self.making(False)

@@ -158,16 +158,15 @@ def candidates(drafter: Drafter, few: bool = False) -> list[TreeShape]:
 @torch.no_grad()
 def measured(gears: Gears, shapes: Sequence[AnyShape], path: Path | None = None) -> dict[tuple[int, AnyShape], float]:
     """Seconds of a step of `gears` for each number of rows and each of `shapes`, measured now unless `path` has them
-    already. What is compiled or captured is made now in any case, lest a text wait for it."""
+    already."""
     kept, times = _kept(path), dict[tuple[int, AnyShape], float]()
     for rows, shape in itertools.product(sizes(gears.most), shapes):
-        name = f"{rows} {shape}"
-        if name not in kept or gears.executor != "eager":
+        if (name := f"{rows} {shape}") not in kept:
             with gears.opened(Gear(rows, shape, gears.kinds[0])) as executor:
                 state = executor.engine.state
                 state.done.fill_(True)
                 state.lengths.fill_(gears.room // 2)  # attention takes longer with more text
-                kept.setdefault(name, alone(gears.model, executor, repeats=5, warm_up=1, limit=0.5))
+                kept[name] = alone(gears.model, executor, repeats=5, warm_up=1, limit=0.5)
         times[rows, shape] = kept[name]
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

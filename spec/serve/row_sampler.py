@@ -62,7 +62,7 @@ GREEDY, DRAWN = SamplingKind(), SamplingKind(draws=True)
 CUT = replace(DRAWN, top_k=MOST_TOP_K, top_p=True, min_p=True)
 EVERY = replace(CUT, penalties=True, bias=True, logits=True, predicted=True)
 KINDS = GREEDY, DRAWN, CUT, EVERY  # of eager steps, which cost nothing to make
-KEPT_KINDS = DRAWN, EVERY  # of steps that are compiled or captured, and keep their buffers
+KEPT_KINDS = DRAWN, CUT  # of steps that are compiled or captured, which takes long, and keep their buffers
 
 
 class RowSampler(Sampler):

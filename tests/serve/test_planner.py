@@ -2,30 +2,20 @@
 
 import itertools
 import random
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-import torch
 from paceline.drafters.beside import Beside
 from paceline.drafters.draft_model import ModelDrafter
 from paceline.drafters.ngram import NgramDrafter
-from paceline.spec.engines import runs
-from paceline.spec.engines.pool import pool_of
 from paceline.spec.plan.trees import expected_tokens
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.serve.gears import Gears
-from paceline.spec.serve.lanes import Lane
-from paceline.spec.serve.many import make_job
 from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, measured
-from paceline.spec.serve.row_sampler import KEPT_KINDS
-from paceline.spec.serve.scheduler import Scheduler, run
-from paceline.spec.serve.text_request import TextRequest
 from paceline.spec.tree import TreeShape
-from serve.playing import Play, alone, scheduler_of, toy
+from serve.playing import Play, scheduler_of, toy
 
 from support.models import noisy_copy
-from support.tape import tape_executor
 
 NONE, CHAIN, TREE = TreeShape.chain(0), TreeShape.chain(3), TreeShape.parse("3x2x1")
 
@@ -140,27 +130,6 @@ def test_what_two_drafters_bring_is_told_apart():
         "the first's second guess never helps"
     )
     assert expected(NONE) == 1.0
-
-
-@torch.no_grad()
-def test_kept_steps_are_made_ahead(monkeypatch, tmp_path):
-    """Also where their times are known: a text never waits for one."""
-    model, shapes = toy(), [TreeShape.chain(0), TreeShape.chain(2)]
-    for _ in range(2):
-        with tape_executor(monkeypatch) as tapes:
-            runs.keep(model, 8)
-            gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", lasting=True, kinds=KEPT_KINDS)
-            measured(gears, shapes, tmp_path / "times.json")
-            made = len(tapes)
-            assert {run.spec.capacity for run in pool_of(model).runs} == {64}, "no more than the room, in whole 64s"
-            lane, asked = Lane(gears.lane_engine(1, shapes[0]), 8), TextRequest(prompt=[33, 40, 35], end_ids=())
-            scheduler = Scheduler(gears, [lane], lambda rows: shapes[rows % 2], steady=1)
-            asked = [replace(asked, max_new_tokens=tokens).checked() for tokens in (2, 14)]
-            jobs = [make_job(model, None, request) for request in asked]
-            run(scheduler, jobs)
-            assert made == len(tapes) == 4 and gears.shifts > 1
-            assert [job.tokens for job in jobs] == [alone(model, request)[0] for request in asked]
-        runs.reset(model)
 
 
 def test_trees_that_are_tried():
