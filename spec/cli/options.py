@@ -59,8 +59,8 @@ def serve(parser: Parser) -> None:
     parser.add_argument("--queue", type=positive, default=64, metavar="N", help="texts that may wait (default 64)")
     wait = "that a text may wait (default 60)"
     parser.add_argument("--queue-seconds", type=seconds, default=60.0, metavar="SECONDS", help=wait)
-    model_options(parser)
-    parser.set_defaults(executor="auto")
+    model_options(parser, tree="auto, by the number of texts at a time")
+    parser.set_defaults(executor="auto", tree="auto")
 
 
 def check(parser: Parser) -> None:

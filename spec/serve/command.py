@@ -124,7 +124,7 @@ def _plan(tree: str, gears: Gears) -> tuple[Any, Any]:
         if not eager:
             gears.make([fixed])
         return lambda rows: fixed, lambda arrival, gear: None
-    shapes = candidates(drafter, few=not eager)
+    shapes = candidates(drafter, few=not eager or streamer_of(gears.model) is not None)  # as each takes long
     if not eager:
         gears.make(shapes)
     with waiting("timing steps, by rows and tree"):
