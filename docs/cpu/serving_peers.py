@@ -160,17 +160,8 @@ def load(way, clients: int, each: int, tokens: int, first: int) -> dict:
 
 def opened(args, name: str):
     """A way's process, ready to answer."""
-    ours = [
-        sys.executable,
-        "-m",
-        "paceline.spec.cli",
-        "serve",
-        "--port",
-        str(PORT),
-        "--max-rows",
-        str(max(args.clients)),
-    ]
-    ours += ["--room", "512", "--name", "model"]
+    ours = [sys.executable, "-m", "paceline.spec.cli", "serve", "--port", str(PORT), "--room", "512", "--name", "model"]
+    ours += ["--max-rows", str(max(args.clients)), "--executor", args.executor]
     if name == "transformers":
         command = [args.transformers, "serve", args.model, "--continuous-batching", "--device", "cpu"]
         return OverHttp([*command, "--dtype", "bfloat16", "--port", str(PORT)], args.model, usage=False)
@@ -178,11 +169,7 @@ def opened(args, name: str):
         return ThroughPipe([args.openvino, __file__, args.model, args.gguf, "--worker"])
     drafter = "none" if name.startswith("plain") else args.drafter
     source = [args.gguf, "--weights", "q4-int8"] if name.endswith("q4") else [args.model, "--dtype", "bfloat16"]
-    return OverHttp(
-        [*ours, "--model", *source, "--drafter", drafter, *(["--tree", "auto"] if drafter != "none" else [])],
-        "model",
-        usage=True,
-    )
+    return OverHttp([*ours, "--model", *source, "--drafter", drafter], "model", usage=True)
 
 
 WAYS = ["drafting", "plain", "transformers", "drafting-q4", "plain-q4", "openvino"]
@@ -195,6 +182,7 @@ def main() -> None:
     parser.add_argument("--transformers", default="transformers", help="the command of that name")
     parser.add_argument("--openvino", default="python", help="the interpreter that has openvino_genai")
     parser.add_argument("--drafter", default="auto")
+    parser.add_argument("--executor", default="eager", help="of the servers that are ours")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--requests", type=int, default=2, help="of each client")
