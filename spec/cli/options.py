@@ -60,7 +60,7 @@ def serve(parser: Parser) -> None:
     wait = "that a text may wait (default 60)"
     parser.add_argument("--queue-seconds", type=seconds, default=60.0, metavar="SECONDS", help=wait)
     model_options(parser, tree="auto, by the number of texts at a time")
-    parser.set_defaults(executor="auto", tree="auto")
+    parser.set_defaults(executor="auto")
 
 
 def check(parser: Parser) -> None:

@@ -9,6 +9,8 @@ import asyncio
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,10 @@ from ..proposal import NoDrafter
 from ..stream.streamer import prompt_chunk, streamer_of
 from ..target.load import context_length
 from ..target.selftest import attach
-from .gears import Gears
+from ..tree import TreeShape
+from .gears import Gears, sizes
 from .lanes import Lane
-from .planner import RowPlanner, candidates, measured
+from .planner import RowPlanner, candidates, measured, promising
 from .prefixes import KeptPrefixes, can_resume
 from .row_sampler import EVERY, KEPT_KINDS, KINDS
 from .scheduler import Scheduler
@@ -99,7 +102,7 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
     kinds, rare = (KINDS, ()) if executor == "eager" else (KEPT_KINDS, (EVERY,))
     gears = Gears(model, drafting, room, rows, chunk, executor, lasting=True, kinds=kinds, rare=rare)
-    plan, learn = _plan(args.tree, gears)
+    plan, learn = _plan(args.tree or "auto", gears)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
     prefixes = None
     if args.prefix_megabytes and can_resume(lanes[0].engine, drafting.traits.remembers):
@@ -118,19 +121,23 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
 
 def _plan(tree: str, gears: Gears) -> tuple[Any, Any]:
     """The tree for a number of rows, and what is to be told of each step."""
-    drafter, eager = gears.drafter, gears.executor == "eager"
+    model, drafter, eager, every = gears.model, gears.drafter, gears.executor == "eager", sizes(gears.most)
     if tree != "auto":
         fixed = read_shape(tree, drafter)
         if not eager:
-            gears.make([fixed])
+            gears.make(product(every, [fixed]))
         return lambda rows: fixed, lambda arrival, gear: None
-    shapes = candidates(drafter, few=not eager or streamer_of(gears.model) is not None)  # as each takes long
+
+    def planner_of(gears: Gears, pairs: Iterable[tuple[int, TreeShape]]) -> RowPlanner:
+        with waiting(f"timing {gears.executor} steps, by rows and tree"):
+            times = measured(gears, pairs, serving_path(model, drafter, gears.executor, gears.room))
+        return RowPlanner(times, beside=bool(drafter.traits.parts))
+
+    pairs = list(product(every, candidates(drafter, few=streamer_of(model) is not None)))  # whose steps take long
     if not eager:
-        gears.make(shapes)
-    with waiting("timing steps, by rows and tree"):
-        path = serving_path(gears.model, drafter, gears.executor, gears.room)
-        times = measured(gears, shapes, path)
-    planner = RowPlanner(times, beside=bool(drafter.traits.parts))
+        pairs = promising(planner_of(Gears(model, drafter, gears.room, gears.most, gears.chunk), pairs))
+        gears.make(pairs)
+    planner = planner_of(gears, pairs)
 
     def learn(arrival: Any, gear: Any) -> None:
         committed = [report for report in arrival.reports.values() if report.committed]

@@ -5,7 +5,7 @@ its own, as for a call of `generate`. Going over to another gear copies the live
 Where steps are compiled or captured, those of a gear are kept in the pool of the model. Knows nothing of requests.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -87,10 +87,10 @@ class Gears:
         return RowSampler(gear.kind, gear.rows, self.model.device)
 
     @torch.no_grad()
-    def make(self, shapes: Sequence[Shape]) -> None:
-        """Make the steps with `shapes` that are kept, of all sizes and kinds, lest a text wait for one. Raises
-        ValueError where there is not the memory to keep all of them."""
-        every = [Gear(*parts) for parts in product(sizes(self.most), shapes, self.kinds)]
+    def make(self, pairs: Iterable[tuple[int, Shape]]) -> None:
+        """Make the steps that are kept, of all kinds, for each of `pairs` of a number of rows and a tree, lest a text
+        wait for one. Raises ValueError where there is not the memory to keep all of them."""
+        every = [Gear(rows, shape, kind) for (rows, shape), kind in product(pairs, self.kinds)]
         keep(self.model, len(every))
         for gear in every:
             with self.opened(gear):

@@ -6,9 +6,8 @@ many as plain steps. How many tokens to expect is learned from the steps as they
 tree must be better by `GAIN` for `STEADY` turns before it is taken. Knows no clocks; `measured` does.
 """
 
-import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +20,7 @@ from ..plan.trees import Rates, best_tree, expected_tokens, non_increasing
 from ..proposal import Drafter, divided
 from ..step import RowReport
 from ..tree import TreeShape
-from .gears import Gear, Gears, Shape, sizes
+from .gears import Gear, Gears, Shape
 
 GAIN = 1.05
 STEADY = 8
@@ -115,7 +114,7 @@ class RowPlanner:
         self.expected, self._unread = self.seen.expectation(), 0  # expected tokens of a step of one row, by tree
 
     def __call__(self, rows: int) -> TreeShape:
-        best = max(self._shapes(rows), key=lambda shape: self.speed(rows, shape))
+        best = max(self.shapes(rows), key=lambda shape: self.speed(rows, shape))
         taken = self.taken.setdefault(rows, best)
         if self.speed(rows, best) <= GAIN * self.speed(rows, taken):
             self._better[rows] = 0
@@ -136,7 +135,8 @@ class RowPlanner:
         if self._unread >= STEADY:
             self.expected, self._unread = self.seen.expectation(), 0
 
-    def _shapes(self, rows: int) -> list[TreeShape]:
+    def shapes(self, rows: int) -> list[TreeShape]:
+        """The trees whose times with so many rows are known."""
         return [shape for size, shape in self.times if size == rows]
 
 
@@ -155,12 +155,26 @@ def candidates(drafter: Drafter, few: bool = False) -> list[TreeShape]:
     return list(dict.fromkeys(made))
 
 
+def promising(planner: RowPlanner) -> list[tuple[int, TreeShape]]:
+    """The rows and trees that steps are made for where making one takes long, by a planner with the times of eager
+    steps, in which a tree costs less beside none than in others. Of each number of rows these are none, and the best
+    tree, if that is any better before anything was seen."""
+    chosen = []
+    for rows in dict.fromkeys(rows for rows, _ in planner.times):
+        shapes = sorted(planner.shapes(rows), key=lambda shape: planner.speed(rows, shape), reverse=True)
+        none = [shape for shape in shapes if len(shape) == 1]
+        chosen += [(rows, shape) for shape in dict.fromkeys([shapes[0], *none])]
+    return chosen
+
+
 @torch.no_grad()
-def measured(gears: Gears, shapes: Sequence[AnyShape], path: Path | None = None) -> dict[tuple[int, AnyShape], float]:
-    """Seconds of a step of `gears` for each number of rows and each of `shapes`, measured now unless `path` has them
-    already."""
+def measured(
+    gears: Gears, pairs: Iterable[tuple[int, AnyShape]], path: Path | None = None
+) -> dict[tuple[int, AnyShape], float]:
+    """Seconds of a step of `gears` for each of `pairs` of a number of rows and a tree, measured now unless `path` has
+    them already."""
     kept, times = _kept(path), dict[tuple[int, AnyShape], float]()
-    for rows, shape in itertools.product(sizes(gears.most), shapes):
+    for rows, shape in pairs:
         if (name := f"{rows} {shape}") not in kept:
             with gears.opened(Gear(rows, shape, gears.kinds[0])) as executor:
                 state = executor.engine.state

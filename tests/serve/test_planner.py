@@ -11,7 +11,7 @@ from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.plan.trees import expected_tokens
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.serve.gears import Gears
-from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, measured
+from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, measured, promising
 from paceline.spec.tree import TreeShape
 from serve.playing import Play, scheduler_of, toy
 
@@ -132,6 +132,12 @@ def test_what_two_drafters_bring_is_told_apart():
     assert expected(NONE) == 1.0
 
 
+def test_of_steps_that_take_long_to_make_those_with_the_best_trees_are_made():
+    assert promising(RowPlanner(times_of(2.0))) == [(1, CHAIN), (1, NONE), (2, CHAIN), (2, NONE), (4, NONE), (8, NONE)]
+    always = {(rows, shape): time for (rows, shape), time in times_of(2.0).items() if shape != NONE}
+    assert promising(RowPlanner(always)) == [(1, CHAIN), (2, CHAIN), (4, CHAIN), (8, CHAIN)], "it has to draft"
+
+
 def test_trees_that_are_tried():
     model = toy()
     draft = ModelDrafter(noisy_copy(model))
@@ -147,10 +153,9 @@ def test_times_are_measured_once_and_a_plan_by_them_serves(drafter, tmp_path):
     model = toy()
     drafting = NgramDrafter() if drafter == "ngram" else Beside(ModelDrafter(noisy_copy(model)), NgramDrafter())
     path = tmp_path / "kept" / "times.json"
-    gears, shapes = Gears(model, drafting, 40, 2, 8), candidates(drafting)
-    times = measured(gears, shapes, path)
-    assert {rows for rows, _ in times} == {1, 2} and {shape for _, shape in times} == {*shapes}
-    assert min(times.values()) > 0 and measured(gears, shapes, path) == times
+    gears, pairs = Gears(model, drafting, 40, 2, 8), [*itertools.product((1, 2), candidates(drafting))]
+    times = measured(gears, pairs, path)
+    assert times.keys() == {*pairs} and min(times.values()) > 0 and measured(gears, pairs, path) == times
     planner = RowPlanner(times)
 
     def learn(arrival, gear):

@@ -13,7 +13,11 @@ from argparse import Namespace
 
 import pytest
 from paceline.spec.cli import commands
+from paceline.spec.cli.catalogue import make_parser
 from paceline.spec.serve import command
+from paceline.spec.serve.figures import Figures
+from paceline.spec.serve.planner import RowPlanner
+from paceline.spec.tree import TreeShape
 from serve.playing import toy
 from serve.served import chatting
 
@@ -29,6 +33,7 @@ def folder(tmp_path_factory):
 class Served:
     def __init__(self, folder, port=0):
         options = ["--model", folder, "--drafter", "ngram", "--port", port, "--name", "toy", "--dtype", "float32"]
+        options += ["--tree", "2x1"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "paceline.spec.cli", "serve", *map(str, options)], stderr=subprocess.PIPE, text=True,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -72,6 +77,21 @@ def test_a_signal_lets_texts_end_and_a_killed_server_can_be_started_again(folder
     second.process.send_signal(signal.SIGTERM)
     asking.join(60)
     assert told[0]["choices"][0]["text"] == whole and second.process.wait(60) == 0
+
+
+@pytest.mark.parametrize("drafter", ["none", "ngram"])
+def test_trees_are_planned_unless_one_is_given(folder, drafter, tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    args = make_parser().parse_args(["serve", "--model", str(folder), "--drafter", drafter, "--max-rows", "2"])
+    worker, *_ = command.assemble(args, *commands.load(args), Figures("toy"))
+    assert isinstance(worker.scheduler.plan, RowPlanner) and {rows for rows, _ in worker.scheduler.plan.times} == {1, 2}
+    args.tree = "2x1"
+    if drafter == "none":
+        with pytest.raises(ValueError, match="--drafter none makes none"):
+            commands.load(args)
+        return
+    worker, *_ = command.assemble(args, *commands.load(args), Figures("toy"))
+    assert worker.scheduler.plan(2) == TreeShape.parse("2x1")
 
 
 def test_other_machines_are_served_with_a_key_only(monkeypatch):

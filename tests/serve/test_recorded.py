@@ -4,6 +4,7 @@ steps is read on the host."""
 import traceback
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -91,9 +92,10 @@ def test_kept_steps_are_made_ahead(model, monkeypatch):
     shapes = TreeShape.chain(0), TreeShape.chain(2)
     with tape_executor(monkeypatch) as tapes:
         gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", lasting=True, kinds=KEPT_KINDS, rare=(EVERY,))
-        gears.make(shapes)
+        pairs = [*product((1, 2), shapes)]
+        gears.make(pairs)
         assert {run.spec.capacity for run in pool_of(model).runs} == {64}, "no more than the room, in whole 64s"
-        measured(gears, shapes)
+        measured(gears, pairs)
         scheduler = Scheduler(
             gears, [Lane(gears.lane_engine(1, shapes[0]), 8)], lambda rows: shapes[rows % 2], steady=1
         )
@@ -114,5 +116,5 @@ def test_steps_that_cannot_all_be_kept_are_refused(model, monkeypatch):
     with tape_executor(monkeypatch):
         gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", lasting=True, kinds=KEPT_KINDS)
         with pytest.raises(ValueError, match="the tape steps of up to 2 rows of 40 tokens take more memory than"):
-            gears.make([TreeShape.chain(0)])
+            gears.make([(1, TreeShape.chain(0)), (2, TreeShape.chain(0))])
     runs.reset(model)
