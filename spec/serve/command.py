@@ -26,7 +26,7 @@ from ..target.selftest import attach
 from ..tree import TreeShape
 from .gears import Gears, sizes
 from .lanes import Lane
-from .planner import RowPlanner, candidates, measured, promising
+from .planner import RowPlanner, Times, candidates, expected_times, measured, promising
 from .prefixes import KeptPrefixes, can_resume
 from .row_sampler import EVERY, KEPT_KINDS, KINDS
 from .scheduler import Scheduler
@@ -128,16 +128,21 @@ def _plan(tree: str, gears: Gears) -> tuple[Any, Any]:
             gears.make(product(every, [fixed]))
         return lambda rows: fixed, lambda arrival, gear: None
 
-    def planner_of(gears: Gears, pairs: Iterable[tuple[int, TreeShape]]) -> RowPlanner:
+    def times_of(gears: Gears, pairs: Iterable[tuple[int, TreeShape]]) -> Times:
         with waiting(f"timing {gears.executor} steps, by rows and tree"):
-            times = measured(gears, pairs, serving_path(model, drafter, gears.executor, gears.room))
+            return measured(gears, pairs, serving_path(model, drafter, gears.executor, gears.room))
+
+    def planner_by(times: Times) -> RowPlanner:
         return RowPlanner(times, beside=bool(drafter.traits.parts))
 
     pairs = list(product(every, candidates(drafter, few=streamer_of(model) is not None)))  # whose steps take long
     if not eager:
-        pairs = promising(planner_of(Gears(model, drafter, gears.room, gears.most, gears.chunk), pairs))
+        without = [(rows, shape) for rows, shape in pairs if len(shape) == 1]
+        gears.make(without)
+        eager_times = times_of(Gears(model, drafter, gears.room, gears.most, gears.chunk), pairs)
+        pairs = promising(planner_by(expected_times(eager_times, times_of(gears, without))))
         gears.make(pairs)
-    planner = planner_of(gears, pairs)
+    planner = planner_by(times_of(gears, pairs))
 
     def learn(arrival: Any, gear: Any) -> None:
         committed = [report for report in arrival.reports.values() if report.committed]

@@ -156,15 +156,21 @@ def candidates(drafter: Drafter, few: bool = False) -> list[TreeShape]:
 
 
 def promising(planner: RowPlanner) -> list[tuple[int, TreeShape]]:
-    """The rows and trees that steps are made for where making one takes long, by a planner with the times of eager
-    steps, in which a tree costs less beside none than in others. Of each number of rows these are none, and the best
-    tree, if that is any better before anything was seen."""
+    """The rows and trees that steps are made for where making one takes long, by a planner with the times that they are
+    expected to take: of each number of rows none, and the best tree, if that is any better before anything was seen."""
     chosen = []
     for rows in dict.fromkeys(rows for rows, _ in planner.times):
         shapes = sorted(planner.shapes(rows), key=lambda shape: planner.speed(rows, shape), reverse=True)
         none = [shape for shape in shapes if len(shape) == 1]
         chosen += [(rows, shape) for shape in dict.fromkeys([shapes[0], *none])]
     return chosen
+
+
+def expected_times(eager: Times, without: Times) -> Times:
+    """Times of compiled or captured steps, from those `without` trees and those of `eager` steps: a tree is taken to
+    add as many seconds to the one as to the other."""
+    less = {rows: eager[rows, shape] - seconds for (rows, shape), seconds in without.items()}
+    return {(rows, shape): seconds - less.get(rows, 0.0) for (rows, shape), seconds in eager.items()}
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.plan.trees import expected_tokens
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.serve.gears import Gears
-from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, measured, promising
+from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, expected_times, measured, promising
 from paceline.spec.tree import TreeShape
 from serve.playing import Play, scheduler_of, toy
 
@@ -136,6 +136,13 @@ def test_of_steps_that_take_long_to_make_those_with_the_best_trees_are_made():
     assert promising(RowPlanner(times_of(2.0))) == [(1, CHAIN), (1, NONE), (2, CHAIN), (2, NONE), (4, NONE), (8, NONE)]
     always = {(rows, shape): time for (rows, shape), time in times_of(2.0).items() if shape != NONE}
     assert promising(RowPlanner(always)) == [(1, CHAIN), (2, CHAIN), (4, CHAIN), (8, CHAIN)], "it has to draft"
+
+
+def test_what_compiled_steps_take_is_expected_from_eager_ones():
+    eager = {(1, NONE): 20.0, (1, CHAIN): 25.0, (4, NONE): 24.0, (4, TREE): 44.0}
+    expected = {(1, NONE): 12.0, (1, CHAIN): 17.0, (4, NONE): 18.0, (4, TREE): 38.0}
+    assert expected_times(eager, {(1, NONE): 12.0, (4, NONE): 18.0}) == expected
+    assert expected_times(eager, {}) == eager, "of a drafter that has to draft"
 
 
 def test_trees_that_are_tried():

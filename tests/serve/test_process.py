@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import itertools
 import json
 import os
 import signal
@@ -12,14 +13,19 @@ import time
 from argparse import Namespace
 
 import pytest
+import torch
 from paceline.spec.cli import commands
 from paceline.spec.cli.catalogue import make_parser
 from paceline.spec.serve import command
 from paceline.spec.serve.figures import Figures
+from paceline.spec.serve.gears import Gear
 from paceline.spec.serve.planner import RowPlanner
+from paceline.spec.serve.row_sampler import KEPT_KINDS
 from paceline.spec.tree import TreeShape
 from serve.playing import toy
 from serve.served import chatting
+
+from support.tape import tape_executor
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +98,21 @@ def test_trees_are_planned_unless_one_is_given(folder, drafter, tmp_path, monkey
         return
     worker, *_ = command.assemble(args, *commands.load(args), Figures("toy"))
     assert worker.scheduler.plan(2) == TreeShape.parse("2x1")
+
+
+@torch.no_grad()
+def test_captured_steps_are_made_before_it_serves(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
+    args = make_parser().parse_args(["serve", "--model", str(folder), "--drafter", "ngram", "--max-rows", "2"])
+    args.executor = "tape"
+    with tape_executor(monkeypatch) as tapes:
+        scheduler = command.assemble(args, *commands.load(args), Figures("toy"))[0].scheduler
+        made, pairs = len(tapes), [*scheduler.plan.times]
+        assert made == len(pairs) * len(KEPT_KINDS) and {rows for rows, _ in pairs} == {1, 2}
+        for (rows, shape), kind in itertools.product(pairs, KEPT_KINDS):
+            scheduler.gears.shift(Gear(rows, shape, kind))
+        scheduler.gears.close()
+    assert len(tapes) == made
 
 
 def test_other_machines_are_served_with_a_key_only(monkeypatch):
