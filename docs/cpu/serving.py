@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--drafter", default="auto")
-    parser.add_argument("--tree", default="auto")
+    parser.add_argument("--tree", help="of the server with drafts")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--executor", default="eager")
     parser.add_argument("--clients", type=int, default=8)

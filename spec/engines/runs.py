@@ -45,19 +45,23 @@ class RunSpec:
     keep_scores: bool
     sampling: tuple  # the sampler's signature
     predicted: int = 0  # tokens that a row may copy from, besides its text
-    exact: bool = False  # whether every call has this capacity, so that none is made for texts of other lengths too
+    fixed_capacity: bool = False  # whether all calls have this one, so that engines need not do for others too
 
     def settled(self, executor: str) -> "RunSpec":
         """The spec with `executor`, and with capacity and number of end-of-text ids rounded up for it."""
         eos = max(8, 1 << max(self.eos - 1, 0).bit_length())
-        capacity = settled_capacity(self.capacity, "eager" if self.exact else executor)
+        capacity = in_whole_64s(self.capacity) if self.fixed_capacity else settled_capacity(self.capacity, executor)
         return replace(self, executor=executor, capacity=capacity, eos=eos)
 
 
 def settled_capacity(needed: int, executor: str) -> int:
     """`needed` slots rounded up: to a multiple of 64 for eager steps, to a power of two where every size has to be
     compiled or captured."""
-    return -(-needed // 64) * 64 if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
+    return in_whole_64s(needed) if executor == "eager" else max(256, 1 << (needed - 1).bit_length())
+
+
+def in_whole_64s(needed: int) -> int:
+    return -(-needed // 64) * 64
 
 
 _making = threading.RLock()  # one step is compiled or captured at a time

@@ -16,6 +16,7 @@ from typing import Any
 
 from ... import __version__
 from ..console import waiting
+from ..engines import runs
 from ..engines.executors import choose
 from ..inputs.numbers import whole_number
 from ..plan.store import read_shape, serving_path
@@ -100,9 +101,16 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
     usual = CHUNK.get(model.device.type, 512) if streamer_of(model) is None else prompt_chunk(model)
     chunk = args.prefill_chunk or usual
     executor = choose(args.executor, model, 0, capturable=True, compiled_before=False)
-    kinds, rare = (KINDS, ()) if executor == "eager" else (KEPT_KINDS, (EVERY,))
-    gears = Gears(model, drafting, room, rows, chunk, executor, lasting=True, kinds=kinds, rare=rare)
-    plan, learn = _plan(args.tree or "auto", gears)
+    gears = _gears(model, drafting, room, rows, chunk, executor)
+    try:
+        plan, learn = _plan(args.tree, gears)
+    except ValueError as error:
+        if args.executor != "auto" or executor == "eager":
+            raise
+        print(f"{error} (which runs now)", file=sys.stderr)
+        runs.reset(model)
+        gears = _gears(model, drafting, room, rows, chunk, "eager")
+        plan, learn = _plan(args.tree, gears)
     lanes = [Lane(gears.lane_engine(1, plan(1)), chunk) for _ in range(2)]
     prefixes = None
     if args.prefix_megabytes and can_resume(lanes[0].engine, drafting.traits.remembers):
@@ -115,31 +123,39 @@ def assemble(args: Namespace, model: Any, tokenizer: Any, drafter: Any, figures:
 
     scheduler = Scheduler(gears, lanes, plan, prefixes, on_step)
     limits = Limits(room, min(args.max_tokens, room), args.queue, args.queue_seconds)
-    about = {"version": __version__, "drafter": drafting.name, "rows": rows, "room": room, "executor": executor}
+    about = {"version": __version__, "drafter": drafting.name, "rows": rows, "room": room, "executor": gears.executor}
     return Worker(scheduler), limits, about
 
 
-def _plan(tree: str, gears: Gears) -> tuple[Any, Any]:
-    """The tree for a number of rows, and what is to be told of each step."""
-    model, drafter, eager, every = gears.model, gears.drafter, gears.executor == "eager", sizes(gears.most)
-    if tree != "auto":
-        fixed = read_shape(tree, drafter)
-        if not eager:
-            gears.make(product(every, [fixed]))
-        return lambda rows: fixed, lambda arrival, gear: None
+def _gears(model: Any, drafter: Any, room: int, rows: int, chunk: int, executor: str) -> Gears:
+    kinds, rare = (KINDS, ()) if executor == "eager" else (KEPT_KINDS, (EVERY,))
+    return Gears(model, drafter, room, rows, chunk, executor, lasting=True, kinds=kinds, rare=rare)
 
-    def times_of(gears: Gears, pairs: Iterable[tuple[int, TreeShape]]) -> Times:
-        with waiting(f"timing {gears.executor} steps, by rows and tree"):
-            return measured(gears, pairs, serving_path(model, drafter, gears.executor, gears.room))
+
+def _plan(tree: str | None, gears: Gears) -> tuple[Any, Any]:
+    """The tree for a number of rows, and what is to be told of each step."""
+    model, drafter, eager = gears.model, gears.drafter, gears.executor == "eager"
+    if tree not in (None, "auto"):
+        shapes = [read_shape(tree, drafter)]
+    else:
+        shapes = candidates(drafter, few=streamer_of(model) is not None)  # steps of streamed weights take long
+    pairs = list(product(sizes(gears.most), shapes))
+    if len(shapes) == 1:
+        if not eager:
+            gears.make(pairs)
+        return lambda rows: shapes[0], lambda arrival, gear: None
+
+    def times_of(timed: Gears, pairs: Iterable[tuple[int, TreeShape]]) -> Times:
+        with waiting(f"timing {timed.executor} steps, by rows and tree"):
+            return measured(timed, pairs, serving_path(model, drafter, timed.executor, timed.room))
 
     def planner_by(times: Times) -> RowPlanner:
         return RowPlanner(times, beside=bool(drafter.traits.parts))
 
-    pairs = list(product(every, candidates(drafter, few=streamer_of(model) is not None)))  # whose steps take long
     if not eager:
         without = [(rows, shape) for rows, shape in pairs if len(shape) == 1]
         gears.make(without)
-        eager_times = times_of(Gears(model, drafter, gears.room, gears.most, gears.chunk), pairs)
+        eager_times = times_of(_gears(model, drafter, gears.room, gears.most, gears.chunk, "eager"), pairs)
         pairs = promising(planner_by(expected_times(eager_times, times_of(gears, without))))
         gears.make(pairs)
     planner = planner_by(times_of(gears, pairs))

@@ -5,7 +5,7 @@ its own, as for a call of `generate`. Going over to another gear copies the live
 Where steps are compiled or captured, those of a gear are kept in the pool of the model. Knows nothing of requests.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import product
@@ -40,8 +40,9 @@ def sizes(most: int) -> list[int]:
 class Gears:
     """The engines of a batch of at most `most` rows, each with room for `room` tokens of text.
 
-    `executor` is that of the widest gear; the others have it too where they are to be `lasting`, taken again and again,
-    and are eager else. `new_tokens` is how many are expected in all.
+    Gears that are `lasting`, taken again and again, all have the `executor`, and engines with the room of these texts;
+    else the widest has it, in an engine that serves other texts too, and the others are eager. `new_tokens` is how many
+    are expected in all.
     Gears have one of `kinds`, or of the `rare` ones, whose steps are eager; a later one serves whatever an earlier one
     does. So there are no more of them than sizes times trees times kinds, whatever is asked for.
     Rows are changed by whoever holds it; `rows` is None until the first shift."""
@@ -65,7 +66,6 @@ class Gears:
         self.current: Gear | None = None
         self.rows: Rows | None = None
         self.shifts = 0
-        self.making: Callable[[bool], object] = bool  # told when an engine begins to be made, and when it has been
         self._open = ExitStack()
 
     def kind(self, asked: SamplingKind) -> SamplingKind:
@@ -80,7 +80,7 @@ class Gears:
         logits, predicted = gear.kind.logits, self.room if gear.kind.predicted else 0
         return RunSpec(
             gear.shape, "match", executor, gear.rows, capacity, ENDS, logits, sampler.signature, predicted,
-            self.lasting,
+            fixed_capacity=self.lasting,
         )  # fmt: skip
 
     def _sampler(self, gear: Gear) -> RowSampler:
@@ -90,23 +90,24 @@ class Gears:
     def make(self, pairs: Iterable[tuple[int, Shape]]) -> None:
         """Make the steps that are kept, of all kinds, for each of `pairs` of a number of rows and a tree, lest a text
         wait for one. Raises ValueError where there is not the memory to keep all of them."""
-        every = [Gear(rows, shape, kind) for (rows, shape), kind in product(pairs, self.kinds)]
-        keep(self.model, len(every))
-        for gear in every:
-            with self.opened(gear):
-                pass
-        if len(pool_of(self.model).runs) < len(every):
-            raise ValueError(
-                f"the {self.executor} steps of up to {self.most} rows of {self.room} tokens take more memory than the "
-                f"{KEPT_SHARE:.0%} that they may; give fewer rows, less room, or executor eager"
-            )
+        gears = [Gear(rows, shape, kind) for (rows, shape), kind in product(pairs, self.kinds)]
+        keep(self.model, len(gears))
+        for count, gear in enumerate(gears, 1):
+            try:
+                with self.opened(gear):
+                    pass
+            except torch.OutOfMemoryError:
+                count = len(pool_of(self.model).runs) + 1
+            if len(pool_of(self.model).runs) < count:  # one was dropped
+                raise ValueError(
+                    f"the {self.executor} steps of up to {self.most} rows of {self.room} tokens take more memory than "
+                    f"the {KEPT_SHARE:.0%} that they may; give fewer rows, less room, or executor eager"
+                )
 
     @contextmanager
     def opened(self, gear: Gear) -> Iterator[Executor]:
         """The executor of an engine for `gear`."""
-        self.making(True)
         with open_run(self.model, self.drafter, self.spec(gear), self._sampler(gear), self.new_tokens) as executor:
-            self.making(False)
             yield executor
 
     def shift(self, gear: Gear) -> None:

@@ -8,21 +8,23 @@ tree must be better by `GAIN` for `STEADY` turns before it is taken. Knows no cl
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 
 from ..files import write_json
-from ..plan.step_times import alone
+from ..plan.step_times import SLOW, alone
 from ..plan.trees import Rates, best_tree, expected_tokens, non_increasing
 from ..proposal import Drafter, divided
 from ..step import RowReport
+from ..stream.streamer import streamer_of
 from ..tree import TreeShape
-from .gears import Gear, Gears, Shape
+from .gears import Gear, Gears
 
 GAIN = 1.05
+HOPE = 1.3
 STEADY = 8
 MEMORY = 400.0  # steps of a row for which what was seen counts
 PRIOR: Rates = [[0.5, 0.12, 0.05, 0.03]] * 8  # before anything was seen
@@ -31,7 +33,6 @@ NODES = 2, 3, 4, 6, 8, 16  # sizes of trees that are tried
 COPY_PRIOR = [0.15, *[0.7] * 7]  # of the second of two drafters
 COPIED = 2  # length of the second drafter's chain, where two draft
 
-AnyShape = TypeVar("AnyShape", bound=Shape)
 Times = Mapping[tuple[int, TreeShape], float]  # seconds of a step, by rows and tree
 
 
@@ -157,12 +158,16 @@ def candidates(drafter: Drafter, few: bool = False) -> list[TreeShape]:
 
 def promising(planner: RowPlanner) -> list[tuple[int, TreeShape]]:
     """The rows and trees that steps are made for where making one takes long, by a planner with the times that they are
-    expected to take: of each number of rows none, and the best tree, if that is any better before anything was seen."""
-    chosen = []
+    expected to take: of each number of rows none, and the best tree, unless it had to bring more than `HOPE` times as
+    many tokens as are expected before anything was seen."""
+    chosen: list[tuple[int, TreeShape]] = []
     for rows in dict.fromkeys(rows for rows, _ in planner.times):
-        shapes = sorted(planner.shapes(rows), key=lambda shape: planner.speed(rows, shape), reverse=True)
-        none = [shape for shape in shapes if len(shape) == 1]
-        chosen += [(rows, shape) for shape in dict.fromkeys([shapes[0], *none])]
+        speeds = {shape: planner.speed(rows, shape) for shape in planner.shapes(rows)}
+        without = next((shape for shape in speeds if len(shape) == 1), None)
+        best = max((shape for shape in speeds if len(shape) > 1), key=lambda shape: speeds[shape])
+        if without is None or HOPE * speeds[best] >= speeds[without]:
+            chosen.append((rows, best))
+        chosen += [] if without is None else [(rows, without)]
     return chosen
 
 
@@ -173,25 +178,31 @@ def expected_times(eager: Times, without: Times) -> Times:
     return {(rows, shape): seconds - less.get(rows, 0.0) for (rows, shape), seconds in eager.items()}
 
 
-@torch.no_grad()
 def measured(
-    gears: Gears, pairs: Iterable[tuple[int, AnyShape]], path: Path | None = None
-) -> dict[tuple[int, AnyShape], float]:
+    gears: Gears, pairs: Iterable[tuple[int, TreeShape]], path: Path | None = None
+) -> dict[tuple[int, TreeShape], float]:
     """Seconds of a step of `gears` for each of `pairs` of a number of rows and a tree, measured now unless `path` has
     them already."""
-    kept, times = _kept(path), dict[tuple[int, AnyShape], float]()
+    kept, times = _kept(path), dict[tuple[int, TreeShape], float]()
     for rows, shape in pairs:
-        if (name := f"{rows} {shape}") not in kept:
-            with gears.opened(Gear(rows, shape, gears.kinds[0])) as executor:
-                state = executor.engine.state
-                state.done.fill_(True)
-                state.lengths.fill_(gears.room // 2)  # attention takes longer with more text
-                kept[name] = alone(gears.model, executor, repeats=5, warm_up=1, limit=0.5)
+        if (name := f"{rows} {','.join(map(str, shape.parents))}") not in kept:
+            kept[name] = _timed(gears, Gear(rows, shape, gears.kinds[0]))
         times[rows, shape] = kept[name]
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, kept)
+        with suppress(OSError):  # they are measured again next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, kept)
     return times
+
+
+@torch.no_grad()
+def _timed(gears: Gears, gear: Gear) -> float:
+    """Seconds of an idle step; attention takes longer with more text, so half of the room is taken to be full."""
+    how = {"repeats": 5, "warm_up": 1, "limit": 0.5} if streamer_of(gears.model) is None else SLOW
+    with gears.opened(gear) as executor:
+        executor.engine.state.done.fill_(True)
+        executor.engine.state.lengths.fill_(max(1, gears.room // 2))
+        return alone(gears.model, executor, **how)
 
 
 def _kept(path: Path | None) -> dict[str, float]:

@@ -22,7 +22,6 @@ from .scheduler import Scheduler
 T = TypeVar("T")
 
 TURN = 600.0  # seconds in which a chunk is read and a step is run, also of the slowest model
-MAKING = 3600.0  # in which a step is compiled or captured
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,6 @@ class Worker:
         self.scheduler, self.before = scheduler, before
         self.failure: BaseException | None = None
         self._due: float | None = None  # when what it does now has to be done; None while it does nothing
-        scheduler.gears.making = lambda begins: self._allow(MAKING if begins else TURN)
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="paceline", daemon=True)
 
@@ -119,7 +117,7 @@ class Worker:
 
     @property
     def stuck(self) -> bool:
-        """Whether a turn takes longer than `TURN` seconds, or the making of a step longer than `MAKING`."""
+        """Whether a turn takes longer than `TURN` seconds."""
         due = self._due
         return due is not None and time.monotonic() > due
 

@@ -82,10 +82,10 @@ class AimedSlots:
         return rows.unflatten(2, (self.heads, -1)).transpose(1, 2)
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
-    """What the running forward writes and reads, in all layers of a cache alike. They share this, and do not hold their
-    cache, so that its buffers are free as soon as nobody uses it."""
+    """The sizes of a cache, and where the running forward writes and reads. All its layers share this, and do not hold
+    the cache, so that its buffers are free as soon as nobody uses it."""
 
     batch: int
     capacity: int  # slots of a row

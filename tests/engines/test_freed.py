@@ -1,5 +1,5 @@
-"""What a call made is gone when the call ends, without waiting for the garbage collector, which comes by too seldom for
-a server: engines hold few objects of Python, and many megabytes."""
+"""What an eager call made is gone when the call ends, without waiting for the garbage collector, which comes by too
+seldom for a server: engines hold few objects of Python, and many megabytes."""
 
 import contextlib
 import gc

@@ -11,7 +11,7 @@ from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.plan.trees import expected_tokens
 from paceline.spec.proposal import NoDrafter
 from paceline.spec.serve.gears import Gears
-from paceline.spec.serve.planner import STEADY, RowPlanner, Seen, candidates, expected_times, measured, promising
+from paceline.spec.serve.planner import PRIOR, STEADY, RowPlanner, Seen, candidates, expected_times, measured, promising
 from paceline.spec.tree import TreeShape
 from serve.playing import Play, scheduler_of, toy
 
@@ -134,6 +134,8 @@ def test_what_two_drafters_bring_is_told_apart():
 
 def test_of_steps_that_take_long_to_make_those_with_the_best_trees_are_made():
     assert promising(RowPlanner(times_of(2.0))) == [(1, CHAIN), (1, NONE), (2, CHAIN), (2, NONE), (4, NONE), (8, NONE)]
+    nearly = times_of(2.0) | {(4, CHAIN): 10.0 * expected_tokens(PRIOR, CHAIN) * 1.2}
+    assert (4, CHAIN) in promising(RowPlanner(nearly)), "perhaps more will be accepted"
     always = {(rows, shape): time for (rows, shape), time in times_of(2.0).items() if shape != NONE}
     assert promising(RowPlanner(always)) == [(1, CHAIN), (2, CHAIN), (4, CHAIN), (8, CHAIN)], "it has to draft"
 

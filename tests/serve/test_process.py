@@ -16,6 +16,7 @@ import pytest
 import torch
 from paceline.spec.cli import commands
 from paceline.spec.cli.catalogue import make_parser
+from paceline.spec.engines import pool
 from paceline.spec.serve import command
 from paceline.spec.serve.figures import Figures
 from paceline.spec.serve.gears import Gear
@@ -90,12 +91,14 @@ def test_trees_are_planned_unless_one_is_given(folder, drafter, tmp_path, monkey
     monkeypatch.setenv("PACELINE_CACHE", str(tmp_path))
     args = make_parser().parse_args(["serve", "--model", str(folder), "--drafter", drafter, "--max-rows", "2"])
     worker, *_ = command.assemble(args, *commands.load(args), Figures("toy"))
-    assert isinstance(worker.scheduler.plan, RowPlanner) and {rows for rows, _ in worker.scheduler.plan.times} == {1, 2}
+    plan = worker.scheduler.plan
     args.tree = "2x1"
     if drafter == "none":
+        assert plan(2) == TreeShape.chain(0), "there is nothing to time"
         with pytest.raises(ValueError, match="--drafter none makes none"):
             commands.load(args)
         return
+    assert isinstance(plan, RowPlanner) and {rows for rows, _ in plan.times} == {1, 2}
     worker, *_ = command.assemble(args, *commands.load(args), Figures("toy"))
     assert worker.scheduler.plan(2) == TreeShape.parse("2x1")
 
@@ -106,6 +109,11 @@ def test_captured_steps_are_made_before_it_serves(folder, tmp_path, monkeypatch)
     args = make_parser().parse_args(["serve", "--model", str(folder), "--drafter", "ngram", "--max-rows", "2"])
     args.executor = "tape"
     with tape_executor(monkeypatch) as tapes:
+        args.tree = "2x1"
+        command.assemble(args, *commands.load(args), Figures("toy"))
+        assert len(tapes) == 2 * len(KEPT_KINDS)
+        args.tree = None
+        tapes.clear()
         scheduler = command.assemble(args, *commands.load(args), Figures("toy"))[0].scheduler
         made, pairs = len(tapes), [*scheduler.plan.times]
         assert made == len(pairs) * len(KEPT_KINDS) and {rows for rows, _ in pairs} == {1, 2}
@@ -153,3 +161,19 @@ def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ValueError, match=r"needs uvicorn; pip install 'paceline\[serve\]'"):
         command.serve(Namespace(host="127.0.0.1", api_key=None, insecure=False))
+
+
+def test_where_not_all_steps_can_be_kept_auto_is_eager(folder, tmp_path, monkeypatch, capsys):
+    """What was named is refused."""
+    monkeypatch.setenv("PACELINE_CACHE", str(tmp_path / "not a folder"))
+    (tmp_path / "not a folder").write_text("")  # nothing can be kept there, which must not matter
+    monkeypatch.setattr(pool, "KEPT_SHARE", 0.0)
+    monkeypatch.setattr(command, "choose", lambda name, *arguments, **more: "tape")
+    args = make_parser().parse_args(["serve", "--model", str(folder), "--drafter", "ngram", "--max-rows", "1"])
+    loaded = commands.load(args)
+    with tape_executor(monkeypatch):
+        assert command.assemble(args, *loaded, Figures("toy"))[2]["executor"] == "eager"
+        assert "the tape steps of up to 1 rows" in capsys.readouterr().err
+        args.executor = "tape"
+        with pytest.raises(ValueError, match="take more memory than the"):
+            command.assemble(args, *loaded, Figures("toy"))

@@ -112,7 +112,7 @@ def test_kept_steps_are_made_ahead(model, monkeypatch):
 
 def test_steps_that_cannot_all_be_kept_are_refused(model, monkeypatch):
     """Else each would be made again and again, while texts wait."""
-    monkeypatch.setattr(pool, "KEPT_SHARE", 1e-7)
+    monkeypatch.setattr(pool, "KEPT_SHARE", 0.0)
     with tape_executor(monkeypatch):
         gears = Gears(model, NgramDrafter(), 40, 2, 8, "tape", lasting=True, kinds=KEPT_KINDS)
         with pytest.raises(ValueError, match="the tape steps of up to 2 rows of 40 tokens take more memory than"):
