@@ -135,15 +135,14 @@ def _gears(model: Any, drafter: Any, room: int, rows: int, chunk: int, executor:
 def _plan(tree: str | None, gears: Gears) -> tuple[Any, Any]:
     """The tree for a number of rows, and what is to be told of each step."""
     model, drafter, eager = gears.model, gears.drafter, gears.executor == "eager"
-    if tree not in (None, "auto"):
-        shapes = [read_shape(tree, drafter)]
-    else:
-        shapes = candidates(drafter, few=streamer_of(model) is not None)  # steps of streamed weights take long
-    pairs = list(product(sizes(gears.most), shapes))
-    if len(shapes) == 1:
+    trees = candidates(drafter, few=streamer_of(model) is not None)  # steps of streamed weights take long
+    named = None if tree in (None, "auto") else read_shape(tree, drafter)
+    if named is not None or len(trees) == 1:
+        fixed = named or trees[0]
         if not eager:
-            gears.make(pairs)
-        return lambda rows: shapes[0], lambda arrival, gear: None
+            gears.make(product(sizes(gears.most), [fixed]))
+        return lambda rows: fixed, lambda arrival, gear: None
+    pairs = list(product(sizes(gears.most), trees))
 
     def times_of(timed: Gears, pairs: Iterable[tuple[int, TreeShape]]) -> Times:
         with waiting(f"timing {timed.executor} steps, by rows and tree"):
