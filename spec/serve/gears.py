@@ -95,10 +95,10 @@ class Gears:
         for count, gear in enumerate(gears, 1):
             try:
                 with self.opened(gear):
-                    pass
+                    full = len(pool_of(self.model).runs) < count  # one was dropped
             except torch.OutOfMemoryError:
-                count = len(pool_of(self.model).runs) + 1
-            if len(pool_of(self.model).runs) < count:  # one was dropped
+                full = True
+            if full:
                 raise ValueError(
                     f"the {self.executor} steps of up to {self.most} rows of {self.room} tokens take more memory than "
                     f"the {KEPT_SHARE:.0%} that they may; give fewer rows, less room, or executor eager"

@@ -127,7 +127,8 @@ class Prefetcher:
                 self.ring.fetched(buffer, error is None)
                 self.fetching += time.perf_counter() - begun
                 self.bytes += size
-                if error is not None:
+                # Nobody would take an error for a layer that was fetched ahead while others are waited for.
+                if error is not None and (not self.ring.waiting or layer in self.ring.waiting.values()):
                     self._errors[layer] = error
                 self._changed.notify_all()
 

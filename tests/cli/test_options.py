@@ -16,6 +16,10 @@ from paceline.spec.console import Bar
 from support.models import noisy_copy, tiny_llama
 
 # Defaults that help tells in words: where the value is decided, a test below or elsewhere shows it.
+TREES = {  # other than the drafter's own
+    "evaluate": "the plan that is kept, or one made of what is counted",
+    "serve": "auto, by the number of texts at a time",
+}
 WORDED = {
     "seed": "drawn, and printed",
     "turns": "all",
@@ -44,9 +48,8 @@ def test_help_names_every_default_as_it_is():
         claims = re.findall(r"\(?default:? ([^()]+?)\)?$", text)
         if action.default is None or action.default is False:
             (claim,) = claims or [None]
-            expected = WORDED.get(action.dest)
-            if (name, action.dest) == ("evaluate", "tree"):
-                expected = "the plan that is kept, or one made of what is counted"
+            expected = TREES.get(name) if action.dest == "tree" else None
+            expected = expected or WORDED.get(action.dest)
             assert claim is None or claim == expected, (name, action.dest, claim)
             continue
         default = action.default[0] if isinstance(action.default, list) else action.default

@@ -163,6 +163,44 @@ def test_a_read_that_fails_in_the_middle_of_a_prompt(path, monkeypatch):
     assert ours() <= before
 
 
+def test_a_layer_that_fails_while_another_is_waited_for(monkeypatch):
+    """As after a forward that was broken off: what failed was fetched for that one, and holds up nobody else."""
+    reading, asked, failed, ask = threading.Event(), threading.Event(), [], disk.Ring.ask
+
+    class Files:
+        files, buffers = [None] * 4, [None] * 2
+
+        def fetch(self, layer, buffer):
+            if layer == 2 and not failed:
+                reading.set()
+                asked.wait(10)
+                failed.append(layer)
+                raise StreamError("once")
+            return 1
+
+        def close(self):
+            pass
+
+    def asking(ring, layer, user):
+        ask(ring, layer, user)
+        if layer == 0:
+            asked.set()
+
+    monkeypatch.setattr(disk.Ring, "ask", asking)
+    prefetcher, taken = disk.Prefetcher(Files()), []
+    prefetcher.acquire(1, "forward")
+    assert reading.wait(10)
+    prefetcher.release("forward", lambda layer: None)
+    waiting = threading.Thread(target=lambda: taken.append(prefetcher.acquire(0, "next")), daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert failed and taken, "it waits for ever"
+    prefetcher.release("next", lambda layer: None)
+    assert prefetcher.acquire(2, "next") in (0, 1), "it is fetched again"
+    prefetcher.close()
+    prefetcher.join(5)
+
+
 def test_a_forked_process_is_told(path):
     model = streamed(path, 5)
     text(model, PROMPT)
