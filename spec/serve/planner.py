@@ -167,7 +167,8 @@ def promising(planner: RowPlanner) -> list[tuple[int, TreeShape]]:
         best = max((shape for shape in speeds if len(shape) > 1), key=lambda shape: speeds[shape])
         if without is None or HOPE * speeds[best] >= speeds[without]:
             chosen.append((rows, best))
-        chosen += [] if without is None else [(rows, without)]
+        if without is not None:
+            chosen.append((rows, without))
     return chosen
 
 

@@ -7,22 +7,13 @@ import gc
 import paceline
 import pytest
 import torch
-from paceline.drafters.beside import Beside
-from paceline.drafters.eagle.drafter import EagleDrafter
-from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 
+from support.engines import DRAFTERS
 from support.families import KINDS, STATEFUL, build
-from support.models import eagle_copy, fitted_heads, noisy_copy, tiny_llama
+from support.models import tiny_llama
 
 IDS = torch.arange(3, 23)[None]
-DRAFTERS = {
-    "none": lambda model: None,
-    "ngram": lambda model: NgramDrafter(),
-    "model": lambda model: paceline.load_drafter(noisy_copy(model), model),
-    "hydra": lambda model: MedusaDrafter(fitted_heads(model, "hydra", steps=1)),
-    "eagle beside": lambda model: Beside(EagleDrafter(eagle_copy(model)), NgramDrafter()),
-}
 
 
 @contextlib.contextmanager
@@ -56,7 +47,8 @@ def left(model, drafter, **options):
 @pytest.mark.parametrize("name", DRAFTERS)
 def test_a_call_leaves_nothing_to_the_garbage_collector(name, options):
     model = tiny_llama(seed=3)
-    assert not left(model, DRAFTERS[name](model), **options)
+    drafter, tree = DRAFTERS[name](model)
+    assert not left(model, drafter, tree=tree, **options)
 
 
 @pytest.mark.parametrize("kind", KINDS)

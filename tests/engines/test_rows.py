@@ -3,30 +3,17 @@
 import paceline
 import pytest
 import torch
-from paceline.drafters.beside import Beside
-from paceline.drafters.eagle.drafter import EagleDrafter
-from paceline.drafters.medusa import MedusaDrafter
 from paceline.drafters.ngram import NgramDrafter
 from paceline.spec.engines import runs
 from paceline.spec.engines.executors import Eager
 from paceline.spec.noise import stream_key
-from paceline.spec.proposal import NoDrafter
 from paceline.spec.rows import Rows
 from paceline.spec.target.slots import SlotModel
 from paceline.spec.tree import TreeShape
 
-from support.engines import PROMPT, engine_of, request
-from support.models import eagle_copy, fitted_heads, noisy_copy, tiny_llama
+from support.engines import DRAFTERS, PROMPT, engine_of, request
+from support.models import tiny_llama
 from support.tape import TapeExecutor
-
-BOTH = "3x2x1+chain:4"
-DRAFTERS = {
-    "none": lambda model: (NoDrafter(), TreeShape.chain(0)),
-    "ngram": lambda model: (NgramDrafter(), TreeShape.parse("2x2")),
-    "model": lambda model: (paceline.load_drafter(noisy_copy(model), model), TreeShape.parse("2x2x1")),
-    "hydra": lambda model: (MedusaDrafter(fitted_heads(model, "hydra", steps=20)), TreeShape.parse("3x2x1")),
-    "eagle beside": lambda model: (Beside(EagleDrafter(eagle_copy(model)), NgramDrafter()), TreeShape.parse(BOTH)),
-}
 
 
 def alone(model, asked):
